@@ -1,0 +1,237 @@
+"""From potentials to one label a row: the largest entry, or exactly balanced clusters.
+
+N rows (images), K columns (clusters), n rows of one tile. Prices g_K = a_K / lambda are
+in units of log-probability; a row prefers the cluster of the largest logp_ik + g_k.
+
+`balanced` starts from what rows prefer and moves as few of them as it can: a minimum-cost
+flow on the graph of clusters, where the arc k -> l costs what the row of k that minds
+least would lose by going to l. Prices prove how good the result is (`lower_bound`).
+Sources: successive shortest paths (Ahuja, Magnanti, Orlin, Network Flows, ch. 9);
+linear-programming duality of the transportation problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sela_cli.sinkhorn import Rows, solve
+
+_TAKE_ELEMENTS = 1 << 22
+# `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
+_EXCESS = 0.05
+_LOOSE = 0.005
+_LOOSE_ITER = 30
+
+
+class Bounds(NamedTuple):
+    """Smallest and largest size of each cluster, int64."""
+
+    low_K: np.ndarray
+    high_K: np.ndarray
+
+
+def size_bounds(count: int, marginal_K: np.ndarray) -> Bounds:
+    """floor and ceiling of N r_k."""
+    # Rounding noise in N r_k must not turn an exact integer into two bounds.
+    sizes_K = np.round(count * marginal_K, 6)
+    return Bounds(np.floor(sizes_K).astype(np.int64), np.ceil(sizes_K).astype(np.int64))
+
+
+def argmax(rows: Rows, prices_K: Tensor) -> np.ndarray:
+    """The cluster that each row prefers, argmax_k logp_ik + g_k. Returns labels_N, int64."""
+    labels_N = np.empty(rows.shape[0], dtype=np.int64)
+    for start, tile_nK in rows.tiles():
+        labels_N[start : start + len(tile_nK)] = (tile_nK + prices_K).argmax(1).numpy()
+    return labels_N
+
+
+def random_balanced(count: int, clusters: int, generator: torch.Generator) -> np.ndarray:
+    """i mod K, shuffled: sizes differ by one at most. Returns labels_N, int64."""
+    return (torch.randperm(count, generator=generator) % clusters).numpy()
+
+
+def objective(rows: Rows, labels_N: np.ndarray) -> float:
+    """mean_i -logp_i(label), in nats: the paper's E(p, q)."""
+    total = 0.0
+    for start, tile_nK in rows.tiles():
+        labels_n = torch.from_numpy(labels_N[start : start + len(tile_nK)])
+        total += float(torch.nn.functional.cross_entropy(tile_nK, labels_n, reduction="sum"))
+    return total / rows.shape[0]
+
+
+def lower_bound(rows: Rows, prices_K: Tensor, bounds: Bounds) -> float:
+    """What no labelling with sizes within `bounds` can go below, whatever the prices.
+
+    The transport dual: min over allowed sizes n of sum_k (n_k / N) g_k
+    - mean_i max_k (logp_ik + g_k).
+    """
+    count = rows.shape[0]
+    total = 0.0
+    for _, tile_nK in rows.tiles():
+        best_n = (tile_nK + prices_K).amax(1)
+        total += float((best_n - torch.logsumexp(tile_nK, 1)).sum())
+    sizes_K = _cheapest_sizes(count, prices_K, bounds)
+    return (float(sizes_K @ prices_K.numpy()) - total) / count
+
+
+def _cheapest_sizes(count: int, prices_K: Tensor, bounds: Bounds) -> np.ndarray:
+    """Sizes within the bounds that sum to `count`: room goes to the lowest prices first,
+    which are those of the clusters in demand."""
+    order = np.argsort(prices_K.numpy(), kind="stable")
+    room = (bounds.high_K - bounds.low_K)[order]
+    before = np.cumsum(room) - room
+    sizes_K = bounds.low_K.copy()
+    sizes_K[order] += np.clip(count - bounds.low_K.sum() - before, 0, room)
+    return sizes_K
+
+
+def balanced(
+    rows: Rows,
+    prices_K: Tensor,
+    bounds: Bounds,
+    slack: float = 0.0,
+    progress: Callable[[int], None] = lambda left: None,
+) -> tuple[np.ndarray, Tensor]:
+    """Labels whose cluster sizes lie within `bounds`, of least objective.
+
+    The sizes are fixed first, by the prices; for them the labels are optimal where
+    `slack` is 0. Otherwise a moved row may lose up to `slack` nats more than the one that
+    minds least, which moves many rows at a time. Returns labels_N and the prices that go
+    with them. `progress` is told how many rows are still too many.
+    """
+    assert bounds.low_K.sum() <= rows.shape[0] <= bounds.high_K.sum()
+    labels_N = argmax(rows, prices_K)
+    surplus_K = np.bincount(labels_N, minlength=len(prices_K))
+    surplus_K -= _cheapest_sizes(rows.shape[0], prices_K, bounds)
+    prices = prices_K.numpy().copy()
+    loss_KK = _least_losses(rows, labels_N)
+    while surplus_K.any():
+        progress(int(surplus_K.clip(0).sum()))
+        path = _cheapest_path(loss_KK, prices, surplus_K > 0, surplus_K < 0)
+        most = min(surplus_K[path[0]], -surplus_K[path[-1]])
+        moved = _move_along(rows, labels_N, loss_KK, path, most, slack)
+        surplus_K[path[0]] -= moved
+        surplus_K[path[-1]] += moved
+    return labels_N, torch.from_numpy(prices)
+
+
+def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
+    """loss_KK[k, l]: least logp_ik - logp_il over the rows i of cluster k."""
+    clusters = rows.shape[1]
+    loss_KK = np.full((clusters, clusters), np.inf)
+    for start, tile_nK in rows.tiles():
+        labels_n = labels_N[start : start + len(tile_nK)]
+        tile = tile_nK.numpy()
+        loss_nK = tile[np.arange(len(tile)), labels_n][:, None] - tile
+        order = np.argsort(labels_n, kind="stable")
+        present, first = np.unique(labels_n[order], return_index=True)
+        lowest = np.minimum.reduceat(loss_nK[order], first, axis=0)
+        loss_KK[present] = np.minimum(loss_KK[present], lowest)
+    return loss_KK
+
+
+def _cheapest_path(
+    loss_KK: np.ndarray, prices_K: np.ndarray, over_K: np.ndarray, under_K: np.ndarray
+) -> list[int]:
+    """Dijkstra from all overfull clusters to the nearest one with room; updates the prices."""
+    distance_K = np.where(over_K, 0.0, np.inf)
+    open_K = np.where(over_K, 0.0, np.inf)
+    previous_K = np.full(len(prices_K), -1)
+    visited = []
+    while True:
+        here = int(open_K.argmin())
+        assert np.isfinite(open_K[here]), "every cluster with a row reaches every other"
+        if under_K[here]:
+            break
+        visited.append(here)
+        # Rounding, and rows moved within the slack, leave costs a little below zero.
+        cost_K = np.maximum(loss_KK[here] + prices_K[here] - prices_K, 0.0) + distance_K[here]
+        nearer = cost_K < distance_K
+        distance_K[nearer] = cost_K[nearer]
+        open_K[nearer] = cost_K[nearer]
+        previous_K[nearer] = here
+        open_K[here] = np.inf
+    prices_K[visited] -= distance_K[here] - distance_K[visited]
+    path = [here]
+    while not over_K[path[-1]]:
+        path.append(int(previous_K[path[-1]]))
+    return path[::-1]
+
+
+def _move_along(
+    rows: Rows,
+    labels_N: np.ndarray,
+    loss_KK: np.ndarray,
+    path: list[int],
+    most: int,
+    slack: float,
+) -> int:
+    """Send as many rows along each arc as `slack` and `most` allow, the same number on all.
+
+    Returns that number.
+    """
+    arcs = list(zip(path[:-1], path[1:], strict=True))
+    willing = []
+    for source, target in arcs:
+        members = np.flatnonzero(labels_N == source)
+        loss_n = np.concatenate(
+            [
+                (block[:, source] - block[:, target]).numpy()
+                for block in _blocks(rows, members)
+            ]
+        )
+        order = np.argsort(loss_n, kind="stable")
+        most = min(most, int(np.searchsorted(loss_n[order], loss_n[order[0]] + slack, side="right")))
+        willing.append(members[order])
+    for (_, target), members in zip(arcs, willing, strict=True):
+        labels_N[members[:most]] = target
+    for cluster in path[:-1]:
+        loss_KK[cluster] = _least_loss(rows, np.flatnonzero(labels_N == cluster), cluster)
+    arrivals = np.sort(willing[-1][:most])
+    loss_KK[path[-1]] = np.minimum(loss_KK[path[-1]], _least_loss(rows, arrivals, path[-1]))
+    return most
+
+
+def _least_loss(rows: Rows, members: np.ndarray, cluster: int) -> np.ndarray:
+    least_K = np.full(rows.shape[1], np.inf)
+    for block in _blocks(rows, members):
+        least_K = np.minimum(least_K, (block[:, [cluster]] - block).amin(0).numpy())
+    return least_K
+
+
+def _blocks(rows: Rows, members: np.ndarray) -> list[Tensor] | map[Tensor]:
+    size = max(1, _TAKE_ELEMENTS // rows.shape[1])
+    return map(rows.take, (members[at : at + size] for at in range(0, len(members), size)))
+
+
+def sharpen(rows: Rows, marginal_K: Tensor, potentials_K: Tensor, lamb: float) -> Tensor:
+    """Prices at which what rows prefer is closer to balance than at potentials / lambda.
+
+    Entropic potentials balance the soft plan, not its argmax: with flat scores most rows
+    would have to move. Solving again, loosely, at 4, 16, ... times lambda brings them to
+    the prices of the unregularised problem. Stops where that no longer helps.
+    """
+    bounds = size_bounds(rows.shape[0], marginal_K.numpy())
+
+    def excess(prices_K: Tensor) -> int:
+        sizes_K = np.bincount(argmax(rows, prices_K), minlength=rows.shape[1])
+        return int((sizes_K - bounds.high_K).clip(0).sum())
+
+    prices_K = potentials_K / lamb
+    left = excess(prices_K)
+    for factor in (4, 16, 64, 256):
+        if left <= _EXCESS * rows.shape[0]:
+            break
+        sharp = factor * lamb
+        solution = solve(rows, marginal_K, sharp, _LOOSE, _LOOSE_ITER, init_K=prices_K * sharp)
+        closer_K = solution.potentials_K / sharp
+        now = excess(closer_K)
+        if now > 0.9 * left:
+            break
+        prices_K, left = closer_K, now
+    return prices_K

@@ -1,0 +1,1 @@
+"""One verb per file: its options, its help, and one call into the core."""

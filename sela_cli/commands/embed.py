@@ -1,0 +1,111 @@
+"""`sela embed`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sela_cli.options import (
+    Arch,
+    BatchSize,
+    Data,
+    Device,
+    Download,
+    DryRun,
+    Dtype,
+    Force,
+    Heads,
+    ImageSize,
+    Json,
+    Limit,
+    Output,
+    Precision,
+    Quiet,
+    Seed,
+    SkipBad,
+    Store,
+    device_name,
+    given,
+)
+
+EXAMPLES = """Example: sela embed --data digits --arch alexnet-small --heads 10x5 -o logits.h5"""
+
+
+def embed(
+    data: Data,
+    output: Output,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", "-c", metavar="FILE", help="Network to use.")
+    ] = None,
+    arch: Arch = None,
+    heads: Heads = None,
+    image_size: ImageSize = None,
+    store: Store = None,
+    dtype: Dtype = None,
+    precision: Precision = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    limit: Limit = None,
+    skip_bad: SkipBad = False,
+    download: Download = False,
+    device: Device = "auto",
+    force: Force = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Images and a network to logits: stage 1 of the loop.
+
+    The network is that of --checkpoint, or a fresh one of --arch and --heads. It sees
+    the plain centre view of each image, in eval mode.
+    """
+    from sela_cli import formats
+    from sela_cli.errors import UsageError
+    from sela_cli.images.batches import open_images
+    from sela_cli.logits import embed_stage, plan
+    from sela_cli.networks import build, parse_heads
+    from sela_cli.terminal import Terminal
+    from sela_cli.training import network_of
+
+    if (checkpoint is None) == (arch is None):
+        raise UsageError("give either --checkpoint, or --arch and --heads")
+    if arch and not heads:
+        raise UsageError("--arch needs --heads, for instance --heads 128x10")
+    terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
+    if not dry_run:
+        formats.check_output(output, force)
+    options = given(store=store, dtype=dtype, precision=precision, batch_size=batch_size)
+    parameters = {"data": data, "arch": arch, "heads": heads, "seed": seed, **options}
+    provenance = formats.Provenance("embed", parameters)
+    state = formats.read_checkpoint(checkpoint) if checkpoint else None
+    with terminal.progress("decode") as progress:
+        images, size = open_images(
+            data,
+            state.image_size if state else image_size,
+            download=download,
+            skip_bad=skip_bad,
+            limit=limit,
+            progress=progress,
+        )
+    if state and state.header and checkpoint:
+        network = network_of(state, checkpoint)
+        provenance = provenance.reading("checkpoint", state.header)
+    else:
+        network = build(str(arch), size, parse_heads(str(heads)), seed)
+    shown = plan(images, network, options.get("store", "logits"), options.get("dtype", "float32"))
+    if not dry_run:
+        with terminal.progress("embed") as progress:
+            embed_stage(
+                images,
+                network,
+                output,
+                provenance.of(images.dataset_id),
+                device=device_name(device),
+                force=force,
+                progress=progress,
+                **options,
+            )
+    verb = "would write" if dry_run else "wrote"
+    text = f"{verb} {output}: {shown['images']} images, heads {shown['heads']}, {shown['megabytes']:.1f} MB"
+    terminal.result({"output": output, **shown}, text)

@@ -1,0 +1,99 @@
+"""`sela label`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sela_cli.options import (
+    AssignChoice,
+    DryRun,
+    Force,
+    InputKindChoice,
+    Json,
+    Lamb,
+    Marginal,
+    MaxIter,
+    Output,
+    Quiet,
+    Seed,
+    Tol,
+    given,
+)
+
+EXAMPLES = """Examples: sela label logits.h5 -o labels.h5.
+sela label probabilities.npy --input-kind probabilities -o labels.h5 --csv labels.csv"""
+
+
+def label(
+    logits: Annotated[
+        str,
+        typer.Argument(
+            metavar="LOGITS",
+            help="N x K scores: a logits file, another HDF5 (FILE::/DATASET), .npy, .npz "
+            "(FILE::NAME), safetensors, or '-' for any of them on standard input.",
+        ),
+    ],
+    output: Output,
+    csv: Annotated[
+        str | None, typer.Option("--csv", metavar="FILE", help="Also write key,label lines.")
+    ] = None,
+    lamb: Lamb = None,
+    tol: Tol = None,
+    max_iter: MaxIter = None,
+    marginal: Marginal = None,
+    assign: Annotated[
+        AssignChoice | None,
+        typer.Option(
+            "--assign",
+            help="balanced: sizes floor or ceiling of N/K exactly (default). argmax: what each "
+            "row prefers. random: balanced and drawn by --seed, the loop's start.",
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option("--init", metavar="FILE", help="Labels file whose potentials to start from."),
+    ] = None,
+    input_kind: Annotated[
+        InputKindChoice | None,
+        typer.Option("--input-kind", help="What the scores are; probabilities may be exactly zero."),
+    ] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Scores to balanced labels: stage 2 of the loop, and useful alone.
+
+    Every row gets one of K clusters so that all clusters have the same size and the
+    scores of the chosen cells are as high as they can be.
+    """
+    from sela_cli.labels import LabelSettings, label_stage, plan, summary, warning
+    from sela_cli.terminal import Terminal
+
+    settings = LabelSettings(
+        **given(
+            lamb=lamb,
+            tol=tol,
+            max_iter=max_iter,
+            marginal=marginal,
+            assign=assign,
+            input_kind=input_kind,
+            seed=seed,
+        )
+    )
+    terminal = Terminal(quiet, as_json, stdout_taken="-" in (output, csv))
+    if dry_run:
+        shown = plan(logits, settings)
+        terminal.result(shown, f"would label {shown['rows']} rows, heads {shown['heads']}, to {output}")
+        return
+    with terminal.progress("label") as progress:
+        labels = label_stage(
+            logits, output, settings, init=init, csv_path=csv, force=force, progress=progress
+        )
+    values, text = summary(labels, output)
+    terminal.result(values, text)
+    if problem := warning(labels, output):
+        raise problem

@@ -1,0 +1,152 @@
+"""`sela run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sela_cli.options import (
+    Arch,
+    AssignChoice,
+    Aug,
+    BatchSize,
+    Data,
+    Device,
+    Download,
+    DryRun,
+    Dtype,
+    Epochs,
+    Force,
+    Heads,
+    ImageSize,
+    Json,
+    Lamb,
+    Limit,
+    Lr,
+    LrFactor,
+    LrMilestones,
+    LrSchedule,
+    Marginal,
+    MaxIter,
+    Momentum,
+    Precision,
+    PresetChoice,
+    Quiet,
+    RelabelChoice,
+    SkipBad,
+    Store,
+    Tol,
+    WeightDecay,
+    device_name,
+    fractions,
+    given,
+)
+
+EXAMPLES = """Examples: sela run --data digits --out runs/demo.
+sela run --data photos/ --out runs/photos --arch resnet18 --heads 128x10 --epochs 100 --opts 50"""
+
+
+def run(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run.")],
+    preset: Annotated[
+        PresetChoice | None,
+        typer.Option("--preset", help="Named settings; 'digits' is implied by --data digits."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--no-resume", help="Go on with an unfinished run of these settings."),
+    ] = True,
+    arch: Arch = None,
+    heads: Heads = None,
+    image_size: ImageSize = None,
+    opts: Annotated[
+        int | None, typer.Option("--opts", min=0, help="How often to relabel (the paper's #opts).")
+    ] = None,
+    relabel: Annotated[
+        RelabelChoice | None, typer.Option("--relabel", help="Spacing of the relabelling positions.")
+    ] = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    lr_schedule: LrSchedule = None,
+    lr_milestones: LrMilestones = None,
+    lr_factor: LrFactor = None,
+    momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    aug: Aug = None,
+    precision: Precision = None,
+    lamb: Lamb = None,
+    tol: Tol = None,
+    max_iter: MaxIter = None,
+    marginal: Marginal = None,
+    assign: Annotated[
+        AssignChoice | None, typer.Option("--assign", help="How labels are taken from the solve.")
+    ] = None,
+    store: Store = None,
+    dtype: Dtype = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.")] = None,
+    limit: Limit = None,
+    skip_bad: SkipBad = False,
+    download: Download = False,
+    device: Device = "auto",
+    force: Force = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """The whole loop: label, train, label, ... and the result in one folder.
+
+    Writes labels.h5, checkpoint.h5, rounds.csv and, where classes are known, probe.h5.
+    The same command goes on with a run that was stopped.
+    """
+    from sela_cli.images.batches import open_images
+    from sela_cli.loop import Watcher, plan, run, settings_of, text_of
+    from sela_cli.terminal import Terminal
+
+    terminal = Terminal(quiet, as_json)
+    options = given(
+        arch=arch,
+        heads=heads,
+        opts=opts,
+        relabel=relabel,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        lr_schedule=lr_schedule,
+        lr_milestones=fractions(lr_milestones),
+        lr_factor=lr_factor,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        aug=aug,
+        precision=precision,
+        lamb=lamb,
+        tol=tol,
+        max_iter=max_iter,
+        marginal=marginal,
+        assign=assign,
+        store=store,
+        dtype=dtype,
+        seed=seed,
+    )
+    name = preset.value if preset else ("digits" if data == "digits" else None)
+    settings = settings_of(name, image_size, options)
+    with terminal.progress("decode") as progress:
+        images, size = open_images(
+            data,
+            settings.image_size or None,
+            download=download,
+            skip_bad=skip_bad,
+            limit=limit,
+            progress=progress,
+        )
+    settings = settings.at(size)
+    if dry_run:
+        shown, text = plan(images, settings)
+        terminal.result(shown, text)
+        return
+    watcher = Watcher(terminal.progress, terminal.say)
+    summary = run(images, out, settings, watcher, device_name(device), force, resume)
+    terminal.result(summary, text_of(summary))

@@ -1,0 +1,120 @@
+"""`sela train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sela_cli.options import (
+    Arch,
+    Aug,
+    BatchSize,
+    Data,
+    Device,
+    Download,
+    DryRun,
+    Epochs,
+    Force,
+    ImageSize,
+    Json,
+    Limit,
+    Lr,
+    LrFactor,
+    LrMilestones,
+    LrSchedule,
+    Momentum,
+    Output,
+    Precision,
+    Quiet,
+    SkipBad,
+    WeightDecay,
+    device_name,
+    fractions,
+    given,
+)
+
+EXAMPLES = """Examples: sela train --data digits --labels labels.h5 --arch alexnet-small -o first.h5 --epochs 30 --to 2.
+sela train --data digits --labels labels.h5 --checkpoint first.h5 -o next.h5 --to 5"""
+
+
+def train(
+    data: Data,
+    labels: Annotated[str, typer.Option("--labels", "-l", metavar="FILE", help="Labels to learn.")],
+    output: Output,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", "-c", metavar="FILE", help="Go on from here.")
+    ] = None,
+    arch: Arch = None,
+    image_size: ImageSize = None,
+    to: Annotated[
+        float | None,
+        typer.Option("--to", min=0, help="Stop at this epoch of the schedule; default: its end."),
+    ] = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    lr_schedule: LrSchedule = None,
+    lr_milestones: LrMilestones = None,
+    lr_factor: LrFactor = None,
+    momentum: Momentum = None,
+    weight_decay: WeightDecay = None,
+    aug: Aug = None,
+    precision: Precision = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.")] = None,
+    limit: Limit = None,
+    skip_bad: SkipBad = False,
+    download: Download = False,
+    device: Device = "auto",
+    force: Force = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Images and labels to a checkpoint: stage 3 of the loop.
+
+    Starts from --checkpoint, whose training settings hold unless given here, or from a
+    fresh network of --arch, with the labels' clusters as its heads.
+    """
+    from sela_cli import training
+    from sela_cli.terminal import Terminal
+
+    terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
+    options = given(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        lr_schedule=lr_schedule,
+        lr_milestones=fractions(lr_milestones),
+        lr_factor=lr_factor,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        aug=aug,
+        precision=precision,
+        seed=seed,
+    )
+    with terminal.progress("decode") as progress:
+        job = training.prepare(
+            "train",
+            data,
+            labels,
+            output,
+            options,
+            checkpoint=checkpoint,
+            arch=arch,
+            image_size=image_size,
+            limit=limit,
+            skip_bad=skip_bad,
+            download=download,
+            force=force,
+            progress=progress,
+        )
+    shown = job.plan(to)
+    steps = f"steps {shown['from_step']}..{shown['to_step']} of {job.network.arch}"
+    if dry_run:
+        terminal.result(shown, f"would write {output}: {steps}")
+        return
+    with terminal.progress("train") as progress:
+        trained = job.run(to, device_name(device), progress)
+    loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
+    terminal.result(shown | {"loss": loss}, f"wrote {output}: {steps}, loss {loss:.3f}")

@@ -1,0 +1,639 @@
+"""The HDF5 files: constants, checked reading, atomic writing. docs/schema.md is the contract.
+
+N images, K clusters, T heads, D features.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from sela_cli import __version__
+from sela_cli.errors import BadData, CannotCreate, NoInput
+
+FORMAT = "HDF5::SeLa"
+VERSION = 1
+KINDS = ("logits", "labels", "checkpoint", "probe")
+ENVELOPE = (
+    "format",
+    "kind",
+    "format-version",
+    "generated-by",
+    "creation-date",
+    "parameters",
+    "history",
+    "inputs",
+    "dataset-id",
+    "digest",
+)
+LABEL_ATTRIBUTES = (
+    "assign",
+    "lamb",
+    "tol",
+    "residual",
+    "n-iters",
+    "converged",
+    "objective",
+    "lower-bound",
+)
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a file came to be: the command, its resolved options, and what it read."""
+
+    command: str
+    parameters: Mapping[str, Any]
+    inputs: Sequence[Mapping[str, str]] = ()
+    history: Sequence[Mapping[str, Any]] = ()
+    dataset_id: str = ""
+
+    def reading(self, role: str, header: Header) -> Provenance:
+        """The same provenance with one more input and that input's history."""
+        inputs = [*self.inputs, {"role": role, "path": header.path, "digest": header.digest}]
+        history = list(self.history)
+        history += [entry for entry in header.history if entry not in history]
+        return replace(self, inputs=inputs, history=history)
+
+    def reading_foreign(self, role: str, path: str) -> Provenance:
+        """The same provenance with one more input, which has no digest of ours."""
+        return replace(self, inputs=[*self.inputs, {"role": role, "path": path, "digest": ""}])
+
+    def of(self, dataset_id: str) -> Provenance:
+        """The same provenance for these images."""
+        return replace(self, dataset_id=dataset_id)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The root attributes of a file that was read."""
+
+    path: str
+    kind: str
+    digest: str
+    dataset_id: str
+    parameters: dict[str, Any]
+    history: list[dict[str, Any]]
+    inputs: list[dict[str, str]]
+    generated_by: str
+    creation_date: str
+
+
+@dataclass
+class HeadLabels:
+    """One head's part of a labels file; see docs/schema.md for the attributes."""
+
+    labels_N: np.ndarray
+    potentials_K: np.ndarray
+    attributes: dict[str, Any]
+    trace: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def usage_K(self) -> np.ndarray:
+        """Images in each cluster."""
+        return np.bincount(self.labels_N, minlength=len(self.potentials_K))
+
+
+@dataclass
+class Labels:
+    """A labels file."""
+
+    keys: list[str]
+    index_N: np.ndarray
+    heads: list[HeadLabels]
+    header: Header | None = None
+
+    @property
+    def clusters(self) -> list[int]:
+        """K of each head."""
+        return [len(head.potentials_K) for head in self.heads]
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint file: arrays by torch's names, and where training stands."""
+
+    model: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]
+    arch: str
+    image_size: int
+    heads: list[int]
+    step: int
+    epoch: float
+    recipe: dict[str, Any]
+    labels_digest: str = ""
+    losses: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    header: Header | None = None
+
+
+PROBE_DTYPE = np.dtype(
+    [
+        ("layer", "S32"),
+        ("method", "S16"),
+        ("head", "S16"),
+        ("setting", "S64"),
+        ("lr", "f8"),
+        ("epoch", "i8"),
+        ("split", "S32"),
+        ("n", "i8"),
+        ("top1", "f8"),
+        ("top5", "f8"),
+        ("loss", "f8"),
+    ]
+)
+
+
+# ---- identity ---------------------------------------------------------------
+
+
+def dataset_id(keys: Sequence[str]) -> str:
+    """Hash of the ordered image keys."""
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(_key_bytes(key) + b"\0")
+    return "sha256:" + digest.hexdigest()
+
+
+def payload_digest(file: h5py.File) -> str:
+    """Hash of the results in a file: all of it but provenance and times."""
+    digest = hashlib.sha256()
+
+    def add_attributes(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        for key in sorted(item.attrs):
+            if not (name == "" and key in ENVELOPE):
+                text = json.dumps(_plain(item.attrs[key]))
+                digest.update(f"{name}@{key}\0{text}".encode())
+
+    def add(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        if name.rsplit("/", 1)[-1] == "seconds":
+            return
+        add_attributes(name, item)
+        if isinstance(item, h5py.Dataset):
+            digest.update(f"{name}\0{item.dtype.str}\0{json.dumps(item.shape)}\0".encode())
+            for block in _blocks(item):
+                digest.update(np.ascontiguousarray(block).tobytes())
+
+    add_attributes("", file)
+    file.visititems(add)
+    return "sha256:" + digest.hexdigest()
+
+
+def _blocks(dataset: h5py.Dataset) -> Iterator[np.ndarray]:
+    if dataset.ndim == 0:
+        yield np.asarray(dataset[()])
+        return
+    row_bytes = max(1, dataset.dtype.itemsize * math.prod(dataset.shape[1:]))
+    rows = max(1, _CHUNK_BYTES // row_bytes)
+    for start in range(0, dataset.shape[0], rows):
+        yield dataset[start : start + rows]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value
+
+
+def through_json(value: Any) -> Any:
+    """What is read back of a value written to a JSON attribute."""
+    return json.loads(json.dumps(value))
+
+
+def _key_bytes(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
+
+
+# ---- writing ----------------------------------------------------------------
+
+
+def check_output(path: str, force: bool) -> None:
+    """Refuse, before any work is done, an output that could not be written.
+
+    Raises CannotCreate where it exists and `force` is off, or its folder is missing.
+    """
+    if path == "-":
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise CannotCreate(f"{path} is a folder", "name a file")
+    if target.exists() and not force:
+        raise CannotCreate(f"{path} exists", "add --force to replace it")
+    if not target.parent.is_dir():
+        raise CannotCreate(f"{path}: no such folder", f"mkdir -p {target.parent}")
+    if not os.access(target.parent, os.W_OK):
+        raise CannotCreate(f"{path}: its folder is read-only", "choose another --output")
+
+
+@contextmanager
+def replacing(path: str, force: bool = False) -> Iterator[Path]:
+    """Write a file whole or not at all: yields where to write, then moves it to `path`.
+
+    `-` sends it to standard output instead. Raises CannotCreate.
+    """
+    check_output(path, force)
+    folder = Path(tempfile.gettempdir()) if path == "-" else Path(path).resolve().parent
+    name = "stdout" if path == "-" else Path(path).name
+    partial = folder / f".{name}.{os.getpid()}.partial"
+    try:
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+            if path == "-":
+                shutil.copyfileobj(stream, sys.stdout.buffer)
+                sys.stdout.buffer.flush()
+        if path != "-":
+            os.replace(partial, path)
+            _sync_folder(folder)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CannotCreate(f"{path}: {_reason(error)}", "free space, or write elsewhere") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def create(
+    path: str, kind: str, provenance: Provenance, force: bool = False
+) -> Iterator[h5py.File]:
+    """Write one of our files, with its provenance and digest, whole or not at all."""
+    assert kind in KINDS
+    with replacing(path, force) as partial, h5py.File(partial, "w") as file:
+        yield file
+        _seal(file, kind, provenance)
+
+
+def _seal(file: h5py.File, kind: str, provenance: Provenance) -> None:
+    digest = payload_digest(file)
+    own = {"command": provenance.command, "parameters": dict(provenance.parameters)}
+    history = [*provenance.history, {**own, "digest": digest}]
+    file.attrs.update(
+        {
+            "format": FORMAT,
+            "kind": kind,
+            "format-version": VERSION,
+            "generated-by": f"sela-{__version__}",
+            "creation-date": _now(),
+            "parameters": json.dumps(dict(provenance.parameters)),
+            "history": json.dumps(history[-_HISTORY_ENTRIES:]),
+            "inputs": json.dumps([dict(entry) for entry in provenance.inputs]),
+            "dataset-id": provenance.dataset_id,
+            "digest": digest,
+        }
+    )
+
+
+# HDF5 keeps an attribute below 64 KiB, and a long run has thousands of ancestors.
+_HISTORY_ENTRIES = 16
+
+
+def _now() -> str:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    moment = (
+        datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    )
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+
+
+def _write_images(file: h5py.File, keys: Sequence[str], index_N: np.ndarray) -> None:
+    file["index"] = np.asarray(index_N, dtype=np.int64)
+    encoded = np.array([_key_bytes(key) for key in keys])
+    utf8 = h5py.string_dtype("utf-8", encoded.dtype.itemsize)
+    file.create_dataset("keys", data=encoded.astype(utf8))
+
+
+@contextmanager
+def create_logits(
+    path: str,
+    keys: Sequence[str],
+    index_N: np.ndarray,
+    provenance: Provenance,
+    *,
+    columns: Mapping[str, int],
+    dtype: str,
+    heads: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    force: bool = False,
+) -> Iterator[dict[str, h5py.Dataset]]:
+    """Write a logits file; yields its (N, columns) datasets, to be filled by rows.
+
+    `columns` names them: `logits/0`.. (explicit form), or `features` together with
+    `heads`, pairs of weight (K, D) and bias (K,) (factored form).
+    """
+    with create(path, "logits", provenance, force) as file:
+        _write_images(file, keys, index_N)
+        for number, (weight_KD, bias_K) in enumerate(heads):
+            file[f"heads/{number}/weight"] = weight_KD.astype(np.float32)
+            file[f"heads/{number}/bias"] = bias_K.astype(np.float32)
+        yield {
+            name: file.create_dataset(name, (len(keys), width), dtype=dtype)
+            for name, width in columns.items()
+        }
+
+
+def write_labels(path: str, labels: Labels, provenance: Provenance, force: bool = False) -> None:
+    """Write a labels file."""
+    with create(path, "labels", provenance, force) as file:
+        _write_images(file, labels.keys, labels.index_N)
+        file["labels"] = np.stack([head.labels_N for head in labels.heads]).astype(np.int32)
+        for number, head in enumerate(labels.heads):
+            potentials = file.create_dataset(
+                f"potentials/{number}", data=head.potentials_K, dtype=np.float64
+            )
+            potentials.attrs.update({name: head.attributes[name] for name in LABEL_ATTRIBUTES})
+            file[f"usage/{number}"] = head.usage_K.astype(np.int64)
+            for name, values in head.trace.items():
+                file[f"trace/{number}/{name}"] = values
+
+
+def write_checkpoint(
+    path: str, checkpoint: Checkpoint, provenance: Provenance, force: bool = False
+) -> None:
+    """Write a checkpoint file."""
+    with create(path, "checkpoint", provenance, force) as file:
+        for group, arrays in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
+            file.create_group(group)
+            for name, array in arrays.items():
+                file[f"{group}/{name}"] = array
+        file["losses"] = checkpoint.losses
+        file.attrs.update(
+            {
+                "arch": checkpoint.arch,
+                "image-size": checkpoint.image_size,
+                "heads": json.dumps(checkpoint.heads),
+                "step": checkpoint.step,
+                "epoch": checkpoint.epoch,
+                "recipe": json.dumps(checkpoint.recipe),
+                "labels-digest": checkpoint.labels_digest,
+            }
+        )
+
+
+def write_probe(
+    path: str, rows: Sequence[Mapping[str, Any]], provenance: Provenance, force: bool = False
+) -> None:
+    """Write a probe file, one row a measurement."""
+    assert PROBE_DTYPE.names is not None
+    table = np.array(
+        [tuple(row[name] for name in PROBE_DTYPE.names) for row in rows], dtype=PROBE_DTYPE
+    )
+    with create(path, "probe", provenance, force) as file:
+        file["results"] = table
+
+
+# ---- reading ----------------------------------------------------------------
+
+
+def spool(stream: Any) -> str:
+    """Copy a pipe into a temporary file, since HDF5 has to seek. Returns its path."""
+    with tempfile.NamedTemporaryFile(prefix="sela-stdin-", delete=False) as copy:
+        shutil.copyfileobj(stream, copy)
+    return copy.name
+
+
+@contextmanager
+def open_hdf5(path: str, shown: str = "") -> Iterator[h5py.File]:
+    """Open any HDF5 file for reading; errors name it `shown`.
+
+    Raises NoInput where it is missing, BadData where it is damaged or something else.
+    """
+    shown = shown or path
+    if not os.path.exists(path):
+        raise NoInput(f"{shown}: no such file")
+    if os.path.isdir(path):
+        raise BadData(f"{shown} is a folder, not an HDF5 file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            raise NoInput(f"{shown}: permission denied", f"chmod u+r {shown}") from error
+        raise _damaged(shown, error) from error
+    with file:
+        yield file
+
+
+def _damaged(path: str, error: Exception) -> BadData:
+    problem = "truncated" if "truncated" in str(error) else "damaged or not HDF5"
+    return BadData(f"{path}: {problem}", "write it again")
+
+
+@contextmanager
+def open_file(path: str, *kinds: str) -> Iterator[tuple[h5py.File, Header]]:
+    """Open one of our files (`-`: standard input) of one of `kinds` (any, if none is given).
+
+    Raises NoInput and BadData, the latter also where reading it inside the block fails.
+    """
+    actual = spool(sys.stdin.buffer) if path == "-" else path
+    try:
+        with open_hdf5(actual, path) as file:
+            header = read_header_of(path, file)
+            if kinds and header.kind not in kinds:
+                wanted = " or ".join(kinds)
+                raise BadData(f"{path} holds {header.kind}, but {wanted} is needed here")
+            try:
+                yield file, header
+            except (OSError, RuntimeError, KeyError) as error:
+                raise _damaged(path, error) from error
+    finally:
+        if path == "-":
+            os.unlink(actual)
+
+
+def is_ours(file: h5py.File) -> bool:
+    """Whether an open HDF5 file was written by sela."""
+    return bool(file.attrs.get("format") == FORMAT)
+
+
+def read_header_of(path: str, file: h5py.File) -> Header:
+    """The root attributes of an open file, which errors call `path`."""
+    if not is_ours(file):
+        raise BadData(f"{path} is HDF5 but not a sela file (attribute 'format' is missing)")
+    try:
+        version = int(file.attrs["format-version"])
+        if version > VERSION:
+            raise BadData(
+                f"{path} has format-version {version}, this release reads up to {VERSION}",
+                f"it was written by {file.attrs['generated-by']}: pip install -U sela",
+            )
+        text = {name: str(file.attrs[name]) for name in ENVELOPE if name != "format-version"}
+        header = Header(
+            path=path,
+            kind=text["kind"],
+            digest=text["digest"],
+            dataset_id=text["dataset-id"],
+            parameters=json.loads(text["parameters"]),
+            history=json.loads(text["history"]),
+            inputs=json.loads(text["inputs"]),
+            generated_by=text["generated-by"],
+            creation_date=text["creation-date"],
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadData(f"{path}: bad root attributes ({error})") from error
+    if header.kind not in KINDS:
+        raise BadData(f"{path}: unknown kind {header.kind!r}")
+    return header
+
+
+def dataset(
+    path: str, file: h5py.File, name: str, shape: Sequence[int | None], kinds: str = "f"
+) -> h5py.Dataset:
+    """The named dataset, checked: its rank, its fixed extents, its dtype's kind (NumPy's letter).
+
+    Raises BadData naming file and dataset.
+    """
+    item = file.get(name)
+    if not isinstance(item, h5py.Dataset):
+        raise BadData(f"{path}: dataset '{name}' is missing")
+    if item.dtype.kind not in kinds:
+        raise BadData(f"{path}: dataset '{name}' has dtype {item.dtype}, which can't be used here")
+    fits = len(shape) == item.ndim and all(
+        want is None or want == have for want, have in zip(shape, item.shape, strict=True)
+    )
+    if not fits:
+        wanted = tuple("any" if extent is None else extent for extent in shape)
+        raise BadData(f"{path}: dataset '{name}' has shape {item.shape}, not {wanted}")
+    return item
+
+
+def _array(
+    path: str, file: h5py.File, name: str, shape: Sequence[int | None], kinds: str
+) -> np.ndarray:
+    return np.asarray(dataset(path, file, name, shape, kinds)[()])
+
+
+def read_header(path: str) -> Header:
+    """The root attributes alone."""
+    with open_file(path) as (_, header):
+        return header
+
+
+def describe(path: str) -> dict[str, Any]:
+    """What `sela info` shows: the header, then every dataset and payload attribute."""
+    with open_file(path) as (file, header):
+        datasets: dict[str, str] = {}
+        attributes = {
+            name: _plain(value) for name, value in file.attrs.items() if name not in ENVELOPE
+        }
+
+        def add(name: str, item: h5py.Group | h5py.Dataset) -> None:
+            if isinstance(item, h5py.Dataset):
+                datasets[name] = f"{item.shape} {item.dtype}"
+            for key, value in item.attrs.items():
+                attributes[f"{name}@{key}"] = _plain(value)
+
+        file.visititems(add)
+    return {
+        "file": path,
+        "kind": header.kind,
+        "digest": header.digest,
+        "dataset-id": header.dataset_id,
+        "generated-by": header.generated_by,
+        "creation-date": header.creation_date,
+        "command": header.history[-1]["command"] if header.history else "",
+        "parameters": header.parameters,
+        "inputs": header.inputs,
+        "datasets": datasets,
+        "attributes": attributes,
+    }
+
+
+def read_images(path: str, file: h5py.File) -> tuple[list[str], np.ndarray]:
+    """The keys and index that `logits` and `labels` name their rows with."""
+    raw = dataset(path, file, "keys", (None,), "SO")[()]
+    keys = [bytes(key).decode("utf-8", "surrogateescape") for key in raw]
+    return keys, _array(path, file, "index", (len(keys),), "iu")
+
+
+def read_labels(path: str) -> Labels:
+    """Read a labels file. Raises BadData where a part is missing or does not fit."""
+    with open_file(path, "labels") as (file, header):
+        keys, index_N = read_images(path, file)
+        labels_TN = _array(path, file, "labels", (None, len(keys)), "iu")
+        heads = []
+        for number, labels_N in enumerate(labels_TN):
+            potentials = dataset(path, file, f"potentials/{number}", (None,))
+            if labels_N.size and not 0 <= labels_N.min() <= labels_N.max() < len(potentials):
+                raise BadData(
+                    f"{path}: dataset 'labels', head {number}: a label is outside 0..{len(potentials) - 1}"
+                )
+            missing = [name for name in LABEL_ATTRIBUTES if name not in potentials.attrs]
+            if missing:
+                raise BadData(f"{path}: 'potentials/{number}' lacks attribute {missing[0]}")
+            trace = file.get(f"trace/{number}", {})
+            heads.append(
+                HeadLabels(
+                    labels_N=labels_N,
+                    potentials_K=potentials[()],
+                    attributes={name: _plain(potentials.attrs[name]) for name in LABEL_ATTRIBUTES},
+                    trace={name: values[()] for name, values in trace.items()},
+                )
+            )
+        if not heads:
+            raise BadData(f"{path}: dataset 'labels' has no head")
+        return Labels(keys, index_N, heads, header)
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """Read a checkpoint file. Raises BadData where a part is missing."""
+    with open_file(path, "checkpoint") as (file, header):
+        groups: dict[str, dict[str, np.ndarray]] = {}
+        for group in ("model", "optimizer"):
+            if group not in file:
+                raise BadData(f"{path}: group '{group}' is missing")
+            groups[group] = {name: item[()] for name, item in file[group].items()}
+        try:
+            return Checkpoint(
+                model=groups["model"],
+                optimizer=groups["optimizer"],
+                arch=str(file.attrs["arch"]),
+                image_size=int(file.attrs["image-size"]),
+                heads=[int(clusters) for clusters in json.loads(file.attrs["heads"])],
+                step=int(file.attrs["step"]),
+                epoch=float(file.attrs["epoch"]),
+                recipe=json.loads(file.attrs["recipe"]),
+                labels_digest=str(file.attrs["labels-digest"]),
+                losses=_array(path, file, "losses", (None,), "f"),
+                header=header,
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise BadData(f"{path}: bad checkpoint attributes ({error})") from error
+
+
+def read_probe(path: str) -> list[dict[str, Any]]:
+    """Read a probe file as one dictionary a row."""
+    with open_file(path, "probe") as (file, _):
+        table = _array(path, file, "results", (None,), "V")
+    names = table.dtype.names or ()
+    rows = [dict(zip(names, (_plain(value) for value in row), strict=True)) for row in table]
+    return [
+        {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()} for row in rows
+    ]

@@ -1,0 +1,1 @@
+"""Images: where they come from (`sources`), batches of them (`batches`), `augment`."""

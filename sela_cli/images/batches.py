@@ -1,0 +1,137 @@
+"""Decoded images of one size: in memory where they fit, else decoded batch by batch.
+
+N images, n images of a batch, S stored side in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sela_cli import formats
+from sela_cli.errors import BadData
+from sela_cli.images.sources import Source, open_source
+
+# Images of up to this side are taken as they are, by networks with the small stem.
+SMALL = 64
+_MEMORY_BYTES = 4 << 30
+
+
+class Images:
+    """Square uint8 images, each known by its key. Batches are (n, 3, S, S), uint8."""
+
+    def __init__(self, source: Source, side: int, rows: np.ndarray) -> None:
+        self.source = source
+        self.side = side
+        self.index_N = rows
+        self.keys = [source.keys[row] for row in rows]
+        self.truth_N = None if source.truth_N is None else source.truth_N[rows]
+        self.classes = source.classes
+        self.dataset_id = formats.dataset_id(self.keys)
+        self._held: Tensor | None = None
+        self._pool = ThreadPoolExecutor(os.cpu_count())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def spec(self) -> str:
+        """How the user named them."""
+        return self.source.spec
+
+    def batch(self, rows_n: Tensor) -> Tensor:
+        """The images of these positions, (n, 3, S, S), uint8."""
+        if self._held is not None:
+            return self._held[rows_n]
+        return self._decode(self.index_N[rows_n.numpy()])
+
+    def subset(self, rows: np.ndarray) -> Images:
+        """Some of the images, in the given order."""
+        part = Images(self.source, self.side, self.index_N[rows])
+        part._held = None if self._held is None else self._held[torch.from_numpy(rows)]
+        return part
+
+    def hold(self, progress: Callable[[int, int, str], None]) -> None:
+        """Decode everything now and keep it, if it fits."""
+        if len(self) * 3 * self.side**2 > _MEMORY_BYTES:
+            return
+        held = torch.empty((len(self), 3, self.side, self.side), dtype=torch.uint8)
+        for start in range(0, len(self), 1024):
+            held[start : start + 1024] = self._decode(self.index_N[start : start + 1024])
+            progress(min(start + 1024, len(self)), len(self), "decoding")
+        self._held = held
+
+    def _decode(self, numbers_n: np.ndarray) -> Tensor:
+        squares = self._pool.map(lambda number: square(self.source.image(number), self.side), numbers_n)
+        return torch.from_numpy(np.stack(list(squares))).permute(0, 3, 1, 2).contiguous()
+
+
+def square(image: np.ndarray, side: int) -> np.ndarray:
+    """Resize the shorter edge to `side` and cut the centre: side x side x 3, uint8."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    if (height, width) == (side, side):
+        return image
+    scale = side / min(height, width)
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    resized = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return np.asarray(resized.crop((left, top, left + side, top + side)))
+
+
+def stored_side(native: int, image_size: int) -> int:
+    """Side at which images wait for a network of `image_size`.
+
+    Large networks cut 7/8 of an image (224 of 256); small images are kept as they are and
+    scaled with the batch, which costs no memory.
+    """
+    if image_size <= SMALL:
+        return image_size
+    wanted = image_size * 8 // 7
+    return min(native, wanted) if native <= SMALL else wanted
+
+
+def open_images(
+    spec: str,
+    image_size: int | None,
+    *,
+    download: bool = False,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> tuple[Images, int]:
+    """Open `spec` for a network of `image_size` (None: 32 for small images, else 224).
+
+    Returns the images and the image size. `limit` keeps that many, evenly spread.
+    `skip_bad` reads every image once to leave out those that can't be read, and raises
+    BadData only if none is left.
+    """
+    source = open_source(spec, download)
+    rows = np.arange(len(source))
+    if limit is not None and limit < len(rows):
+        rows = np.linspace(0, len(rows) - 1, limit).round().astype(np.int64)
+    if skip_bad:
+        rows = np.array([row for row in rows if _readable(source, int(row))], dtype=np.int64)
+        if not len(rows):
+            raise BadData(f"{spec}: none of its images can be read")
+    first = source.image(int(rows[0]))
+    native = min(first.shape[:2])
+    if image_size is None:
+        image_size = 32 if native <= SMALL else 224
+    images = Images(source, stored_side(native, image_size), rows)
+    images.hold(progress)
+    return images, image_size
+
+
+def _readable(source: Source, row: int) -> bool:
+    try:
+        source.image(row)
+    except BadData:
+        return False
+    return True

@@ -1,0 +1,293 @@
+"""Where images come from: a SPEC becomes keys and a function that decodes one image.
+
+Labels are never needed here; a source that happens to know classes offers them as `truth`.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import h5py
+import numpy as np
+
+from sela_cli import formats
+from sela_cli.errors import BadData, NoInput, UsageError
+
+SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_HDF5_SUFFIXES = (".h5", ".hdf5")
+_LIST_SUFFIXES = (".txt", ".lst", ".tsv")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images by number. `decode(i)` gives height x width x 3, uint8, of any size."""
+
+    spec: str
+    keys: list[str]
+    decode: Callable[[int], np.ndarray]
+    truth_N: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def image(self, number: int) -> np.ndarray:
+        """One image; raises BadData naming its key where it can't be read."""
+        try:
+            return self.decode(number)
+        except (OSError, ValueError, SyntaxError, EOFError, ImportError) as error:
+            raise BadData(
+                f"{self.spec}: image '{self.keys[number]}' can't be read ({error})",
+                "--skip-bad leaves such images out",
+            ) from error
+
+
+def open_source(spec: str, download: bool = False) -> Source:
+    """The images that `spec` names; see `sela embed --help` for its forms.
+
+    Raises NoInput where nothing is there, BadData where it holds no image.
+    """
+    source = _open(spec, download)
+    if not len(source):
+        raise BadData(f"{spec}: no image in it", f"known endings: {' '.join(sorted(SUFFIXES))}")
+    if len(set(source.keys)) != len(source):
+        raise BadData(f"{spec}: an image is named twice; every image needs a key of its own")
+    return source
+
+
+def _open(spec: str, download: bool) -> Source:
+    if spec == "digits":
+        return _digits()
+    name, colon, root = spec.partition(":")
+    if colon and name in _TORCHVISION:
+        return _torchvision(spec, name, root, download)
+    path, _, inner = spec.partition("::")
+    if not os.path.exists(path):
+        known = "digits, a folder, a tar, a text list, an HDF5 file, " + ", ".join(
+            f"{name}:ROOT" for name in _TORCHVISION
+        )
+        raise NoInput(f"{spec}: no such file or folder", f"--data takes {known}")
+    if os.path.isdir(path):
+        return _folder(spec)
+    lower = path.lower()
+    if lower.endswith(_TAR_SUFFIXES):
+        return _tar(spec)
+    if lower.endswith(_HDF5_SUFFIXES):
+        return _hdf5(spec, path, inner)
+    if lower.endswith(_LIST_SUFFIXES):
+        return _list(spec)
+    raise BadData(f"{spec}: not a folder, tar, HDF5 file or text list (.txt)")
+
+
+def _rgb(file: Any) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _classes_of(names: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    classes, truth_N = np.unique(names, return_inverse=True)
+    return truth_N.astype(np.int64), tuple(str(name) for name in classes)
+
+
+def _with_folder_classes(source: Source) -> Source:
+    """The first folder of each key is its class, if every key has one and there are several."""
+    parts = [PurePosixPath(key).parts for key in source.keys]
+    depth = 0
+    while parts and all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
+        depth += 1
+    if not parts or any(len(p) <= depth + 1 for p in parts):
+        return source
+    truth_N, classes = _classes_of([p[depth] for p in parts])
+    return replace(source, truth_N=truth_N, classes=classes)
+
+
+def _digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # Sixteen grey levels, spread over 0..255.
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    return Source(
+        "digits",
+        [f"digits/{number:04d}" for number in range(len(images))],
+        lambda number: np.repeat(images[number][:, :, None], 3, axis=2),
+        bunch.target.astype(np.int64),
+        tuple(str(name) for name in bunch.target_names),
+    )
+
+
+def _folder(spec: str) -> Source:
+    root = Path(spec)
+    keys = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders.sort()
+        base = Path(folder).relative_to(root)
+        keys += [
+            (base / name).as_posix() for name in files if Path(name).suffix.lower() in SUFFIXES
+        ]
+    keys.sort()
+    return _with_folder_classes(Source(spec, keys, lambda number: _rgb(root / keys[number])))
+
+
+def _list(spec: str) -> Source:
+    """A path a line, relative to the list; a tab and a class may follow."""
+    text = Path(spec).read_text(encoding="utf-8", errors="surrogateescape")
+    entries = [line.split("\t") for line in text.splitlines() if line.strip() and line[0] != "#"]
+    keys = [entry[0].strip() for entry in entries]
+    root = Path(spec).parent
+    source = Source(spec, keys, lambda number: _rgb(root / keys[number]))
+    if entries and all(len(entry) > 1 for entry in entries):
+        truth_N, classes = _classes_of([entry[1].strip() for entry in entries])
+        return replace(source, truth_N=truth_N, classes=classes)
+    return source
+
+
+def _tar(spec: str) -> Source:
+    """Members are read where they lie and never extracted."""
+    try:
+        with tarfile.open(spec) as archive:
+            members = [
+                member
+                for member in archive
+                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES
+            ]
+            members.sort(key=lambda member: member.name)
+            # Only an uncompressed tar can be read at random; others are held as they are, encoded.
+            plain = spec.lower().endswith(".tar")
+            held = [] if plain else [_member_bytes(archive, member) for member in members]
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise BadData(f"{spec}: not a readable tar ({error})") from error
+    handle = open(spec, "rb") if plain else None  # noqa: SIM115 (lives as long as the source)
+    lock = threading.Lock()
+
+    def decode(number: int) -> np.ndarray:
+        if handle is None:
+            return _rgb(BytesIO(held[number]))
+        with lock:
+            handle.seek(members[number].offset_data)
+            data = handle.read(members[number].size)
+        return _rgb(BytesIO(data))
+
+    return _with_folder_classes(Source(spec, [member.name for member in members], decode))
+
+
+def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream = archive.extractfile(member)
+    assert stream is not None
+    return stream.read()
+
+
+def _hdf5(spec: str, path: str, inner: str) -> Source:
+    """uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W); `keys` and `labels` (N,) beside it are used."""
+    with formats.open_hdf5(path) as file:
+        names = [inner.lstrip("/")] if inner else _image_datasets(file)
+        if len(names) != 1:
+            raise BadData(
+                f"{spec}: {len(names)} datasets could be images ({', '.join(names[:5])})",
+                f"name one: {path}::DATASET",
+            )
+        item = file.get(names[0])
+        if not _could_be_images(item):
+            raise BadData(f"{spec}: dataset '{names[0]}' is not uint8 images")
+        shape = item.shape
+        keys = [f"{names[0]}/{number:07d}" for number in range(shape[0])]
+        if "keys" in file and file["keys"].shape == (shape[0],):
+            keys = [bytes(key).decode("utf-8", "surrogateescape") for key in file["keys"][()]]
+        truth_N = None
+        if "labels" in file and file["labels"].shape == (shape[0],):
+            truth_N = file["labels"][()].astype(np.int64)
+    handle = h5py.File(path, "r")
+    images = handle[names[0]]
+    lock = threading.Lock()
+
+    def decode(number: int) -> np.ndarray:
+        with lock:
+            image = images[number]
+        if image.ndim == 2:
+            return np.repeat(image[:, :, None], 3, axis=2)
+        return image if shape[-1] == 3 else image.transpose(1, 2, 0)
+
+    classes = tuple(str(c) for c in np.unique(truth_N)) if truth_N is not None else ()
+    return Source(spec, keys, decode, truth_N, classes)
+
+
+def _could_be_images(item: Any) -> bool:
+    return (
+        isinstance(item, h5py.Dataset)
+        and item.dtype == np.uint8
+        and (item.ndim == 3 or (item.ndim == 4 and 3 in (item.shape[1], item.shape[3])))
+    )
+
+
+def _image_datasets(file: h5py.File) -> list[str]:
+    names: list[str] = []
+    file.visititems(lambda name, item: names.append(name) if _could_be_images(item) else None)
+    return names
+
+
+# Name -> (torchvision class, keyword of the split, its default, the values it takes).
+_TORCHVISION: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "cifar10": ("CIFAR10", "train", {"train": True, "test": False}),
+    "cifar100": ("CIFAR100", "train", {"train": True, "test": False}),
+    "mnist": ("MNIST", "train", {"train": True, "test": False}),
+    "fashion-mnist": ("FashionMNIST", "train", {"train": True, "test": False}),
+    "svhn": ("SVHN", "split", {"train": "train", "test": "test", "extra": "extra"}),
+    "stl10": (
+        "STL10",
+        "split",
+        {"train": "train", "test": "test", "unlabeled": "unlabeled", "all": "train+unlabeled"},
+    ),
+    "voc2007": (
+        "VOCDetection",
+        "image_set",
+        {"trainval": "trainval", "train": "train", "val": "val", "test": "test"},
+    ),
+    "imagenet": ("ImageNet", "split", {"train": "train", "val": "val"}),
+}
+
+
+def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
+    """`name:ROOT`, or `name:ROOT@SPLIT`; the first split of the table is the default."""
+    from torchvision import datasets
+
+    class_name, keyword, splits = _TORCHVISION[name]
+    base, at, split = root.rpartition("@")
+    if not at or split not in splits:
+        base, split = root, next(iter(splits))
+        if at and os.sep not in root.rpartition("@")[2] and not os.path.exists(root):
+            raise UsageError(f"{spec}: split is one of {', '.join(splits)}")
+    options = {keyword: splits[split]}
+    if name == "voc2007":
+        options["year"] = "2007-test" if split == "test" else "2007"
+    if name != "imagenet":
+        options["download"] = download
+    try:
+        data = getattr(datasets, class_name)(base, **options)
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        mend = "" if download or name == "imagenet" else "--download fetches it"
+        raise NoInput(f"{spec}: {reason}", mend) from error
+    if name == "imagenet":
+        keys = [Path(path).relative_to(data.root).as_posix() for path, _ in data.samples]
+    elif name == "voc2007":
+        keys = [f"{split}/{Path(path).name}" for path in data.images]
+    else:
+        keys = [f"{split}/{number:06d}" for number in range(len(data))]
+    labels = getattr(data, "targets", getattr(data, "labels", None))
+    truth_N = None if labels is None else np.asarray(labels, dtype=np.int64)
+    if truth_N is not None and (truth_N < 0).any():
+        truth_N = None
+    classes = tuple(str(c) for c in getattr(data, "classes", ()))
+    return Source(
+        spec, keys, lambda number: np.asarray(data[number][0].convert("RGB")), truth_N, classes
+    )

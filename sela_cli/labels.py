@@ -1,0 +1,337 @@
+"""Stage 2: logits -> labels. Reads a score matrix, solves each head, writes a labels file.
+
+N rows (images), K clusters, n rows of one tile, T heads.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from sela_cli import assignment, formats, interrupt, metrics, sinkhorn
+from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
+from sela_cli.formats import HeadLabels, Labels, Provenance
+from sela_cli.scores import Matrix, Scores, open_scores
+
+ASSIGN_KINDS = ("balanced", "argmax", "random")
+INPUT_KINDS = ("logits", "probabilities")
+
+# A megabyte of float64: small enough to stay in the cache between the operations on it.
+_TILE_ELEMENTS = 1 << 17
+# A moved row may lose this share of the mean cost more than it must.
+_SLACK = 1e-4
+# Stands for a probability of exactly zero, so that any row can still go anywhere.
+_LEAST_PROBABILITY = float(np.finfo(np.float64).tiny)
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """Options of the label solve; see `sela label --help`."""
+
+    lamb: float = 25.0
+    tol: float = 1e-4
+    max_iter: int = 2000
+    marginal: str = "uniform"
+    assign: str = "balanced"
+    input_kind: str = "logits"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises UsageError where an option has no meaning."""
+        if not self.lamb > 0:
+            raise UsageError(f"--lamb {self.lamb} must be positive")
+        if not self.tol > 0:
+            raise UsageError(f"--tol {self.tol} must be positive")
+        if self.max_iter < 1:
+            raise UsageError(f"--max-iter {self.max_iter} must be at least 1")
+        if self.assign not in ASSIGN_KINDS:
+            raise UsageError(f"--assign {self.assign} is none of {', '.join(ASSIGN_KINDS)}")
+        if self.input_kind not in INPUT_KINDS:
+            raise UsageError(f"--input-kind {self.input_kind} is none of {', '.join(INPUT_KINDS)}")
+
+
+@dataclass(frozen=True)
+class ScoreRows:
+    """A matrix as float64 rows for the solver, every value checked as it is read."""
+
+    matrix: Matrix
+    path: str
+    input_kind: str = "logits"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.matrix.shape
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """All rows in order, as (number of the tile's first row, tile_nK)."""
+        count, clusters = self.shape
+        size = max(1, _TILE_ELEMENTS // clusters)
+        for start in range(0, count, size):
+            which = np.arange(start, min(start + size, count))
+            yield start, self._checked(self.matrix.read(slice(start, start + size)), which)
+
+    def take(self, rows_n: np.ndarray) -> Tensor:
+        """The named rows, (n, K)."""
+        return self._checked(self.matrix.read(rows_n), rows_n)
+
+    def _checked(self, block_nK: np.ndarray, which_n: np.ndarray) -> Tensor:
+        tile_nK = torch.from_numpy(np.array(block_nK, dtype=np.float64))
+        if self.input_kind == "probabilities":
+            bad_n = (tile_nK < 0).any(1) | ~(tile_nK.sum(1) > 0) | tile_nK.isinf().any(1)
+            problem = "not probabilities (negative, all zero, NaN or infinite)"
+            mend = "leave out --input-kind if these are logits"
+        else:
+            bad_n = ~tile_nK.isfinite().all(1)
+            problem = "NaN or infinite"
+            mend = "mend or drop the row; zeros among probabilities need --input-kind probabilities"
+        if bad_n.any():
+            row = int(which_n[int(bad_n.nonzero()[0, 0])])
+            raise BadData(f"{self.path}: '{self.matrix.name}', row {row}: {problem}", mend)
+        if self.input_kind == "probabilities":
+            tile_nK = tile_nK.clamp_(min=_LEAST_PROBABILITY).log_()
+        return tile_nK
+
+
+def marginal(spec: str, clusters: int) -> Tensor:
+    """Wanted share of each cluster, float64, positive, sums to 1.
+
+    `uniform`; `zipf:S`, r_k ~ (k + 1)^-S; `gaussian:S`, shares normally distributed about
+    1/K with standard deviation S/K (quantiles, cut at a hundredth of 1/K); or the path of
+    K weights (.npy, or text).
+    """
+    name, _, parameter = spec.partition(":")
+    k = np.arange(clusters)
+    if name in ("zipf", "gaussian"):
+        try:
+            spread = float(parameter)
+        except ValueError:
+            raise UsageError(f"--marginal {spec}: '{parameter}' is not a number") from None
+        if name == "zipf":
+            weights_K = (k + 1.0) ** -spread
+        else:
+            weights_K = np.maximum(1 + spread * norm.ppf((k + 0.5) / clusters), 0.01)
+    elif spec == "uniform":
+        weights_K = np.ones(clusters)
+    else:
+        weights_K = _weights_of_file(spec)
+        if weights_K.shape != (clusters,):
+            raise BadData(f"{spec}: {weights_K.size} weights for {clusters} clusters")
+    if not (np.isfinite(weights_K).all() and (weights_K > 0).all()):
+        raise BadData(f"--marginal {spec}: weights must be positive and finite")
+    return torch.from_numpy(weights_K / weights_K.sum())
+
+
+def _weights_of_file(path: str) -> np.ndarray:
+    if not Path(path).is_file():
+        raise NoInput(f"--marginal {path}: neither uniform, zipf:S, gaussian:S nor a file")
+    try:
+        if path.endswith(".npy"):
+            return np.load(path, allow_pickle=False).astype(np.float64).ravel()
+        return np.loadtxt(path, dtype=np.float64, ndmin=1).ravel()
+    except ValueError as error:
+        raise BadData(f"{path}: not a list of numbers ({error})") from error
+
+
+def label_stage(
+    spec: str,
+    output: str,
+    settings: LabelSettings,
+    *,
+    init: str | None = None,
+    csv_path: str | None = None,
+    force: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> Labels:
+    """Label the scores that `spec` names and write `output`; see docs/schema.md.
+
+    `init`: labels file whose potentials the solve starts from. Whether all heads reached
+    the tolerance is for the caller to see: `warning`.
+    """
+    settings.check()
+    for path in (output, csv_path):
+        if path:
+            formats.check_output(path, force)
+    provenance = Provenance("label", asdict(settings))
+    with open_scores(spec) as scores:
+        if scores.header:
+            provenance = provenance.reading("logits", scores.header)
+        else:
+            provenance = provenance.reading_foreign("scores", spec)
+        start = formats.read_labels(init) if init else None
+        if start and start.header:
+            provenance = provenance.reading("init", start.header)
+        labels = label(scores, spec, settings, start, progress)
+        provenance = provenance.of(scores.dataset_id)
+    formats.write_labels(output, labels, provenance, force)
+    if csv_path:
+        write_csv(csv_path, labels, force)
+    return labels
+
+
+def warning(labels: Labels, output: str) -> StoppedEarly | None:
+    """What to raise or to say if a head did not converge."""
+    residuals = [
+        head.attributes["residual"] for head in labels.heads if not head.attributes["converged"]
+    ]
+    if not residuals:
+        return None
+    return StoppedEarly(
+        f"{output}: {len(residuals)} of {len(labels.heads)} heads did not converge (residual "
+        f"{max(residuals):.2g}, asked for {labels.heads[0].attributes['tol']:g}); labels are written",
+        f"go on with --init {output}, or a larger --max-iter or --tol",
+    )
+
+
+def plan(spec: str, settings: LabelSettings) -> dict[str, Any]:
+    """What a dry run shows."""
+    settings.check()
+    with open_scores(spec) as scores:
+        return {
+            "rows": len(scores.keys),
+            "heads": [matrix.shape[1] for matrix in scores.heads],
+            "settings": asdict(settings),
+            "tile_rows": [max(1, _TILE_ELEMENTS // matrix.shape[1]) for matrix in scores.heads],
+        }
+
+
+def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
+    """The result of `sela label`, as JSON values and as text."""
+    heads = []
+    lines = [f"{output}: {len(labels.keys)} rows"]
+    for number, head in enumerate(labels.heads):
+        values = metrics.sizes(head) | head.attributes
+        values["gap"] = values["objective"] - values["lower-bound"]
+        heads.append(values)
+        line = f"head {number}: {values['clusters']} clusters of {values['smallest']}..{values['largest']}"
+        if values["assign"] != "random":
+            line += (
+                f", objective {values['objective']:.4f} (bound {values['lower-bound']:.4f}), residual "
+                f"{values['residual']:.1e} in {values['n-iters']} passes"
+            )
+        lines.append(line)
+    return {"output": output, "rows": len(labels.keys), "heads": heads}, "\n".join(lines)
+
+
+def label(
+    scores: Scores,
+    path: str,
+    settings: LabelSettings,
+    init: Labels | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> Labels:
+    """Solve every head of `scores`; `path` is how errors name it."""
+    if init and len(init.heads) != len(scores.heads):
+        raise BadData(
+            f"--init has {len(init.heads)} heads, {path} has {len(scores.heads)}", "drop --init"
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    heads = []
+    for number, matrix in enumerate(scores.heads):
+        count, clusters = matrix.shape
+        if count == 0 or clusters == 0:
+            raise BadData(f"{path}: '{matrix.name}' has shape {matrix.shape}: nothing to label")
+        if clusters > count:
+            raise BadData(
+                f"{path}: '{matrix.name}' has {clusters} clusters for {count} images",
+                "use at most as many clusters as images",
+            )
+        rows = ScoreRows(matrix, path, settings.input_kind)
+        if settings.assign == "random":
+            heads.append(_random_head(count, clusters, generator))
+            continue
+        init_K = None
+        if init:
+            init_K = torch.from_numpy(init.heads[number].potentials_K)
+            if len(init_K) != clusters:
+                raise BadData(f"--init head {number} has {len(init_K)} clusters, not {clusters}")
+        name = f"head {number + 1}/{len(scores.heads)}"
+        heads.append(_solve_head(rows, settings, init_K, name, progress))
+    return Labels(scores.keys, scores.index_N, heads)
+
+
+def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadLabels:
+    nan = float("nan")
+    values = ("random", nan, nan, nan, 0, True, nan, nan)
+    return HeadLabels(
+        labels_N=assignment.random_balanced(count, clusters, generator),
+        potentials_K=np.zeros(clusters),
+        attributes=dict(zip(formats.LABEL_ATTRIBUTES, values, strict=True)),
+    )
+
+
+def _solve_head(
+    rows: ScoreRows,
+    settings: LabelSettings,
+    init_K: Tensor | None,
+    name: str,
+    progress: Callable[[int, int, str], None],
+) -> HeadLabels:
+    marginal_K = marginal(settings.marginal, rows.shape[1])
+    bounds = assignment.size_bounds(rows.shape[0], marginal_K.numpy())
+    solution = sinkhorn.solve(
+        rows,
+        marginal_K,
+        settings.lamb,
+        settings.tol,
+        settings.max_iter,
+        init_K,
+        progress=lambda step: progress(
+            step.iteration, settings.max_iter, f"{name} residual {step.residual:.1e}"
+        ),
+        stop=interrupt.requested,
+    )
+    prices_K = solution.potentials_K / settings.lamb
+    if settings.assign == "balanced":
+        sharp_K = assignment.sharpen(rows, marginal_K, solution.potentials_K, settings.lamb)
+        slack = _SLACK * assignment.objective(rows, assignment.argmax(rows, sharp_K))
+        labels_N, prices_K = assignment.balanced(
+            rows,
+            sharp_K,
+            bounds,
+            slack,
+            progress=lambda left: progress(0, 0, f"{name} {left} rows to move"),
+        )
+    else:
+        labels_N = assignment.argmax(rows, prices_K)
+    trace = {
+        field: np.array(values)
+        for field, values in zip(sinkhorn.Step._fields, zip(*solution.trace, strict=True), strict=True)
+    }
+    return HeadLabels(
+        labels_N=labels_N,
+        potentials_K=solution.potentials_K.numpy(),
+        attributes={
+            "assign": settings.assign,
+            "lamb": settings.lamb,
+            "tol": settings.tol,
+            "residual": solution.residual,
+            "n-iters": len(solution.trace),
+            "converged": solution.converged,
+            "objective": assignment.objective(rows, labels_N),
+            "lower-bound": assignment.lower_bound(rows, prices_K, bounds),
+        },
+        trace=trace,
+    )
+
+
+def write_csv(path: str, labels: Labels, force: bool = False) -> None:
+    """One line an image: its key, then the label of each head. Written whole or not at all."""
+    with (
+        formats.replacing(path, force) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
+    ):
+        writer = csv.writer(stream)
+        count = len(labels.heads)
+        names = ["label"] if count == 1 else [f"label_{number}" for number in range(count)]
+        writer.writerow(["key", *names])
+        columns = [head.labels_N.tolist() for head in labels.heads]
+        writer.writerows(zip(labels.keys, *columns, strict=True))

@@ -1,0 +1,200 @@
+"""Option types that several commands share. Imports nothing heavy: --help must be quick."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="SPEC",
+        help="Images: 'digits' (embedded), a folder (with or without class subfolders), a .tar, "
+        "a text list (.txt), an HDF5 of images (FILE or FILE::/DATASET), or NAME:ROOT[@SPLIT] "
+        "with NAME one of cifar10, cifar100, mnist, fashion-mnist, svhn, stl10, voc2007, imagenet.",
+    ),
+]
+Output = Annotated[
+    str, typer.Option("--output", "-o", metavar="FILE", help="File to write; '-' is standard output.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and results only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", "-n", help="Print the plan: shapes, sizes, settings. Write nothing.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that can't be read.")]
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch a NAME:ROOT data set where torchvision can.")
+]
+Limit = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Use so many images, evenly spread.")
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images a batch.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(
+        "--image-size", min=16, help="Side of the network's input; default 32 for small images, else 224."
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch", help="alexnet, alexnet-small, resnet18, resnet34, resnet50 or resnet50-v2."
+    ),
+]
+Heads = Annotated[
+    str | None,
+    typer.Option("--heads", help="Clusters of each head: 128x10 (ten heads of 128) or 128,256."),
+]
+Epochs = Annotated[float | None, typer.Option("--epochs", min=0, help="Length of training.")]
+Lr = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start.")]
+LrSchedule = Annotated[
+    str | None, typer.Option("--lr-schedule", help="step (the paper's), cosine or constant.")
+]
+LrMilestones = Annotated[
+    str | None,
+    typer.Option(
+        "--lr-milestones", metavar="F,F..", help="Fractions of the epochs at which step lowers the rate."
+    ),
+]
+LrFactor = Annotated[
+    float | None, typer.Option("--lr-factor", help="What step multiplies the rate by.")
+]
+Momentum = Annotated[float | None, typer.Option("--momentum", help="SGD momentum.")]
+WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="SGD weight decay.")]
+Aug = Annotated[
+    str | None,
+    typer.Option("--aug", help="Augmentation: paper, imagenet, crop, crop-flip or none."),
+]
+
+
+class PrecisionChoice(StrEnum):
+    """Arithmetic of the network."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class DtypeChoice(StrEnum):
+    """Storage of logits and features."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+class StoreChoice(StrEnum):
+    """Form of a logits file."""
+
+    logits = "logits"
+    features = "features"
+
+
+class AssignChoice(StrEnum):
+    """How potentials become labels."""
+
+    balanced = "balanced"
+    argmax = "argmax"
+    random = "random"
+
+
+class InputKindChoice(StrEnum):
+    """What the scores are."""
+
+    logits = "logits"
+    probabilities = "probabilities"
+
+
+class RelabelChoice(StrEnum):
+    """Spacing of the relabelling positions."""
+
+    quadratic = "quadratic"
+    linear = "linear"
+
+
+class MethodChoice(StrEnum):
+    """Probes."""
+
+    linear = "linear"
+    knn = "knn"
+    both = "both"
+
+
+class PresetChoice(StrEnum):
+    """Named settings; see sela_cli/presets.py."""
+
+    imagenet_alexnet = "imagenet-alexnet"
+    imagenet_resnet50 = "imagenet-resnet50"
+    cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    svhn = "svhn"
+    digits = "digits"
+
+
+Precision = Annotated[
+    PrecisionChoice | None,
+    typer.Option("--precision", help="Arithmetic of the network: bfloat16 is often faster."),
+]
+Dtype = Annotated[DtypeChoice | None, typer.Option("--dtype", help="Storage of logits or features.")]
+Store = Annotated[
+    StoreChoice | None,
+    typer.Option("--store", help="Logits, or features and heads: smaller with many heads."),
+]
+Lamb = Annotated[
+    float | None,
+    typer.Option("--lamb", help="Lambda, inverse of the entropic regularisation: larger is sharper."),
+]
+Tol = Annotated[
+    float | None,
+    typer.Option("--tol", help="Residual to reach: share of the images by which soft sizes are off."),
+]
+MaxIter = Annotated[int | None, typer.Option("--max-iter", min=1, help="Iterations at most.")]
+Marginal = Annotated[
+    str | None,
+    typer.Option(
+        "--marginal", metavar="KIND", help="Cluster sizes: uniform, zipf:S, gaussian:S or a file of K weights."
+    ),
+]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given (not None), choices as plain strings."""
+    return {
+        name: value.value if isinstance(value, StrEnum) else value
+        for name, value in options.items()
+        if value is not None
+    }
+
+
+def fractions(text: str | None) -> tuple[float, ...] | None:
+    """`0.6,0.8` as numbers; a usage error otherwise."""
+    return None if text is None else tuple(numbers(text))
+
+
+def numbers(text: str) -> list[float]:
+    """`200,50,10` as numbers; a usage error otherwise."""
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError:
+        raise typer.BadParameter(f"{text}: write numbers such as 200,50,10") from None
+
+
+def device_name(device: str) -> str:
+    """A torch device for `auto`, cpu, cuda, cuda:N; a usage error where there is none such."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return device
+

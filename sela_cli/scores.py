@@ -1,0 +1,198 @@
+"""Score matrices to be labelled, from our logits files or from anybody's arrays.
+
+N rows (images), K columns (clusters), T heads, D features. Rows are read in blocks, so
+that a matrix may be larger than memory; contiguous HDF5 and .npy are memory-mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import h5py
+import numpy as np
+
+from sela_cli import formats
+from sela_cli.errors import BadData, NoInput
+
+_MAGIC = {b"\x89HDF": "hdf5", b"\x93NUM": "npy", b"PK\x03\x04": "npz"}
+_SUFFIXES = {".h5": "hdf5", ".hdf5": "hdf5", ".npy": "npy", ".npz": "npz", ".safetensors": "safetensors"}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """N x K scores of one head. `read` takes a slice or an ascending array of rows."""
+
+    shape: tuple[int, int]
+    read: Callable[[slice | np.ndarray], np.ndarray]
+    name: str
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a file offers to be labelled: its heads, and who its rows are."""
+
+    heads: list[Matrix]
+    keys: list[str]
+    index_N: np.ndarray
+    header: formats.Header | None
+
+    @property
+    def dataset_id(self) -> str:
+        """Hash of the ordered row keys."""
+        return self.header.dataset_id if self.header else formats.dataset_id(self.keys)
+
+
+@contextmanager
+def open_scores(spec: str) -> Iterator[Scores]:
+    """Open `FILE`, `FILE::NAME` or `-` (standard input): HDF5, .npy, .npz or safetensors.
+
+    `NAME` is a dataset or array of the file; without it our logits files give all their
+    heads, other files their only 2-D array. Raises NoInput and BadData.
+    """
+    path, _, name = spec.partition("::")
+    with ExitStack() as stack:
+        actual = path
+        if path == "-":
+            actual = formats.spool(sys.stdin.buffer)
+            stack.callback(os.unlink, actual)
+        if not os.path.exists(actual):
+            raise NoInput(f"{path}: no such file")
+        if os.path.isdir(actual):
+            raise BadData(f"{path} is a folder; labelling needs a matrix", "sela embed --data makes one")
+        openers = {
+            "hdf5": _open_hdf5,
+            "npy": _open_npy,
+            "npz": _open_npz,
+            "safetensors": _open_safetensors,
+        }
+        yield openers[_kind_of(actual)](stack, path, actual, name)
+
+
+def _kind_of(path: str) -> str:
+    with open(path, "rb") as stream:
+        magic = stream.read(4)
+    if not magic:
+        raise BadData(f"{path} is empty")
+    return _MAGIC.get(magic) or _SUFFIXES.get(os.path.splitext(path)[1].lower(), "safetensors")
+
+
+def _open_hdf5(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
+    file = stack.enter_context(formats.open_hdf5(actual, path))
+    if not formats.is_ours(file):
+        return _anonymous(_of_dataset(path, file, name or _only_matrix(path, file)))
+    header = formats.read_header_of(path, file)
+    if header.kind != "logits":
+        raise BadData(f"{path} holds {header.kind}, but logits are needed here")
+    keys, index_N = formats.read_images(path, file)
+    if name:
+        heads = [_of_dataset(path, file, name)]
+    elif "features" in file:
+        heads = _factored(path, file)
+    else:
+        count = len(file.get("logits", ()))
+        heads = [_of_dataset(path, file, f"logits/{number}") for number in range(count)]
+    if not heads:
+        raise BadData(f"{path}: neither 'logits/0' nor 'features' is there")
+    for head in heads:
+        if head.shape[0] != len(keys):
+            raise BadData(f"{path}: dataset '{head.name}' has {head.shape[0]} rows for {len(keys)} keys")
+    return Scores(heads, keys, index_N, header)
+
+
+def _only_matrix(path: str, file: h5py.File) -> str:
+    found: list[str] = []
+
+    def collect(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(item, h5py.Dataset) and item.ndim == 2 and item.dtype.kind in "fiu":
+            found.append(name)
+
+    file.visititems(collect)
+    return _only(path, found)
+
+
+def _only(path: str, names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise BadData(f"{path}: there is no 2-D array of numbers in it")
+    raise BadData(f"{path} holds several arrays ({', '.join(names[:5])})", f"name one: {path}::{names[0]}")
+
+
+def _of_dataset(path: str, file: h5py.File, name: str) -> Matrix:
+    item = formats.dataset(path, file, name.lstrip("/"), (None, None), "fiu")
+    # Contiguous data is mapped: HDF5's own read copies, at a third of the speed.
+    offset = item.id.get_offset() if item.chunks is None and item.size else None
+    if offset is not None and item.dtype.isnative:
+        mapped = np.memmap(file.filename, item.dtype, "r", offset, item.shape)
+        return Matrix(item.shape, lambda rows: np.asarray(mapped[rows]), item.name)
+    return Matrix(item.shape, lambda rows: np.asarray(item[rows]), item.name)
+
+
+def _factored(path: str, file: h5py.File) -> list[Matrix]:
+    features = _of_dataset(path, file, "features")
+    rows, width = features.shape
+    heads = []
+    for number in range(len(file.get("heads", ()))):
+        weight_KD = formats.dataset(path, file, f"heads/{number}/weight", (None, width))[()]
+        bias_K = formats.dataset(path, file, f"heads/{number}/bias", (len(weight_KD),))[()]
+
+        def read(
+            which: slice | np.ndarray, weight_KD: np.ndarray = weight_KD, bias_K: np.ndarray = bias_K
+        ) -> np.ndarray:
+            return features.read(which).astype(np.float32) @ weight_KD.T + bias_K
+
+        heads.append(Matrix((rows, len(weight_KD)), read, f"features x heads/{number}"))
+    return heads
+
+
+def _open_npy(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
+    try:
+        array = np.load(actual, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise BadData(f"{path}: not a readable .npy array ({error})") from error
+    return _of_array(path, array, "array")
+
+
+def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
+    try:
+        archive = stack.enter_context(np.load(actual, allow_pickle=False))
+        name = name or _only(path, list(archive.files))
+        if name not in archive.files:
+            raise BadData(f"{path}: there is no array '{name}'", f"it holds {', '.join(archive.files)}")
+        array = archive[name]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise BadData(f"{path}: not a readable .npz archive ({error})") from error
+    return _of_array(path, array, name)
+
+
+def _open_safetensors(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        tensors = stack.enter_context(safe_open(actual, framework="np"))
+        name = name or _only(path, list(tensors.keys()))
+        if name not in tensors.keys():  # noqa: SIM118 (not a mapping)
+            raise BadData(f"{path}: there is no tensor '{name}'")
+        array = tensors.get_tensor(name)
+    except (SafetensorError, json.JSONDecodeError, OSError, TypeError) as error:
+        raise BadData(f"{path}: not HDF5, .npy, .npz or safetensors ({error})") from error
+    return _of_array(path, array, name)
+
+
+def _of_array(path: str, array: np.ndarray, name: str) -> Scores:
+    if array.dtype.kind not in "fiu":
+        raise BadData(f"{path}: '{name}' has dtype {array.dtype}, scores are numbers")
+    if array.ndim != 2:
+        raise BadData(f"{path}: '{name}' has shape {array.shape}, scores are N x K")
+    return _anonymous(Matrix(array.shape, lambda rows: np.asarray(array[rows]), name))
+
+
+def _anonymous(matrix: Matrix) -> Scores:
+    rows = matrix.shape[0]
+    return Scores([matrix], [str(row) for row in range(rows)], np.arange(rows), None)

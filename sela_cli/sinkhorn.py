@@ -1,0 +1,138 @@
+"""The label solve: entropic optimal transport of N rows to K clusters, in its semi-dual.
+
+N rows (images), K columns (clusters), n rows of one tile.
+
+With log-probabilities logp_NK, marginal r_K and lambda, the K potentials a minimise the
+convex F(a) = mean_i logsumexp_k(lambda logp_ik + a_k) - sum_k r_k a_k, whose gradient is
+s(a) - r with s_k = mean_i softmax_k(lambda logp_i + a). The transport plan is then
+Q_ik = softmax_k(lambda logp_i + a) / N. One read of the matrix gives F and s.
+Sources: SeLa (Asano, Rupprecht, Vedaldi, ICLR 2020) eq. 5-6; Cuturi 2013; Genevay 2016.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Below this a mean of float64 softmax entries may have lost terms to underflow.
+_UNDERFLOW = 1e-250
+
+
+class Rows(Protocol):
+    """An N x K matrix of finite scores in float64, read in tiles of rows.
+
+    Scores are log-probabilities up to a constant of each row: logits will do.
+    """
+
+    shape: tuple[int, int]
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """All rows in order, as (number of the tile's first row, tile_nK)."""
+        ...
+
+    def take(self, rows_n: np.ndarray) -> Tensor:
+        """The named rows, (n, K); `rows_n` is ascending."""
+        ...
+
+
+class Step(NamedTuple):
+    """Where an iteration stands."""
+
+    iteration: int
+    residual: float
+    objective: float
+    seconds: float
+
+
+class Solution(NamedTuple):
+    """What `solve` found: potentials of mean zero, and whether to trust them."""
+
+    potentials_K: Tensor
+    residual: float
+    converged: bool
+    trace: list[Step]
+
+
+def solve(
+    rows: Rows,
+    marginal_K: Tensor,
+    lamb: float,
+    tol: float,
+    max_iter: int,
+    init_K: Tensor | None = None,
+    progress: Callable[[Step], None] = lambda step: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Solution:
+    """Sinkhorn-Knopp in the log domain: a <- a + log r - log s(a).
+
+    `marginal_K`: positive, sums to 1, float64. `init_K`: potentials to start from, else
+    zeros. Ends when the residual, 0.5 sum_k |s_k - r_k|, is at most `tol`, after
+    `max_iter` reads of the matrix, or when `stop()` holds. Never raises for want of
+    convergence: see `Solution.converged`.
+    """
+    log_marginal_K = marginal_K.log()
+    a_K = torch.zeros_like(marginal_K) if init_K is None else init_K.clone()
+    offset = lamb * mean_log_probability_of_best(rows)
+    trace: list[Step] = []
+    start = time.monotonic()
+    while True:
+        log_s_K, mean_logsumexp = soft_sizes(rows, lamb, a_K)
+        residual = 0.5 * float((log_s_K.exp() - marginal_K).abs().sum())
+        objective = offset + mean_logsumexp - float(marginal_K @ a_K)
+        trace.append(Step(len(trace) + 1, residual, objective, time.monotonic() - start))
+        progress(trace[-1])
+        if residual <= tol or len(trace) >= max_iter or stop():
+            return Solution(a_K - a_K.mean(), residual, residual <= tol, trace)
+        a_K = a_K + log_marginal_K - log_s_K
+        a_K -= a_K.mean()
+
+
+def soft_sizes(rows: Rows, lamb: float, a_K: Tensor) -> tuple[Tensor, float]:
+    """log s_K(a), and mean_i logsumexp_k(lambda (score_ik - max score_i) + a_k), in one read.
+
+    A cluster that no row wants has an s below the smallest float64; its logarithm is then
+    taken in the log domain in a second read, so that it is finite for finite scores and
+    the cluster can recover.
+    """
+    count = rows.shape[0]
+    s_K = torch.zeros_like(a_K)
+    total = 0.0
+    for _, tile_nK in rows.tiles():
+        z_nK = _scaled(tile_nK, lamb, a_K)
+        top_n = z_nK.amax(1)
+        e_nK = z_nK.sub_(top_n[:, None]).exp_()
+        sum_n = e_nK.sum(1)
+        s_K += sum_n.reciprocal() @ e_nK
+        total += float((top_n + sum_n.log()).sum())
+    log_s_K = (s_K / count).log()
+    dead = (s_K / count < _UNDERFLOW).nonzero()[:, 0]
+    if len(dead):
+        log_s_K[dead] = _log_sizes(rows, lamb, a_K, dead)
+    return log_s_K, total / count
+
+
+def mean_log_probability_of_best(rows: Rows) -> float:
+    """mean_i max_k logp_ik, the logarithm of softmax being taken over the row's scores."""
+    total = 0.0
+    for _, tile_nK in rows.tiles():
+        total -= float(torch.logsumexp(tile_nK - tile_nK.amax(1, keepdim=True), 1).sum())
+    return total / rows.shape[0]
+
+
+def _log_sizes(rows: Rows, lamb: float, a_K: Tensor, columns: Tensor) -> Tensor:
+    logs = torch.full((len(columns),), -torch.inf, dtype=a_K.dtype)
+    for _, tile_nK in rows.tiles():
+        z_nK = _scaled(tile_nK, lamb, a_K)
+        log_q = z_nK[:, columns] - torch.logsumexp(z_nK, 1, keepdim=True)
+        logs = torch.logaddexp(logs, torch.logsumexp(log_q, 0))
+    return logs - np.log(rows.shape[0])
+
+
+def _scaled(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
+    """lambda (score - row maximum) + a; the shift keeps huge logits exact."""
+    return (tile_nK - tile_nK.amax(1, keepdim=True)).mul_(lamb).add_(a_K)

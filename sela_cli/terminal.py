@@ -1,0 +1,102 @@
+"""What the user sees: progress and messages on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+Progress = Callable[[int, int, str], None]
+_PLAIN_SECONDS = 30.0
+
+
+class Terminal:
+    """`quiet` leaves only errors and results; `as_json` makes the result one JSON object.
+
+    `stdout_taken`: a file is being written to stdout, so the result goes to stderr.
+    """
+
+    def __init__(self, quiet: bool = False, as_json: bool = False, stdout_taken: bool = False) -> None:
+        self.quiet, self.as_json = quiet, as_json
+        self._results = sys.stderr if stdout_taken else sys.stdout
+
+    def say(self, text: str) -> None:
+        """A message, to stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def result(self, values: Mapping[str, Any], text: str = "") -> None:
+        """The command's result: `values` as JSON with --json, else `text`."""
+        if self.as_json:
+            print(json.dumps(_finite(values)), file=self._results, flush=True)
+        elif text and not (self.quiet and self._results is sys.stderr):
+            print(text, file=self._results, flush=True)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Progress]:
+        """A callback (done, total, note): a bar on a terminal, else a line every 30 s."""
+        if self.quiet:
+            yield lambda done, total, note: None
+        elif sys.stderr.isatty():
+            with _bar(title) as update:
+                yield update
+        else:
+            yield _lines(title)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Progress]:
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("{task.speed:.0f}/s", table_column=None),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[note]}"),
+    )
+    with bars.Progress(*_known_speed(columns, bars), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, note="")
+        yield lambda done, total, note: bar.update(
+            task, completed=done, total=total or None, note=note
+        )
+
+
+def _known_speed(columns: tuple[Any, ...], bars: Any) -> list[Any]:
+    """The rate is unknown at first; rich would print None."""
+
+    class Rate(bars.ProgressColumn):  # type: ignore[misc, name-defined]
+        def render(self, task: Any) -> str:
+            return f"{task.speed:.0f}/s" if task.speed else ""
+
+    return [*columns[:3], Rate(), *columns[4:]]
+
+
+def _lines(title: str) -> Progress:
+    last = time.monotonic()
+
+    def update(done: int, total: int, note: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PLAIN_SECONDS:
+            last = time.monotonic()
+            count = f"{done}/{total}" if total else ""
+            print(" ".join(filter(None, (f"{title}:", count, note))), file=sys.stderr, flush=True)
+
+    return update

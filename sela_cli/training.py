@@ -1,0 +1,394 @@
+"""Stage 3: images + labels -> checkpoint. Cross-entropy on fixed labels, mean over the heads.
+
+N images, n of a batch, K clusters, T heads. A position is a number of epochs, a step one
+batch. Every random draw is a function of the seed and of the epoch or step it is for, so
+that a checkpoint (weights, momentum, step) is all that is needed to go on exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sela_cli import formats, interrupt, schedule
+from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
+from sela_cli.formats import Checkpoint, Labels, Provenance
+from sela_cli.images.augment import AUGMENTATIONS, random_view
+from sela_cli.images.batches import Images, open_images
+from sela_cli.networks import Network, build
+
+PRECISIONS = ("float32", "bfloat16")
+_SAVE_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Training settings; the defaults are the paper's for ImageNet.
+
+    `lr_milestones` are fractions of `epochs`. `rotation` adds RotNet's task: a four-way
+    head on the image turned by 0, 90, 180 and 270 degrees, its loss added with weight 1.
+    """
+
+    epochs: float = 400.0
+    batch_size: int = 256
+    lr: float = 0.05
+    lr_schedule: str = "step"
+    lr_milestones: tuple[float, ...] = (0.375, 0.75, 0.875)
+    lr_factor: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-5
+    aug: str = "imagenet"
+    precision: str = "float32"
+    seed: int = 0
+    rotation: bool = False
+
+    def check(self) -> None:
+        """Raises UsageError where an option has no meaning."""
+        for option, value, known in (
+            ("--aug", self.aug, tuple(AUGMENTATIONS)),
+            ("--precision", self.precision, PRECISIONS),
+            ("--lr-schedule", self.lr_schedule, schedule.LR_KINDS),
+        ):
+            if value not in known:
+                raise UsageError(f"{option} {value} is none of {', '.join(known)}")
+        if self.epochs < 0 or self.batch_size < 1 or self.lr <= 0:
+            raise UsageError("--epochs, --batch-size and --lr must be positive")
+
+    @classmethod
+    def of(cls, *layers: dict[str, Any]) -> Recipe:
+        """Defaults, overridden by each layer in turn; None and foreign names are passed over."""
+        known = {field.name for field in fields(cls)}
+        recipe = cls()
+        for layer in layers:
+            recipe = replace(recipe, **{k: v for k, v in layer.items() if k in known and v is not None})
+        return replace(recipe, lr_milestones=tuple(recipe.lr_milestones))
+
+    def steps_per_epoch(self, count: int) -> int:
+        """Whole batches of `count` images; what is left over waits for the next epoch's order."""
+        return max(1, count // self.batch_size)
+
+    def steps(self, position: float, count: int) -> int:
+        """Steps done at `position` epochs."""
+        return schedule.step_at(position, self.steps_per_epoch(count))
+
+    def lr_at(self, step: int, count: int) -> float:
+        """Learning rate of a step."""
+        return schedule.learning_rate(
+            step / self.steps_per_epoch(count),
+            self.epochs,
+            self.lr,
+            self.lr_schedule,
+            [fraction * self.epochs for fraction in self.lr_milestones],
+            self.lr_factor,
+        )
+
+
+class Trainer:
+    """A network in training: the weights, their momentum, and the step they are at."""
+
+    def __init__(self, network: Network, recipe: Recipe, device: str = "cpu") -> None:
+        self.network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.recipe, self.device = recipe, device
+        self.step = 0
+        self.losses: list[float] = []
+        self.labels_digest = ""
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+        )
+
+    def run(self, images: Images, labels_TN: Sequence[Tensor], to_step: int, after: Callable[[], None]) -> None:
+        """Train to `to_step`; `after` is called after every step."""
+        recipe, count = self.recipe, len(images)
+        per_epoch = recipe.steps_per_epoch(count)
+        batch_size = min(recipe.batch_size, count)
+        augmentation = AUGMENTATIONS[recipe.aug]
+        self.network.train()
+        order, order_epoch = torch.empty(0), -1
+        while self.step < to_step:
+            epoch, place = divmod(self.step, per_epoch)
+            if epoch != order_epoch:
+                order = torch.randperm(count, generator=_generator(recipe.seed, "order", epoch))
+                order_epoch = epoch
+            rows = order[place * batch_size : (place + 1) * batch_size]
+            generator = _generator(recipe.seed, "view", self.step)
+            view = random_view(
+                images.batch(rows).to(self.device), self.network.image_size, augmentation, generator
+            )
+            # Dropout draws from the global generator.
+            torch.manual_seed(_seed(recipe.seed, "dropout", self.step))
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.lr_at(self.step, count)
+            loss = self._loss(view, [labels_N[rows].to(self.device) for labels_N in labels_TN])
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.losses.append(float(loss.detach()))
+            if not math.isfinite(self.losses[-1]):
+                raise SelaError(
+                    f"the loss is {self.losses[-1]} at step {self.step}", "try a smaller --lr"
+                )
+            self.step += 1
+            after()
+
+    def _loss(self, view: Tensor, labels_Tn: list[Tensor]) -> Tensor:
+        count = len(view)
+        if self.recipe.rotation:
+            view = torch.cat([view.rot90(turns, (2, 3)) for turns in range(4)])
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            features = self.network.trunk(view.contiguous(memory_format=torch.channels_last))
+            logits_TnK = [head(features[:count]) for head in self.network.heads]
+            turned = self.network.rotation(features) if self.network.rotation else None
+        losses = [
+            functional.cross_entropy(logits_nK.float(), labels_n)
+            for logits_nK, labels_n in zip(logits_TnK, labels_Tn, strict=True)
+        ]
+        loss = torch.stack(losses).mean()
+        if turned is not None:
+            turns = torch.arange(4, device=view.device).repeat_interleave(count)
+            loss = loss + functional.cross_entropy(turned.float(), turns)
+        return loss
+
+    def checkpoint(self, count: int) -> Checkpoint:
+        """Everything that is needed to go on, for a collection of `count` images."""
+        momentum = {}
+        for name, parameter in self.network.named_parameters():
+            buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None:
+                momentum[name] = buffer.cpu().numpy()
+        return Checkpoint(
+            model=self.network.arrays(),
+            optimizer=momentum,
+            arch=self.network.arch,
+            image_size=self.network.image_size,
+            heads=self.network.clusters,
+            step=self.step,
+            epoch=self.step / self.recipe.steps_per_epoch(count),
+            recipe=asdict(self.recipe),
+            labels_digest=self.labels_digest,
+            losses=np.array(self.losses, dtype=np.float32),
+        )
+
+    def restore(self, checkpoint: Checkpoint, path: str) -> None:
+        """Take up where a checkpoint stands. Raises BadData where it does not fit."""
+        self.network.load_arrays(checkpoint.model, path)
+        self.step, self.losses = checkpoint.step, checkpoint.losses.tolist()
+        parameters = dict(self.network.named_parameters())
+        for name, buffer in checkpoint.optimizer.items():
+            if name not in parameters or parameters[name].shape != buffer.shape:
+                raise BadData(f"{path}: momentum of '{name}' does not fit network {checkpoint.arch}")
+            momentum = torch.from_numpy(buffer).to(parameters[name].device)
+            like = torch.empty_like(parameters[name]).copy_(momentum)
+            self.optimizer.state[parameters[name]]["momentum_buffer"] = like
+
+
+def _seed(seed: int, purpose: str, number: int) -> int:
+    text = f"{seed}/{purpose}/{number}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
+
+
+def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_seed(seed, purpose, number))
+
+
+def network_of(checkpoint: Checkpoint, path: str) -> Network:
+    """The network of a checkpoint, with its weights."""
+    rotation = bool(checkpoint.recipe.get("rotation"))
+    network = build(checkpoint.arch, checkpoint.image_size, checkpoint.heads, 0, rotation)
+    network.load_arrays(checkpoint.model, path)
+    return network
+
+
+def check_labels(images: Images, labels: Labels, network: Network) -> None:
+    """Refuse labels of other images or of another network's heads. Raises BadData."""
+    assert labels.header is not None
+    path = labels.header.path
+    if labels.clusters != network.clusters:
+        raise BadData(
+            f"{path} has heads {labels.clusters}, the network has {network.clusters}",
+            "label the logits of this network, or start a fresh one with `sela retrain`",
+        )
+    if labels.header.dataset_id != images.dataset_id:
+        raise BadData(
+            f"{path} labels {len(labels.keys)} images that are not the {len(images)} of "
+            f"{images.spec} (dataset-id differs)",
+            "embed and label this data first",
+        )
+
+
+def train_stage(
+    images: Images,
+    labels: Labels,
+    network: Network,
+    output: str,
+    recipe: Recipe,
+    *,
+    command: str = "train",
+    start: Checkpoint | None = None,
+    to: float | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> Checkpoint:
+    """Train to position `to` (epochs; default: the recipe's end) and write a checkpoint.
+
+    `start`: the checkpoint to go on from, else `network` as it is. A signal saves the
+    state beside `output` and raises StoppedEarly; the same call then goes on from there.
+    """
+    recipe.check()
+    formats.check_output(output, force)
+    check_labels(images, labels, network)
+    assert labels.header is not None
+    trainer = Trainer(network, recipe, device)
+    provenance = Provenance(command, asdict(recipe) | {"to": to}, dataset_id=images.dataset_id)
+    provenance = provenance.reading("labels", labels.header)
+    if start:
+        assert start.header is not None
+        provenance = provenance.reading("checkpoint", start.header)
+        trainer.restore(start, start.header.path)
+    from_digest = start.header.digest if start and start.header else ""
+    saved = _Saved(output, from_digest, labels.header.digest, asdict(recipe))
+    saved.restore(trainer)
+    trainer.labels_digest = labels.header.digest
+    first, last = trainer.step, recipe.steps(recipe.epochs if to is None else to, len(images))
+    if last < first:
+        raise UsageError(f"--to {to} lies before the checkpoint's epoch {start.epoch if start else 0}")
+    last_save = time.monotonic()
+
+    def after() -> None:
+        nonlocal last_save
+        progress(trainer.step - first, last - first, f"loss {trainer.losses[-1]:.3f}")
+        stop = interrupt.requested() and trainer.step < last
+        if stop or time.monotonic() - last_save > _SAVE_SECONDS:
+            saved.write(trainer.checkpoint(len(images)))
+            last_save = time.monotonic()
+        if stop:
+            raise StoppedEarly(f"stopped at step {trainer.step} of {last}, state saved", "run it again")
+
+    labels_TN = [torch.from_numpy(head.labels_N.astype(np.int64)) for head in labels.heads]
+    trainer.run(images, labels_TN, last, after)
+    checkpoint = trainer.checkpoint(len(images))
+    formats.write_checkpoint(output, checkpoint, provenance, force)
+    saved.remove()
+    return checkpoint
+
+
+class _Saved:
+    """The state of an unfinished training, beside its output; only the same call takes it up."""
+
+    def __init__(self, output: str, start: str, labels: str, recipe: dict[str, Any]) -> None:
+        self.path = Path(f"{output}.unfinished") if output != "-" else None
+        self.identity = {"start": start, "labels": labels, "recipe": recipe}
+
+    def restore(self, trainer: Trainer) -> None:
+        if self.path is None or not self.path.exists():
+            return
+        checkpoint = formats.read_checkpoint(str(self.path))
+        assert checkpoint.header is not None
+        # Through JSON, as the file's was: tuples become lists.
+        if checkpoint.header.parameters == formats.through_json(self.identity):
+            trainer.restore(checkpoint, str(self.path))
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        if self.path is not None:
+            provenance = Provenance("train (unfinished)", self.identity)
+            formats.write_checkpoint(str(self.path), checkpoint, provenance, force=True)
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+@dataclass
+class Job:
+    """A training as the command line asks for it, checked and ready to run."""
+
+    command: str
+    images: Images
+    labels: Labels
+    network: Network
+    output: str
+    recipe: Recipe
+    start: Checkpoint | None
+    force: bool
+
+    def run(
+        self, to: float | None, device: str, progress: Callable[[int, int, str], None]
+    ) -> Checkpoint:
+        """Do it; see `train_stage`."""
+        return train_stage(
+            self.images,
+            self.labels,
+            self.network,
+            self.output,
+            self.recipe,
+            command=self.command,
+            start=self.start,
+            to=to,
+            device=device,
+            force=self.force,
+            progress=progress,
+        )
+
+    def plan(self, to: float | None) -> dict[str, Any]:
+        """What a dry run shows."""
+        first = self.start.step if self.start else 0
+        goal = self.recipe.epochs if to is None else to
+        parameters = sum(parameter.numel() for parameter in self.network.parameters())
+        return {
+            "output": self.output,
+            "images": len(self.images),
+            "arch": self.network.arch,
+            "image_size": self.network.image_size,
+            "heads": self.network.clusters,
+            "parameters": parameters,
+            "megabytes": 8 * parameters / 1e6,
+            "from_step": first,
+            "to_step": self.recipe.steps(goal, len(self.images)),
+            "recipe": asdict(self.recipe),
+        }
+
+
+def prepare(
+    command: str,
+    data: str,
+    labels_path: str,
+    output: str,
+    options: dict[str, Any],
+    *,
+    checkpoint: str | None = None,
+    arch: str | None = None,
+    image_size: int | None = None,
+    force: bool = False,
+    **opening: Any,
+) -> Job:
+    """Open everything that `sela train` and `sela retrain` name, and check that it fits.
+
+    `options` override the checkpoint's recipe; `opening` goes to `open_images`.
+    """
+    if (checkpoint is None) == (arch is None):
+        raise UsageError("give --checkpoint to go on from, or --arch for a fresh network")
+    formats.check_output(output, force)
+    labels = formats.read_labels(labels_path)
+    start = formats.read_checkpoint(checkpoint) if checkpoint else None
+    recipe = Recipe.of(start.recipe if start else {}, options)
+    recipe.check()
+    images, size = open_images(data, start.image_size if start else image_size, **opening)
+    if start and checkpoint:
+        network = network_of(start, checkpoint)
+    else:
+        network = build(str(arch), size, labels.clusters, recipe.seed, recipe.rotation)
+    check_labels(images, labels, network)
+    return Job(command, images, labels, network, output, recipe, start, force)
