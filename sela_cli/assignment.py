@@ -13,6 +13,7 @@ linear-programming duality of the transportation problem.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -175,18 +176,17 @@ def _move_along(
 
     Returns that number.
     """
-    arcs = list(zip(path[:-1], path[1:], strict=True))
+    arcs = list(pairwise(path))
     willing = []
     for source, target in arcs:
         members = np.flatnonzero(labels_N == source)
         loss_n = np.concatenate(
-            [
-                (block[:, source] - block[:, target]).numpy()
-                for block in _blocks(rows, members)
-            ]
+            [(block[:, source] - block[:, target]).numpy() for block in _blocks(rows, members)]
         )
         order = np.argsort(loss_n, kind="stable")
-        most = min(most, int(np.searchsorted(loss_n[order], loss_n[order[0]] + slack, side="right")))
+        most = min(
+            most, int(np.searchsorted(loss_n[order], loss_n[order[0]] + slack, side="right"))
+        )
         willing.append(members[order])
     for (_, target), members in zip(arcs, willing, strict=True):
         labels_N[members[:most]] = target

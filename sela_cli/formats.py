@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -307,9 +307,7 @@ _HISTORY_ENTRIES = 16
 
 def _now() -> str:
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    moment = (
-        datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
-    )
+    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -583,7 +581,8 @@ def read_labels(path: str) -> Labels:
             potentials = dataset(path, file, f"potentials/{number}", (None,))
             if labels_N.size and not 0 <= labels_N.min() <= labels_N.max() < len(potentials):
                 raise BadData(
-                    f"{path}: dataset 'labels', head {number}: a label is outside 0..{len(potentials) - 1}"
+                    f"{path}: dataset 'labels', head {number}: a label is outside "
+                    f"0..{len(potentials) - 1}"
                 )
             missing = [name for name in LABEL_ATTRIBUTES if name not in potentials.attrs]
             if missing:
@@ -634,6 +633,4 @@ def read_probe(path: str) -> list[dict[str, Any]]:
         table = _array(path, file, "results", (None,), "V")
     names = table.dtype.names or ()
     rows = [dict(zip(names, (_plain(value) for value in row), strict=True)) for row in table]
-    return [
-        {k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()} for row in rows
-    ]
+    return [{k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()} for row in rows]

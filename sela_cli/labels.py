@@ -185,8 +185,9 @@ def warning(labels: Labels, output: str) -> StoppedEarly | None:
     if not residuals:
         return None
     return StoppedEarly(
-        f"{output}: {len(residuals)} of {len(labels.heads)} heads did not converge (residual "
-        f"{max(residuals):.2g}, asked for {labels.heads[0].attributes['tol']:g}); labels are written",
+        f"{output}: {len(residuals)} of {len(labels.heads)} heads did not converge "
+        f"(residual {max(residuals):.2g}, asked for {labels.heads[0].attributes['tol']:g}); "
+        "labels are written",
         f"go on with --init {output}, or a larger --max-iter or --tol",
     )
 
@@ -211,11 +212,11 @@ def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
         values = metrics.sizes(head) | head.attributes
         values["gap"] = values["objective"] - values["lower-bound"]
         heads.append(values)
-        line = f"head {number}: {values['clusters']} clusters of {values['smallest']}..{values['largest']}"
+        line = f"head {number}: {metrics.sizes_text(values)}"
         if values["assign"] != "random":
             line += (
-                f", objective {values['objective']:.4f} (bound {values['lower-bound']:.4f}), residual "
-                f"{values['residual']:.1e} in {values['n-iters']} passes"
+                f", objective {values['objective']:.4f} (bound {values['lower-bound']:.4f}), "
+                f"residual {values['residual']:.1e} in {values['n-iters']} passes"
             )
         lines.append(line)
     return {"output": output, "rows": len(labels.keys), "heads": heads}, "\n".join(lines)
@@ -304,7 +305,9 @@ def _solve_head(
         labels_N = assignment.argmax(rows, prices_K)
     trace = {
         field: np.array(values)
-        for field, values in zip(sinkhorn.Step._fields, zip(*solution.trace, strict=True), strict=True)
+        for field, values in zip(
+            sinkhorn.Step._fields, zip(*solution.trace, strict=True), strict=True
+        )
     }
     return HeadLabels(
         labels_N=labels_N,

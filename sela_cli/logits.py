@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,13 +37,12 @@ def embed_stage(
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> None:
     """Write the logits of every image, or its features and the heads; see docs/schema.md."""
-    heads = []
+    heads: list[tuple[np.ndarray, np.ndarray]] = []
     if store == "logits":
         columns = {f"logits/{t}": clusters for t, clusters in enumerate(network.clusters)}
     else:
-        columns = {"features": network.heads[0].in_features}
-        for head in network.heads:
-            heads.append((head.weight.detach().cpu().numpy(), head.bias.detach().cpu().numpy()))
+        columns = {"features": network.width}
+        heads = network.head_arrays()
     with formats.create_logits(
         output,
         images.keys,
@@ -73,7 +73,7 @@ def plan(images: Images, network: Network, store: str, dtype: str) -> dict[str, 
     if store == "logits":
         columns, fixed = sum(network.clusters), 0
     else:
-        columns = network.heads[0].in_features
+        columns = network.width
         fixed = 4 * sum(network.clusters) * (columns + 1)
     values = len(images) * columns
     return {

@@ -54,18 +54,25 @@ class RunSettings:
         """Where the images are relabelled, in epochs."""
         return schedule.relabel_positions(self.recipe.epochs, self.opts, self.relabel)
 
-
     def at(self, image_size: int) -> RunSettings:
         """The same for a network of this input size."""
         return replace(self, image_size=image_size)
 
 
-def settings_of(preset_name: str | None, image_size: int | None, options: dict[str, Any]) -> RunSettings:
+def settings_of(
+    preset_name: str | None, image_size: int | None, options: dict[str, Any]
+) -> RunSettings:
     """A preset (or the defaults) with options over it. An image size of 0 is to be seen.
 
     Raises UsageError where an option has no meaning.
     """
-    defaults = {"arch": "alexnet", "heads": "128x10", "opts": 80, "relabel": "quadratic", "epochs": 160.0}
+    defaults: dict[str, Any] = {
+        "arch": "alexnet",
+        "heads": "128x10",
+        "opts": 80,
+        "relabel": "quadratic",
+        "epochs": 160.0,
+    }
     merged = defaults | presets.preset(preset_name) | options
     if image_size is not None:
         merged["image_size"] = image_size
@@ -98,7 +105,8 @@ def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
         "settings": formats.through_json(asdict(settings)),
     }
     lines = [
-        f"{count} images, {settings.arch} at {settings.image_size} pixels, heads {list(settings.heads)}",
+        f"{count} images, {settings.arch} at {settings.image_size} pixels",
+        f"heads {list(settings.heads)}",
         f"{shown['steps']} steps, {shown['rounds']} relabellings at epochs "
         + ", ".join(f"{position:.2f}" for position in settings.positions[:20])
         + (", ..." if len(settings.positions) > 20 else ""),
@@ -121,9 +129,7 @@ def text_of(summary: dict[str, Any]) -> str:
         lines.append(f"kNN accuracy {knn['trained']:.4f} (fresh network {knn['fresh']:.4f})")
     else:
         for number, head in enumerate(summary["heads"]):
-            lines.append(
-                f"head {number}: {head['clusters']} clusters of {head['smallest']}..{head['largest']}"
-            )
+            lines.append(f"head {number}: {metrics.sizes_text(head)}")
     lines += [f"{name:<14} {path}" for name, path in summary["files"].items()]
     return "\n".join(lines)
 
@@ -167,7 +173,8 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CannotCreate(
-                f"{folder}: another `sela run` is at work there", "wait for it, or choose another --out"
+                f"{folder}: another `sela run` is at work there",
+                "wait for it, or choose another --out",
             ) from None
         yield
 
@@ -187,7 +194,8 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
             raise BadData(f"{path}: damaged ({error})", "start over with --force") from error
         if not same:
             raise CannotCreate(
-                f"{folder} holds a run with other settings or images", "choose another --out, or --force"
+                f"{folder} holds a run with other settings or images",
+                "choose another --out, or --force",
             )
         if not resume or (folder / "rounds.csv").exists():
             state = "a finished" if (folder / "rounds.csv").exists() else "an unfinished"
@@ -234,7 +242,9 @@ class _Run:
     def _begin(self) -> None:
         """Round 0: a fresh network, and random balanced labels."""
         settings = self.settings
-        network = build(settings.arch, settings.image_size, list(settings.heads), settings.recipe.seed)
+        network = build(
+            settings.arch, settings.image_size, list(settings.heads), settings.recipe.seed
+        )
         with self.watcher.stage("embed, fresh network") as progress:
             embed_stage(
                 self.images,
@@ -365,7 +375,9 @@ class _Run:
         row["smallest"] = min(metrics.sizes(head)["smallest"] for head in labels.heads)
         row["largest"] = max(metrics.sizes(head)["largest"] for head in labels.heads)
         if self.images.truth_N is not None:
-            scores = [metrics.agreement(head.labels_N, self.images.truth_N) for head in labels.heads]
+            scores = [
+                metrics.agreement(head.labels_N, self.images.truth_N) for head in labels.heads
+            ]
             for name in ("nmi", "ari"):
                 row[name] = float(np.mean([score[name] for score in scores]))
         return row
@@ -421,5 +433,3 @@ def _write_rounds(path: str, rounds: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(stream, list(rounds[-1]))
         writer.writeheader()
         writer.writerows(rounds)
-
-

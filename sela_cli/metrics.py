@@ -5,6 +5,8 @@ N images, K clusters, C classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics
@@ -46,6 +48,12 @@ def sizes(head: HeadLabels) -> dict[str, float]:
     }
 
 
+def sizes_text(values: dict[str, Any]) -> str:
+    """`sizes` in words."""
+    empty = f", {values['empty']} empty" if values["empty"] else ""
+    return f"{values['clusters']} clusters of {values['smallest']}..{values['largest']}{empty}"
+
+
 def churn(before: list[HeadLabels], after: list[HeadLabels]) -> float:
     """Share of labels that changed between two rounds, mean over the heads."""
     pairs = zip(before, after, strict=True)
@@ -67,7 +75,9 @@ def table(heads: list[dict[str, float]]) -> str:
     names = ("clusters", "smallest", "largest", "empty", "nmi", "ami", "ari", "accuracy", "purity")
     lines = [" ".join(["head", *(f"{name:>8}" for name in names)])]
     for number, head in enumerate(heads):
-        cells = [f"{head[name]:8d}" for name in names[:4]] + [f"{head[name]:8.4f}" for name in names[4:]]
+        cells = [f"{head[name]:8d}" for name in names[:4]] + [
+            f"{head[name]:8.4f}" for name in names[4:]
+        ]
         lines.append(" ".join([f"{number:4d}", *cells]))
     return "\n".join(lines)
 
@@ -86,8 +96,8 @@ def _truth(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
     missing = [key for key in labels.keys if key not in classes]
     if missing:
         raise BadData(
-            f"{truth} has no class for {len(missing)} of {len(labels.keys)} images of {labels_path}, "
-            f"first '{missing[0]}'",
+            f"{truth} has no class for {len(missing)} of {len(labels.keys)} images of "
+            f"{labels_path}, first '{missing[0]}'",
             "give the images that were embedded",
         )
     return np.array([classes[key] for key in labels.keys])

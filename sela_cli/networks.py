@@ -29,14 +29,10 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.arch, self.image_size = arch, image_size
-        self.trunk, width = _trunk(arch, small=image_size <= SMALL)
-        self.heads = nn.ModuleList(nn.Linear(width, clusters) for clusters in heads)
-        self.rotation = nn.Linear(width, 4) if rotation else None
-
-    @property
-    def clusters(self) -> list[int]:
-        """K of each head."""
-        return [head.out_features for head in self.heads]
+        self.clusters = heads
+        self.trunk, self.width = _trunk(arch, small=image_size <= SMALL)
+        self.heads = nn.ModuleList(nn.Linear(self.width, clusters) for clusters in heads)
+        self.rotation = nn.Linear(self.width, 4) if rotation else None
 
     def forward(self, view: Tensor) -> list[Tensor]:
         """(n, 3, R, R) -> T tensors (n, K)."""
@@ -46,6 +42,12 @@ class Network(nn.Module):
     def layers(self) -> dict[str, nn.Module]:
         """The layers that probes read, by name, shallow to deep."""
         return {name: self.trunk.get_submodule(name) for name in _LAYERS[self.arch]}
+
+    def head_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Weight (K, D) and bias (K,) of each head."""
+        arrays = self.arrays()
+        names = [f"heads.{number}" for number in range(len(self.clusters))]
+        return [(arrays[f"{name}.weight"], arrays[f"{name}.bias"]) for name in names]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Parameters and buffers by torch's names."""
@@ -111,7 +113,9 @@ def _trunk(arch: str, small: bool) -> tuple[nn.Module, int]:
     return resnet, width
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 1) -> nn.Sequential:
+def _conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 1
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False),
         nn.BatchNorm2d(outputs),
@@ -182,10 +186,14 @@ class PreactResNet50(nn.Module):
 
     def __init__(self, small: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False)
+        self.conv1 = nn.Conv2d(
+            3, 64, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False
+        )
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
         inputs = 64
-        for number, (planes, blocks) in enumerate(zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True)):
+        for number, (planes, blocks) in enumerate(
+            zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True)
+        ):
             strides = [1 if number == 0 else 2] + [1] * (blocks - 1)
             stage = nn.Sequential()
             for stride in strides:

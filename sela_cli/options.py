@@ -18,17 +18,20 @@ Data = Annotated[
     ),
 ]
 Output = Annotated[
-    str, typer.Option("--output", "-o", metavar="FILE", help="File to write; '-' is standard output.")
+    str,
+    typer.Option("--output", "-o", metavar="FILE", help="File to write; '-' is standard output."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and results only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", "-n", help="Print the plan: shapes, sizes, settings. Write nothing.")
+    bool,
+    typer.Option("--dry-run", "-n", help="Print the plan: shapes, sizes, settings. Write nothing."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]
 Device = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
+    str,
+    typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that can't be read.")]
 Download = Annotated[
@@ -41,7 +44,9 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Imag
 ImageSize = Annotated[
     int | None,
     typer.Option(
-        "--image-size", min=16, help="Side of the network's input; default 32 for small images, else 224."
+        "--image-size",
+        min=16,
+        help="Side of the network's input; default 32 for small images, else 224.",
     ),
 ]
 Arch = Annotated[
@@ -62,7 +67,9 @@ LrSchedule = Annotated[
 LrMilestones = Annotated[
     str | None,
     typer.Option(
-        "--lr-milestones", metavar="F,F..", help="Fractions of the epochs at which step lowers the rate."
+        "--lr-milestones",
+        metavar="F,F..",
+        help="Fractions of the epochs at which step lowers the rate.",
     ),
 ]
 LrFactor = Annotated[
@@ -142,24 +149,32 @@ Precision = Annotated[
     PrecisionChoice | None,
     typer.Option("--precision", help="Arithmetic of the network: bfloat16 is often faster."),
 ]
-Dtype = Annotated[DtypeChoice | None, typer.Option("--dtype", help="Storage of logits or features.")]
+Dtype = Annotated[
+    DtypeChoice | None, typer.Option("--dtype", help="Storage of logits or features.")
+]
 Store = Annotated[
     StoreChoice | None,
     typer.Option("--store", help="Logits, or features and heads: smaller with many heads."),
 ]
 Lamb = Annotated[
     float | None,
-    typer.Option("--lamb", help="Lambda, inverse of the entropic regularisation: larger is sharper."),
+    typer.Option(
+        "--lamb", help="Lambda, inverse of the entropic regularisation: larger is sharper."
+    ),
 ]
 Tol = Annotated[
     float | None,
-    typer.Option("--tol", help="Residual to reach: share of the images by which soft sizes are off."),
+    typer.Option(
+        "--tol", help="Residual to reach: share of the images by which soft sizes are off."
+    ),
 ]
 MaxIter = Annotated[int | None, typer.Option("--max-iter", min=1, help="Iterations at most.")]
 Marginal = Annotated[
     str | None,
     typer.Option(
-        "--marginal", metavar="KIND", help="Cluster sizes: uniform, zipf:S, gaussian:S or a file of K weights."
+        "--marginal",
+        metavar="KIND",
+        help="Cluster sizes: uniform, zipf:S, gaussian:S or a file of K weights.",
     ),
 ]
 
@@ -197,4 +212,3 @@ def device_name(device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
     return device
-

@@ -80,7 +80,9 @@ def probe_stage(
     if method in ("knn", "both"):
         rows += knn_rows(train, test, network, ks, sigmas, split, device, precision, progress)
     if method in ("linear", "both"):
-        probe = LinearProbe(network, _chosen(network, layers), _classes(train, test), device, precision)
+        probe = LinearProbe(
+            network, _chosen(network, layers), _classes(train, test), device, precision
+        )
         loss = probe.fit(train, epochs, lr, batch_size, aug, seed, progress)
         for name, (top1, top5) in probe.accuracies(test, batch_size).items():
             rows.append(
@@ -168,7 +170,7 @@ def knn_scores(
     bank_ND = functional.normalize(bank_ND, dim=1)
     k = min(k, len(bank_ND))
     votes = []
-    for block in functional.normalize(query_MD, dim=1).split(512):
+    for block in torch.split(functional.normalize(query_MD, dim=1), 512):
         similarity, nearest = (block @ bank_ND.T).topk(k, dim=1)
         weights = ((similarity - 1) / sigma).exp()
         votes.append(torch.zeros(len(block), classes).scatter_add_(1, truth_N[nearest], weights))

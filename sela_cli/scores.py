@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -21,7 +22,13 @@ from sela_cli import formats
 from sela_cli.errors import BadData, NoInput
 
 _MAGIC = {b"\x89HDF": "hdf5", b"\x93NUM": "npy", b"PK\x03\x04": "npz"}
-_SUFFIXES = {".h5": "hdf5", ".hdf5": "hdf5", ".npy": "npy", ".npz": "npz", ".safetensors": "safetensors"}
+_SUFFIXES = {
+    ".h5": "hdf5",
+    ".hdf5": "hdf5",
+    ".npy": "npy",
+    ".npz": "npz",
+    ".safetensors": "safetensors",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,9 @@ def open_scores(spec: str) -> Iterator[Scores]:
         if not os.path.exists(actual):
             raise NoInput(f"{path}: no such file")
         if os.path.isdir(actual):
-            raise BadData(f"{path} is a folder; labelling needs a matrix", "sela embed --data makes one")
+            raise BadData(
+                f"{path} is a folder; labelling needs a matrix", "sela embed --data makes one"
+            )
         openers = {
             "hdf5": _open_hdf5,
             "npy": _open_npy,
@@ -75,7 +84,7 @@ def open_scores(spec: str) -> Iterator[Scores]:
 
 
 def _kind_of(path: str) -> str:
-    with open(path, "rb") as stream:
+    with Path(path).open("rb") as stream:
         magic = stream.read(4)
     if not magic:
         raise BadData(f"{path} is empty")
@@ -101,7 +110,9 @@ def _open_hdf5(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
         raise BadData(f"{path}: neither 'logits/0' nor 'features' is there")
     for head in heads:
         if head.shape[0] != len(keys):
-            raise BadData(f"{path}: dataset '{head.name}' has {head.shape[0]} rows for {len(keys)} keys")
+            raise BadData(
+                f"{path}: dataset '{head.name}' has {head.shape[0]} rows for {len(keys)} keys"
+            )
     return Scores(heads, keys, index_N, header)
 
 
@@ -121,7 +132,9 @@ def _only(path: str, names: list[str]) -> str:
         return names[0]
     if not names:
         raise BadData(f"{path}: there is no 2-D array of numbers in it")
-    raise BadData(f"{path} holds several arrays ({', '.join(names[:5])})", f"name one: {path}::{names[0]}")
+    raise BadData(
+        f"{path} holds several arrays ({', '.join(names[:5])})", f"name one: {path}::{names[0]}"
+    )
 
 
 def _of_dataset(path: str, file: h5py.File, name: str) -> Matrix:
@@ -143,7 +156,9 @@ def _factored(path: str, file: h5py.File) -> list[Matrix]:
         bias_K = formats.dataset(path, file, f"heads/{number}/bias", (len(weight_KD),))[()]
 
         def read(
-            which: slice | np.ndarray, weight_KD: np.ndarray = weight_KD, bias_K: np.ndarray = bias_K
+            which: slice | np.ndarray,
+            weight_KD: np.ndarray = weight_KD,
+            bias_K: np.ndarray = bias_K,
         ) -> np.ndarray:
             return features.read(which).astype(np.float32) @ weight_KD.T + bias_K
 
@@ -164,7 +179,9 @@ def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
         archive = stack.enter_context(np.load(actual, allow_pickle=False))
         name = name or _only(path, list(archive.files))
         if name not in archive.files:
-            raise BadData(f"{path}: there is no array '{name}'", f"it holds {', '.join(archive.files)}")
+            raise BadData(
+                f"{path}: there is no array '{name}'", f"it holds {', '.join(archive.files)}"
+            )
         array = archive[name]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise BadData(f"{path}: not a readable .npz archive ({error})") from error

@@ -29,7 +29,10 @@ class Rows(Protocol):
     Scores are log-probabilities up to a constant of each row: logits will do.
     """
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        ...
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """All rows in order, as (number of the tile's first row, tile_nK)."""

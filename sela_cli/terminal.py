@@ -20,7 +20,9 @@ class Terminal:
     `stdout_taken`: a file is being written to stdout, so the result goes to stderr.
     """
 
-    def __init__(self, quiet: bool = False, as_json: bool = False, stdout_taken: bool = False) -> None:
+    def __init__(
+        self, quiet: bool = False, as_json: bool = False, stdout_taken: bool = False
+    ) -> None:
         self.quiet, self.as_json = quiet, as_json
         self._results = sys.stderr if stdout_taken else sys.stdout
 
@@ -72,7 +74,9 @@ def _bar(title: str) -> Iterator[Progress]:
         bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[note]}"),
     )
-    with bars.Progress(*_known_speed(columns, bars), console=Console(stderr=True), transient=True) as bar:
+    with bars.Progress(
+        *_known_speed(columns, bars), console=Console(stderr=True), transient=True
+    ) as bar:
         task = bar.add_task(title, total=None, note="")
         yield lambda done, total, note: bar.update(
             task, completed=done, total=total or None, note=note
@@ -82,7 +86,7 @@ def _bar(title: str) -> Iterator[Progress]:
 def _known_speed(columns: tuple[Any, ...], bars: Any) -> list[Any]:
     """The rate is unknown at first; rich would print None."""
 
-    class Rate(bars.ProgressColumn):  # type: ignore[misc, name-defined]
+    class Rate(bars.ProgressColumn):  # type: ignore[misc]
         def render(self, task: Any) -> str:
             return f"{task.speed:.0f}/s" if task.speed else ""
 

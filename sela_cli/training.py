@@ -70,7 +70,9 @@ class Recipe:
         known = {field.name for field in fields(cls)}
         recipe = cls()
         for layer in layers:
-            recipe = replace(recipe, **{k: v for k, v in layer.items() if k in known and v is not None})
+            recipe = replace(
+                recipe, **{k: v for k, v in layer.items() if k in known and v is not None}
+            )
         return replace(recipe, lr_milestones=tuple(recipe.lr_milestones))
 
     def steps_per_epoch(self, count: int) -> int:
@@ -97,7 +99,7 @@ class Trainer:
     """A network in training: the weights, their momentum, and the step they are at."""
 
     def __init__(self, network: Network, recipe: Recipe, device: str = "cpu") -> None:
-        self.network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(device).to(memory_format=torch.channels_last)
         self.recipe, self.device = recipe, device
         self.step = 0
         self.losses: list[float] = []
@@ -109,7 +111,9 @@ class Trainer:
             weight_decay=recipe.weight_decay,
         )
 
-    def run(self, images: Images, labels_TN: Sequence[Tensor], to_step: int, after: Callable[[], None]) -> None:
+    def run(
+        self, images: Images, labels_TN: Sequence[Tensor], to_step: int, after: Callable[[], None]
+    ) -> None:
         """Train to `to_step`; `after` is called after every step."""
         recipe, count = self.recipe, len(images)
         per_epoch = recipe.steps_per_epoch(count)
@@ -147,7 +151,9 @@ class Trainer:
         count = len(view)
         if self.recipe.rotation:
             view = torch.cat([view.rot90(turns, (2, 3)) for turns in range(4)])
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+        with torch.autocast(
+            self.device, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"
+        ):
             features = self.network.trunk(view.contiguous(memory_format=torch.channels_last))
             logits_TnK = [head(features[:count]) for head in self.network.heads]
             turned = self.network.rotation(features) if self.network.rotation else None
@@ -188,7 +194,9 @@ class Trainer:
         parameters = dict(self.network.named_parameters())
         for name, buffer in checkpoint.optimizer.items():
             if name not in parameters or parameters[name].shape != buffer.shape:
-                raise BadData(f"{path}: momentum of '{name}' does not fit network {checkpoint.arch}")
+                raise BadData(
+                    f"{path}: momentum of '{name}' does not fit network {checkpoint.arch}"
+                )
             momentum = torch.from_numpy(buffer).to(parameters[name].device)
             like = torch.empty_like(parameters[name]).copy_(momentum)
             self.optimizer.state[parameters[name]]["momentum_buffer"] = like
@@ -264,7 +272,9 @@ def train_stage(
     trainer.labels_digest = labels.header.digest
     first, last = trainer.step, recipe.steps(recipe.epochs if to is None else to, len(images))
     if last < first:
-        raise UsageError(f"--to {to} lies before the checkpoint's epoch {start.epoch if start else 0}")
+        raise UsageError(
+            f"--to {to} lies before the checkpoint's epoch {start.epoch if start else 0}"
+        )
     last_save = time.monotonic()
 
     def after() -> None:
@@ -275,7 +285,9 @@ def train_stage(
             saved.write(trainer.checkpoint(len(images)))
             last_save = time.monotonic()
         if stop:
-            raise StoppedEarly(f"stopped at step {trainer.step} of {last}, state saved", "run it again")
+            raise StoppedEarly(
+                f"stopped at step {trainer.step} of {last}, state saved", "run it again"
+            )
 
     labels_TN = [torch.from_numpy(head.labels_N.astype(np.int64)) for head in labels.heads]
     trainer.run(images, labels_TN, last, after)

@@ -107,5 +107,5 @@ def embed(
                 **options,
             )
     verb = "would write" if dry_run else "wrote"
-    text = f"{verb} {output}: {shown['images']} images, heads {shown['heads']}, {shown['megabytes']:.1f} MB"
-    terminal.result({"output": output, **shown}, text)
+    size_text = f"{shown['images']} images, heads {shown['heads']}, {shown['megabytes']:.1f} MB"
+    terminal.result({"output": output, **shown}, f"{verb} {output}: {size_text}")

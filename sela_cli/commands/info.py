@@ -20,7 +20,9 @@ def info(
     from sela_cli.terminal import Terminal
 
     description = describe(file)
-    lines = [f"{name:<16} {value}" for name, value in description.items() if not isinstance(value, dict)]
+    lines = [
+        f"{name:<16} {value}" for name, value in description.items() if not isinstance(value, dict)
+    ]
     for section in ("datasets", "attributes"):
         lines.append(f"{section}:")
         lines += [f"  {name:<28} {value}" for name, value in description[section].items()]

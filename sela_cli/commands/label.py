@@ -57,7 +57,9 @@ def label(
     ] = None,
     input_kind: Annotated[
         InputKindChoice | None,
-        typer.Option("--input-kind", help="What the scores are; probabilities may be exactly zero."),
+        typer.Option(
+            "--input-kind", help="What the scores are; probabilities may be exactly zero."
+        ),
     ] = None,
     seed: Seed = 0,
     force: Force = False,
@@ -87,7 +89,9 @@ def label(
     terminal = Terminal(quiet, as_json, stdout_taken="-" in (output, csv))
     if dry_run:
         shown = plan(logits, settings)
-        terminal.result(shown, f"would label {shown['rows']} rows, heads {shown['heads']}, to {output}")
+        terminal.result(
+            shown, f"would label {shown['rows']} rows, heads {shown['heads']}, to {output}"
+        )
         return
     with terminal.progress("label") as progress:
         labels = label_stage(

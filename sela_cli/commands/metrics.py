@@ -29,4 +29,6 @@ def metrics(
     from sela_cli.terminal import Terminal
 
     heads = compare(labels, truth)
-    Terminal(as_json=as_json).result({"labels": labels, "truth": truth, "heads": heads}, table(heads))
+    Terminal(as_json=as_json).result(
+        {"labels": labels, "truth": truth, "heads": heads}, table(heads)
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +39,9 @@ def probe(
     ] = None,
     holdout: Annotated[
         float,
-        typer.Option("--holdout", min=0.01, max=0.99, help="Share of --data to test on, without --test."),
+        typer.Option(
+            "--holdout", min=0.01, max=0.99, help="Share of --data to test on, without --test."
+        ),
     ] = 0.2,
     method: Annotated[
         MethodChoice, typer.Option("--method", help="Which probes.")
@@ -48,8 +50,12 @@ def probe(
         str, typer.Option("--layers", help="all, or names such as conv3,conv5 (linear probes).")
     ] = "all",
     k: Annotated[str, typer.Option("--k", metavar="K,K..", help="Neighbours.")] = "10",
-    sigma: Annotated[str, typer.Option("--sigma", metavar="S,S..", help="kNN temperature.")] = "0.1",
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of the linear probes.")] = 36,
+    sigma: Annotated[
+        str, typer.Option("--sigma", metavar="S,S..", help="kNN temperature.")
+    ] = "0.1",
+    epochs: Annotated[
+        int, typer.Option("--epochs", min=1, help="Epochs of the linear probes.")
+    ] = 36,
     lr: Annotated[float, typer.Option("--lr", help="Learning rate of the linear probes.")] = 0.01,
     batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Images a batch.")] = 192,
     aug: Annotated[
@@ -81,7 +87,7 @@ def probe(
         formats.check_output(output, force)
     state = formats.read_checkpoint(checkpoint)
     network = network_of(state, checkpoint)
-    opening = {"download": download, "skip_bad": skip_bad, "limit": limit}
+    opening: dict[str, Any] = {"download": download, "skip_bad": skip_bad, "limit": limit}
     with terminal.progress("decode") as progress:
         train, _ = open_images(data, state.image_size, progress=progress, **opening)
         if test:

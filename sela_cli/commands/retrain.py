@@ -34,7 +34,8 @@ from sela_cli.options import (
     given,
 )
 
-EXAMPLES = "Example: sela retrain --data digits --labels labels.h5 --arch alexnet-small -o fresh.h5 --epochs 10"
+EXAMPLES = """Example: sela retrain --data digits --labels labels.h5 --arch alexnet-small
+-o fresh.h5 --epochs 10"""
 
 # The paper's Table 5: 90 epochs, the rate falls tenfold every 30.
 _EPOCHS = 90.0
@@ -120,5 +121,6 @@ def retrain(
         trained = job.run(None, device_name(device), progress)
     loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
     terminal.result(
-        shown | {"loss": loss}, f"wrote {output}: {shown['to_step']} steps of {arch}, loss {loss:.3f}"
+        shown | {"loss": loss},
+        f"wrote {output}: {shown['to_step']} steps of {arch}, loss {loss:.3f}",
     )

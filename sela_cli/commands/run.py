@@ -57,7 +57,9 @@ def run(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume/--no-resume", help="Go on with an unfinished run of these settings."),
+        typer.Option(
+            "--resume/--no-resume", help="Go on with an unfinished run of these settings."
+        ),
     ] = True,
     arch: Arch = None,
     heads: Heads = None,
@@ -66,7 +68,8 @@ def run(
         int | None, typer.Option("--opts", min=0, help="How often to relabel (the paper's #opts).")
     ] = None,
     relabel: Annotated[
-        RelabelChoice | None, typer.Option("--relabel", help="Spacing of the relabelling positions.")
+        RelabelChoice | None,
+        typer.Option("--relabel", help="Spacing of the relabelling positions."),
     ] = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,

@@ -13,7 +13,9 @@ EXAMPLES = "Example: sela schedule --epochs 160 --opts 80"
 
 def schedule(
     epochs: Annotated[float, typer.Option("--epochs", min=0, help="Length of training.")],
-    opts: Annotated[int, typer.Option("--opts", min=0, help="How often to relabel (the paper's #opts).")],
+    opts: Annotated[
+        int, typer.Option("--opts", min=0, help="How often to relabel (the paper's #opts).")
+    ],
     relabel: Annotated[
         RelabelChoice, typer.Option("--relabel", help="Spacing of the positions.")
     ] = RelabelChoice.quadratic,

@@ -34,7 +34,8 @@ from sela_cli.options import (
     given,
 )
 
-EXAMPLES = """Examples: sela train --data digits --labels labels.h5 --arch alexnet-small -o first.h5 --epochs 30 --to 2.
+EXAMPLES = """Examples: sela train --data digits --labels labels.h5 --arch alexnet-small
+-o first.h5 --epochs 30 --to 2.
 sela train --data digits --labels labels.h5 --checkpoint first.h5 -o next.h5 --to 5"""
 
 

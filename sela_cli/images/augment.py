@@ -58,7 +58,9 @@ def centre_view(batch: Tensor, size: int) -> Tensor:
     return _normalised(view)
 
 
-def random_view(batch: Tensor, size: int, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+def random_view(
+    batch: Tensor, size: int, augmentation: Augmentation, generator: torch.Generator
+) -> Tensor:
     """(n, 3, S, S) uint8 -> (n, 3, R, R) float, normalised, a new random view of each.
 
     Every draw comes from `generator` (on the CPU), in the same order on every device.
@@ -80,7 +82,9 @@ def _normalised(view: Tensor) -> Tensor:
     return (view - mean) / std
 
 
-def _uniform(count: int, low: float, high: float, generator: torch.Generator, like: Tensor) -> Tensor:
+def _uniform(
+    count: int, low: float, high: float, generator: torch.Generator, like: Tensor
+) -> Tensor:
     return (torch.rand(count, generator=generator) * (high - low) + low).to(like.device)
 
 
@@ -106,7 +110,9 @@ def _crop_boxes(
     return torch.stack([top, left, height, width], 1)
 
 
-def _cropped(view: Tensor, size: int, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+def _cropped(
+    view: Tensor, size: int, augmentation: Augmentation, generator: torch.Generator
+) -> Tensor:
     """Crop, scale to R and flip in one resampling."""
     count, _, side, _ = view.shape
     scale = augmentation.scale or (1.0, 1.0)

@@ -67,7 +67,9 @@ class Images:
         self._held = held
 
     def _decode(self, numbers_n: np.ndarray) -> Tensor:
-        squares = self._pool.map(lambda number: square(self.source.image(number), self.side), numbers_n)
+        squares = self._pool.map(
+            lambda number: square(self.source.image(number), self.side), numbers_n
+        )
         return torch.from_numpy(np.stack(list(squares))).permute(0, 3, 1, 2).contiguous()
 
 

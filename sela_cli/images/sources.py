@@ -20,7 +20,9 @@ import numpy as np
 from sela_cli import formats
 from sela_cli.errors import BadData, NoInput, UsageError
 
-SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _HDF5_SUFFIXES = (".h5", ".hdf5")
 _LIST_SUFFIXES = (".txt", ".lst", ".tsv")
@@ -167,7 +169,7 @@ def _tar(spec: str) -> Source:
             held = [] if plain else [_member_bytes(archive, member) for member in members]
     except (tarfile.TarError, OSError, EOFError) as error:
         raise BadData(f"{spec}: not a readable tar ({error})") from error
-    handle = open(spec, "rb") if plain else None  # noqa: SIM115 (lives as long as the source)
+    handle = Path(spec).open("rb") if plain else None  # noqa: SIM115 (open as long as the source)
     lock = threading.Lock()
 
     def decode(number: int) -> np.ndarray:
@@ -188,7 +190,7 @@ def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _hdf5(spec: str, path: str, inner: str) -> Source:
-    """uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W); `keys` and `labels` (N,) beside it are used."""
+    """uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W); `keys` and `labels` (N,) beside it count."""
     with formats.open_hdf5(path) as file:
         names = [inner.lstrip("/")] if inner else _image_datasets(file)
         if len(names) != 1:
