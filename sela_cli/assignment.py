@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli.sinkhorn import Rows, solve
+from sela_cli.sinkhorn import Rows, Solution
 
 _TAKE_ELEMENTS = 1 << 22
 # `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
-_EXCESS = 0.05
-_LOOSE = 0.005
-_LOOSE_ITER = 30
+_EXCESS = 0.01
+_LOOSE = 0.002
+_LOOSE_ITER = 20
+_SHARPENINGS = 8
 
 
 class Bounds(NamedTuple):
@@ -209,29 +210,26 @@ def _blocks(rows: Rows, members: np.ndarray) -> list[Tensor] | map[Tensor]:
     return map(rows.take, (members[at : at + size] for at in range(0, len(members), size)))
 
 
-def sharpen(rows: Rows, marginal_K: Tensor, potentials_K: Tensor, lamb: float) -> Tensor:
+def sharpen(
+    rows: Rows,
+    marginal_K: Tensor,
+    potentials_K: Tensor,
+    lamb: float,
+    solve: Callable[..., Solution],
+) -> Tensor:
     """Prices at which what rows prefer is closer to balance than at potentials / lambda.
 
     Entropic potentials balance the soft plan, not its argmax: with flat scores most rows
-    would have to move. Solving again, loosely, at 4, 16, ... times lambda brings them to
-    the prices of the unregularised problem. Stops where that no longer helps.
+    would have to move. Solving again, loosely, at 4, 16, ... times lambda brings the
+    prices to those of the unregularised problem. `solve`: of `sinkhorn` or of `newton`.
     """
     bounds = size_bounds(rows.shape[0], marginal_K.numpy())
-
-    def excess(prices_K: Tensor) -> int:
+    prices_K, sharp = potentials_K / lamb, lamb
+    for _ in range(_SHARPENINGS):
         sizes_K = np.bincount(argmax(rows, prices_K), minlength=rows.shape[1])
-        return int((sizes_K - bounds.high_K).clip(0).sum())
-
-    prices_K = potentials_K / lamb
-    left = excess(prices_K)
-    for factor in (4, 16, 64, 256):
-        if left <= _EXCESS * rows.shape[0]:
+        if (sizes_K - bounds.high_K).clip(0).sum() <= _EXCESS * rows.shape[0]:
             break
-        sharp = factor * lamb
-        solution = solve(rows, marginal_K, sharp, _LOOSE, _LOOSE_ITER, init_K=prices_K * sharp)
-        closer_K = solution.potentials_K / sharp
-        now = excess(closer_K)
-        if now > 0.9 * left:
-            break
-        prices_K, left = closer_K, now
+        sharp *= 4
+        solution = solve(rows, marginal_K, sharp, _LOOSE, _LOOSE_ITER, prices_K * sharp)
+        prices_K = solution.potentials_K / sharp
     return prices_K

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from sela_cli import assignment, formats, interrupt, metrics, sinkhorn
+from sela_cli import assignment, formats, interrupt, metrics, newton, sinkhorn
 from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels, Provenance
 from sela_cli.scores import Matrix, Scores, open_scores
@@ -26,6 +26,8 @@ INPUT_KINDS = ("logits", "probabilities")
 
 # A megabyte of float64: small enough to stay in the cache between the operations on it.
 _TILE_ELEMENTS = 1 << 17
+# Newton's K x K matrices take 24 bytes an entry: 400 MB at most.
+_NEWTON_CLUSTERS = 4096
 # A moved row may lose this share of the mean cost more than it must.
 _SLACK = 1e-4
 # Stands for a probability of exactly zero, so that any row can still go anywhere.
@@ -90,7 +92,10 @@ class ScoreRows:
             problem = "not probabilities (negative, all zero, NaN or infinite)"
             mend = "leave out --input-kind if these are logits"
         else:
-            bad_n = ~tile_nK.isfinite().all(1)
+            # A sum is finite only if all its terms are, and quicker than looking at each.
+            bad_n = ~tile_nK.sum(1).isfinite()
+            if bad_n.any():
+                bad_n = ~tile_nK.isfinite().all(1)
             problem = "NaN or infinite"
             mend = "mend or drop the row; zeros among probabilities need --input-kind probabilities"
         if bad_n.any():
@@ -278,7 +283,8 @@ def _solve_head(
 ) -> HeadLabels:
     marginal_K = marginal(settings.marginal, rows.shape[1])
     bounds = assignment.size_bounds(rows.shape[0], marginal_K.numpy())
-    solution = sinkhorn.solve(
+    solve = newton.solve if rows.shape[1] <= _NEWTON_CLUSTERS else sinkhorn.solve
+    solution = solve(
         rows,
         marginal_K,
         settings.lamb,
@@ -292,7 +298,7 @@ def _solve_head(
     )
     prices_K = solution.potentials_K / settings.lamb
     if settings.assign == "balanced":
-        sharp_K = assignment.sharpen(rows, marginal_K, solution.potentials_K, settings.lamb)
+        sharp_K = assignment.sharpen(rows, marginal_K, solution.potentials_K, settings.lamb, solve)
         slack = _SLACK * assignment.objective(rows, assignment.argmax(rows, sharp_K))
         labels_N, prices_K = assignment.balanced(
             rows,
@@ -317,7 +323,7 @@ def _solve_head(
             "lamb": settings.lamb,
             "tol": settings.tol,
             "residual": solution.residual,
-            "n-iters": len(solution.trace),
+            "n-iters": solution.trace[-1].iteration,
             "converged": solution.converged,
             "objective": assignment.objective(rows, labels_N),
             "lower-bound": assignment.lower_bound(rows, prices_K, bounds),

@@ -44,7 +44,7 @@ class Rows(Protocol):
 
 
 class Step(NamedTuple):
-    """Where an iteration stands."""
+    """Where an iteration stands; the objective is F less a constant of the scores."""
 
     iteration: int
     residual: float
@@ -78,53 +78,71 @@ def solve(
     `max_iter` reads of the matrix, or when `stop()` holds. Never raises for want of
     convergence: see `Solution.converged`.
     """
-    log_marginal_K = marginal_K.log()
     a_K = torch.zeros_like(marginal_K) if init_K is None else init_K.clone()
-    offset = lamb * mean_log_probability_of_best(rows)
     trace: list[Step] = []
     start = time.monotonic()
     while True:
-        log_s_K, mean_logsumexp = soft_sizes(rows, lamb, a_K)
-        residual = 0.5 * float((log_s_K.exp() - marginal_K).abs().sum())
-        objective = offset + mean_logsumexp - float(marginal_K @ a_K)
+        sizes = soft_sizes(rows, lamb, a_K)
+        residual = sizes.residual(marginal_K)
+        objective = sizes.mean_logsumexp - float(marginal_K @ a_K)
         trace.append(Step(len(trace) + 1, residual, objective, time.monotonic() - start))
         progress(trace[-1])
         if residual <= tol or len(trace) >= max_iter or stop():
-            return Solution(a_K - a_K.mean(), residual, residual <= tol, trace)
-        a_K = a_K + log_marginal_K - log_s_K
-        a_K -= a_K.mean()
+            return Solution(a_K, residual, residual <= tol, trace)
+        a_K = sinkhorn_step(a_K, marginal_K, sizes)
 
 
-def soft_sizes(rows: Rows, lamb: float, a_K: Tensor) -> tuple[Tensor, float]:
+class SoftSizes(NamedTuple):
+    """What one read of the matrix gives at potentials a."""
+
+    log_s_K: Tensor
+    mean_logsumexp: float
+    overlap_KK: Tensor | None
+
+    def residual(self, marginal_K: Tensor) -> float:
+        """0.5 sum_k |s_k - r_k|."""
+        return 0.5 * float((self.log_s_K.exp() - marginal_K).abs().sum())
+
+
+def sinkhorn_step(a_K: Tensor, marginal_K: Tensor, sizes: SoftSizes) -> Tensor:
+    """a + log r - log s, of mean zero: never raises F."""
+    a_K = a_K + marginal_K.log() - sizes.log_s_K
+    return a_K - a_K.mean()
+
+
+def soft_sizes(rows: Rows, lamb: float, a_K: Tensor, overlap: bool = False) -> SoftSizes:
     """log s_K(a), and mean_i logsumexp_k(lambda (score_ik - max score_i) + a_k), in one read.
+
+    With `overlap` also mean_i q_i q_i^T (K, K), q_i the softmax of row i, in float32.
 
     A cluster that no row wants has an s below the smallest float64; its logarithm is then
     taken in the log domain in a second read, so that it is finite for finite scores and
     the cluster can recover.
     """
-    count = rows.shape[0]
+    count, clusters = rows.shape
     s_K = torch.zeros_like(a_K)
+    overlap_KK = torch.zeros(clusters, clusters) if overlap else None
     total = 0.0
     for _, tile_nK in rows.tiles():
         z_nK = _scaled(tile_nK, lamb, a_K)
         top_n = z_nK.amax(1)
-        e_nK = z_nK.sub_(top_n[:, None]).exp_()
-        sum_n = e_nK.sum(1)
-        s_K += sum_n.reciprocal() @ e_nK
+        q_nK = z_nK.sub_(top_n[:, None]).exp_()
+        sum_n = q_nK.sum(1)
         total += float((top_n + sum_n.log()).sum())
+        if overlap_KK is None:
+            s_K += sum_n.reciprocal() @ q_nK
+        else:
+            q_nK.div_(sum_n[:, None])
+            s_K += q_nK.sum(0)
+            single_nK = q_nK.float()
+            overlap_KK.addmm_(single_nK.T, single_nK)
     log_s_K = (s_K / count).log()
     dead = (s_K / count < _UNDERFLOW).nonzero()[:, 0]
     if len(dead):
         log_s_K[dead] = _log_sizes(rows, lamb, a_K, dead)
-    return log_s_K, total / count
-
-
-def mean_log_probability_of_best(rows: Rows) -> float:
-    """mean_i max_k logp_ik, the logarithm of softmax being taken over the row's scores."""
-    total = 0.0
-    for _, tile_nK in rows.tiles():
-        total -= float(torch.logsumexp(tile_nK - tile_nK.amax(1, keepdim=True), 1).sum())
-    return total / rows.shape[0]
+    if overlap_KK is not None:
+        overlap_KK /= count
+    return SoftSizes(log_s_K, total / count, overlap_KK)
 
 
 def _log_sizes(rows: Rows, lamb: float, a_K: Tensor, columns: Tensor) -> Tensor:
