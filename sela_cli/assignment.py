@@ -12,17 +12,18 @@ linear-programming duality of the transportation problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from sela_cli.sinkhorn import Rows, Solution
+from sela_cli.sinkhorn import Solution
+from sela_cli.tiles import Rows, map_rows, map_spans
 
-_TAKE_ELEMENTS = 1 << 22
 # `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
 _EXCESS = 0.01
 _LOOSE = 0.002
@@ -46,10 +47,11 @@ def size_bounds(count: int, marginal_K: np.ndarray) -> Bounds:
 
 def argmax(rows: Rows, prices_K: Tensor) -> np.ndarray:
     """The cluster that each row prefers, argmax_k logp_ik + g_k. Returns labels_N, int64."""
-    labels_N = np.empty(rows.shape[0], dtype=np.int64)
-    for start, tile_nK in rows.tiles():
-        labels_N[start : start + len(tile_nK)] = (tile_nK + prices_K).argmax(1).numpy()
-    return labels_N
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> list[np.ndarray]:
+        return [tile_nK.add_(prices_K).argmax(1).numpy() for _, tile_nK in tiles]
+
+    return np.concatenate([part for parts in map_spans(rows, work) for part in parts])
 
 
 def random_balanced(count: int, clusters: int, generator: torch.Generator) -> np.ndarray:
@@ -59,11 +61,15 @@ def random_balanced(count: int, clusters: int, generator: torch.Generator) -> np
 
 def objective(rows: Rows, labels_N: np.ndarray) -> float:
     """mean_i -logp_i(label), in nats: the paper's E(p, q)."""
-    total = 0.0
-    for start, tile_nK in rows.tiles():
-        labels_n = torch.from_numpy(labels_N[start : start + len(tile_nK)])
-        total += float(torch.nn.functional.cross_entropy(tile_nK, labels_n, reduction="sum"))
-    return total / rows.shape[0]
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> float:
+        total = 0.0
+        for start, tile_nK in tiles:
+            labels_n = torch.from_numpy(labels_N[start : start + len(tile_nK)])
+            total += float(functional.cross_entropy(tile_nK, labels_n, reduction="sum"))
+        return total
+
+    return sum(map_spans(rows, work)) / rows.shape[0]
 
 
 def lower_bound(rows: Rows, prices_K: Tensor, bounds: Bounds) -> float:
@@ -73,10 +79,15 @@ def lower_bound(rows: Rows, prices_K: Tensor, bounds: Bounds) -> float:
     - mean_i max_k (logp_ik + g_k).
     """
     count = rows.shape[0]
-    total = 0.0
-    for _, tile_nK in rows.tiles():
-        best_n = (tile_nK + prices_K).amax(1)
-        total += float((best_n - torch.logsumexp(tile_nK, 1)).sum())
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> float:
+        total = 0.0
+        for _, tile_nK in tiles:
+            best_n = (tile_nK + prices_K).amax(1)
+            total += float((best_n - torch.logsumexp(tile_nK, 1)).sum())
+        return total
+
+    total = sum(map_spans(rows, work))
     sizes_K = _cheapest_sizes(count, prices_K, bounds)
     return (float(sizes_K @ prices_K.numpy()) - total) / count
 
@@ -125,15 +136,22 @@ def balanced(
 def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
     """loss_KK[k, l]: least logp_ik - logp_il over the rows i of cluster k."""
     clusters = rows.shape[1]
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> np.ndarray:
+        loss_KK = np.full((clusters, clusters), np.inf)
+        for start, tile_nK in tiles:
+            labels_n = labels_N[start : start + len(tile_nK)]
+            tile = tile_nK.numpy()
+            order = np.argsort(labels_n, kind="stable")
+            present, first = np.unique(labels_n[order], return_index=True)
+            loss_nK = (tile[np.arange(len(tile)), labels_n][:, None] - tile)[order]
+            lowest = np.minimum.reduceat(loss_nK, first, axis=0)
+            loss_KK[present] = np.minimum(loss_KK[present], lowest)
+        return loss_KK
+
     loss_KK = np.full((clusters, clusters), np.inf)
-    for start, tile_nK in rows.tiles():
-        labels_n = labels_N[start : start + len(tile_nK)]
-        tile = tile_nK.numpy()
-        loss_nK = tile[np.arange(len(tile)), labels_n][:, None] - tile
-        order = np.argsort(labels_n, kind="stable")
-        present, first = np.unique(labels_n[order], return_index=True)
-        lowest = np.minimum.reduceat(loss_nK[order], first, axis=0)
-        loss_KK[present] = np.minimum(loss_KK[present], lowest)
+    for part_KK in map_spans(rows, work):
+        np.minimum(loss_KK, part_KK, out=loss_KK)
     return loss_KK
 
 
@@ -181,9 +199,7 @@ def _move_along(
     willing = []
     for source, target in arcs:
         members = np.flatnonzero(labels_N == source)
-        loss_n = np.concatenate(
-            [(block[:, source] - block[:, target]).numpy() for block in _blocks(rows, members)]
-        )
+        loss_n = _losses(rows, members, source, target)
         order = np.argsort(loss_n, kind="stable")
         most = min(
             most, int(np.searchsorted(loss_n[order], loss_n[order[0]] + slack, side="right"))
@@ -198,16 +214,21 @@ def _move_along(
     return most
 
 
+def _losses(rows: Rows, members: np.ndarray, source: int, target: int) -> np.ndarray:
+    def work(block_nK: Tensor) -> np.ndarray:
+        return (block_nK[:, source] - block_nK[:, target]).numpy()
+
+    return np.concatenate(list(map_rows(rows, members, work)))
+
+
 def _least_loss(rows: Rows, members: np.ndarray, cluster: int) -> np.ndarray:
+    def work(block_nK: Tensor) -> np.ndarray:
+        return (block_nK[:, [cluster]] - block_nK).amin(0).numpy()
+
     least_K = np.full(rows.shape[1], np.inf)
-    for block in _blocks(rows, members):
-        least_K = np.minimum(least_K, (block[:, [cluster]] - block).amin(0).numpy())
+    for part_K in map_rows(rows, members, work):
+        np.minimum(least_K, part_K, out=least_K)
     return least_K
-
-
-def _blocks(rows: Rows, members: np.ndarray) -> list[Tensor] | map[Tensor]:
-    size = max(1, _TAKE_ELEMENTS // rows.shape[1])
-    return map(rows.take, (members[at : at + size] for at in range(0, len(members), size)))
 
 
 def sharpen(

@@ -6,7 +6,7 @@ N rows (images), K clusters, n rows of one tile, T heads.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ from sela_cli import assignment, formats, interrupt, metrics, newton, sinkhorn
 from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels, Provenance
 from sela_cli.scores import Matrix, Scores, open_scores
+from sela_cli.tiles import tile_rows
 
 ASSIGN_KINDS = ("balanced", "argmax", "random")
 INPUT_KINDS = ("logits", "probabilities")
 
-# A megabyte of float64: small enough to stay in the cache between the operations on it.
-_TILE_ELEMENTS = 1 << 17
 # Newton's K x K matrices take 24 bytes an entry: 400 MB at most.
 _NEWTON_CLUSTERS = 4096
 # A moved row may lose this share of the mean cost more than it must.
@@ -73,13 +72,9 @@ class ScoreRows:
         """(N, K)."""
         return self.matrix.shape
 
-    def tiles(self) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order, as (number of the tile's first row, tile_nK)."""
-        count, clusters = self.shape
-        size = max(1, _TILE_ELEMENTS // clusters)
-        for start in range(0, count, size):
-            which = np.arange(start, min(start + size, count))
-            yield start, self._checked(self.matrix.read(slice(start, start + size)), which)
+    def tile(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop-1, (n, K)."""
+        return self._checked(self.matrix.read(slice(start, stop)), np.arange(start, stop))
 
     def take(self, rows_n: np.ndarray) -> Tensor:
         """The named rows, (n, K)."""
@@ -205,7 +200,7 @@ def plan(spec: str, settings: LabelSettings) -> dict[str, Any]:
             "rows": len(scores.keys),
             "heads": [matrix.shape[1] for matrix in scores.heads],
             "settings": asdict(settings),
-            "tile_rows": [max(1, _TILE_ELEMENTS // matrix.shape[1]) for matrix in scores.heads],
+            "tile_rows": [tile_rows(matrix.shape[1]) for matrix in scores.heads],
         }
 
 
@@ -297,6 +292,12 @@ def _solve_head(
         stop=interrupt.requested,
     )
     prices_K = solution.potentials_K / settings.lamb
+
+    def moving(note: str) -> None:
+        progress(0, 0, note)
+        if interrupt.requested():
+            raise StoppedEarly("stopped while balancing the sizes", "run it again")
+
     if settings.assign == "balanced":
         sharp_K = assignment.sharpen(rows, marginal_K, solution.potentials_K, settings.lamb, solve)
         slack = _SLACK * assignment.objective(rows, assignment.argmax(rows, sharp_K))
@@ -305,7 +306,7 @@ def _solve_head(
             sharp_K,
             bounds,
             slack,
-            progress=lambda left: progress(0, 0, f"{name} {left} rows to move"),
+            progress=lambda left: moving(f"{name} {left} rows to move"),
         )
     else:
         labels_N = assignment.argmax(rows, prices_K)

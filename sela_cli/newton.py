@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from sela_cli.sinkhorn import (
-    Rows,
     SoftSizes,
     Solution,
     Step,
     sinkhorn_step,
     soft_sizes,
 )
+from sela_cli.tiles import Rows
 
 # Where a cluster has less than this share of its due, the quadratic model says nothing
 # about it: Sinkhorn steps bring it back.
@@ -124,7 +124,7 @@ def _newton_change(
     """The damped, bounded step of mean zero; None where the system is not positive definite."""
     assert overlap_KK is not None
     s_K = log_s_K.exp()
-    hessian_KK = torch.diag(s_K * (1 + damping)) - overlap_KK.double()
+    hessian_KK = torch.diag(s_K * (1 + damping)) - overlap_KK
     # F does not change along (1, ..., 1): this makes the system regular there.
     hessian_KK += 1 / len(s_K) ** 2
     factor_KK, failed = torch.linalg.cholesky_ex(hessian_KK)

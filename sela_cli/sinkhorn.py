@@ -11,36 +11,18 @@ Sources: SeLa (Asano, Rupprecht, Vedaldi, ICLR 2020) eq. 5-6; Cuturi 2013; Genev
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sela_cli.tiles import Rows, map_spans
+
 # Below this a mean of float64 softmax entries may have lost terms to underflow.
 _UNDERFLOW = 1e-250
-
-
-class Rows(Protocol):
-    """An N x K matrix of finite scores in float64, read in tiles of rows.
-
-    Scores are log-probabilities up to a constant of each row: logits will do.
-    """
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        ...
-
-    def tiles(self) -> Iterator[tuple[int, Tensor]]:
-        """All rows in order, as (number of the tile's first row, tile_nK)."""
-        ...
-
-    def take(self, rows_n: np.ndarray) -> Tensor:
-        """The named rows, (n, K); `rows_n` is ascending."""
-        ...
 
 
 class Step(NamedTuple):
@@ -113,29 +95,40 @@ def sinkhorn_step(a_K: Tensor, marginal_K: Tensor, sizes: SoftSizes) -> Tensor:
 def soft_sizes(rows: Rows, lamb: float, a_K: Tensor, overlap: bool = False) -> SoftSizes:
     """log s_K(a), and mean_i logsumexp_k(lambda (score_ik - max score_i) + a_k), in one read.
 
-    With `overlap` also mean_i q_i q_i^T (K, K), q_i the softmax of row i, in float32.
+    With `overlap` also mean_i q_i q_i^T (K, K), q_i the softmax of row i, of float32 products.
 
     A cluster that no row wants has an s below the smallest float64; its logarithm is then
     taken in the log domain in a second read, so that it is finite for finite scores and
     the cluster can recover.
     """
     count, clusters = rows.shape
-    s_K = torch.zeros_like(a_K)
-    overlap_KK = torch.zeros(clusters, clusters) if overlap else None
-    total = 0.0
-    for _, tile_nK in rows.tiles():
-        z_nK = _scaled(tile_nK, lamb, a_K)
-        top_n = z_nK.amax(1)
-        q_nK = z_nK.sub_(top_n[:, None]).exp_()
-        sum_n = q_nK.sum(1)
-        total += float((top_n + sum_n.log()).sum())
-        if overlap_KK is None:
-            s_K += sum_n.reciprocal() @ q_nK
-        else:
-            q_nK.div_(sum_n[:, None])
-            s_K += q_nK.sum(0)
-            single_nK = q_nK.float()
-            overlap_KK.addmm_(single_nK.T, single_nK)
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> tuple[Tensor, float, Tensor | None]:
+        s_K = torch.zeros_like(a_K)
+        total = 0.0
+        overlap_KK = torch.zeros(clusters, clusters) if overlap else None
+        for _, tile_nK in tiles:
+            z_nK = _scaled(tile_nK, lamb, a_K)
+            top_n = z_nK.amax(1)
+            q_nK = z_nK.sub_(top_n[:, None]).exp_()
+            sum_n = q_nK.sum(1)
+            total += float((top_n + sum_n.log()).sum())
+            if overlap_KK is None:
+                s_K += sum_n.reciprocal() @ q_nK
+            else:
+                q_nK.div_(sum_n[:, None])
+                s_K += q_nK.sum(0)
+                single_nK = q_nK.float()
+                overlap_KK.addmm_(single_nK.T, single_nK)
+        return s_K, total, overlap_KK
+
+    s_K, total = torch.zeros_like(a_K), 0.0
+    overlap_KK = torch.zeros(clusters, clusters, dtype=a_K.dtype) if overlap else None
+    for part_K, part_total, part_KK in map_spans(rows, work):
+        s_K += part_K
+        total += part_total
+        if overlap_KK is not None and part_KK is not None:
+            overlap_KK += part_KK
     log_s_K = (s_K / count).log()
     dead = (s_K / count < _UNDERFLOW).nonzero()[:, 0]
     if len(dead):
@@ -146,12 +139,15 @@ def soft_sizes(rows: Rows, lamb: float, a_K: Tensor, overlap: bool = False) -> S
 
 
 def _log_sizes(rows: Rows, lamb: float, a_K: Tensor, columns: Tensor) -> Tensor:
-    logs = torch.full((len(columns),), -torch.inf, dtype=a_K.dtype)
-    for _, tile_nK in rows.tiles():
-        z_nK = _scaled(tile_nK, lamb, a_K)
-        log_q = z_nK[:, columns] - torch.logsumexp(z_nK, 1, keepdim=True)
-        logs = torch.logaddexp(logs, torch.logsumexp(log_q, 0))
-    return logs - np.log(rows.shape[0])
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+        logs = torch.full((len(columns),), -torch.inf, dtype=a_K.dtype)
+        for _, tile_nK in tiles:
+            z_nK = _scaled(tile_nK, lamb, a_K)
+            log_q = z_nK[:, columns] - torch.logsumexp(z_nK, 1, keepdim=True)
+            logs = torch.logaddexp(logs, torch.logsumexp(log_q, 0))
+        return logs
+
+    return torch.logsumexp(torch.stack(list(map_spans(rows, work))), 0) - math.log(rows.shape[0])
 
 
 def _scaled(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli import formats
-from sela_cli.errors import BadData
+from sela_cli import formats, interrupt
+from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.images.sources import Source, open_source
 
 # Images of up to this side are taken as they are, by networks with the small stem.
@@ -64,6 +64,8 @@ class Images:
         for start in range(0, len(self), 1024):
             held[start : start + 1024] = self._decode(self.index_N[start : start + 1024])
             progress(min(start + 1024, len(self)), len(self), "decoding")
+            if interrupt.requested():
+                raise StoppedEarly(f"{self.spec}: stopped while decoding", "run it again")
         self._held = held
 
     def _decode(self, numbers_n: np.ndarray) -> Tensor:
