@@ -142,8 +142,9 @@ class AlexNet(nn.Module):
         self.conv3 = _conv(two, three, 3)
         self.conv4 = _conv(three, four, 3)
         self.conv5 = _conv(four, five, 3)
-        self.pool5 = nn.AdaptiveMaxPool2d(4) if small else nn.MaxPool2d(3, 2)
         side = 4 if small else 6
+        # Of the 13 x 13 map at 224 pixels this is the paper's pooling, 3 wide in steps of 2.
+        self.pool5 = nn.AdaptiveMaxPool2d(side)
         self.fc6 = _dense(five * side * side, self.width)
         self.fc7 = _dense(self.width, self.width)
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from sela_cli import formats, interrupt
 from sela_cli.errors import BadData, StoppedEarly, UsageError
@@ -68,23 +69,30 @@ def probe_stage(
 ) -> list[dict[str, Any]]:
     """Measure kNN and linear accuracy on `test` and write a probe file. Both need `truth`."""
     formats.check_output(output, force)
-    if method not in METHODS:
-        raise UsageError(f"--method {method} is none of {', '.join(METHODS)}")
+    for option, value, known in (
+        ("--method", method, METHODS),
+        ("--aug", aug, tuple(AUGMENTATIONS)),
+    ):
+        if value not in known:
+            raise UsageError(f"{option} {value} is none of {', '.join(known)}")
+    if min(ks) < 1 or min(sigmas) <= 0:
+        raise UsageError("--k must be at least 1 and --sigma positive")
+    names = _chosen(network, layers)
     for images in (train, test):
         if images.truth_N is None:
             raise BadData(
                 f"{images.spec} has no true classes, and probes measure by them",
                 "use a folder with one subfolder a class, or a list with a class a line",
             )
+    test = with_classes_of(train, test)
     rows: list[dict[str, Any]] = []
     if method in ("knn", "both"):
         rows += knn_rows(train, test, network, ks, sigmas, split, device, precision, progress)
     if method in ("linear", "both"):
-        probe = LinearProbe(
-            network, _chosen(network, layers), _classes(train, test), device, precision
-        )
-        loss = probe.fit(train, epochs, lr, batch_size, aug, seed, progress)
-        for name, (top1, top5) in probe.accuracies(test, batch_size).items():
+        with LinearProbe(network, names, _classes(train, test), device, precision) as probe:
+            loss = probe.fit(train, epochs, lr, batch_size, aug, seed, progress)
+            accuracies = probe.accuracies(test, batch_size)
+        for name, (top1, top5) in accuracies.items():
             rows.append(
                 _row(name, "linear", "", split, len(test), top1, top5)
                 | {"lr": lr, "epoch": epochs, "loss": loss[name]}
@@ -104,6 +112,19 @@ def _row(
 def _classes(train: Images, test: Images) -> int:
     assert train.truth_N is not None and test.truth_N is not None
     return int(max(train.truth_N.max(), test.truth_N.max())) + 1
+
+
+def with_classes_of(train: Images, test: Images) -> Images:
+    """`test` with its classes numbered as those of `train`, by name; new ones come after."""
+    if not (train.classes and test.classes) or train.classes == test.classes:
+        return test
+    names = list(train.classes)
+    names += [name for name in test.classes if name not in names]
+    numbers = np.array([names.index(name) for name in test.classes])
+    renamed = test.subset(np.arange(len(test)))
+    assert test.truth_N is not None
+    renamed.truth_N, renamed.classes = numbers[test.truth_N], tuple(names)
+    return renamed
 
 
 def _chosen(network: Network, layers: str) -> list[str]:
@@ -172,7 +193,8 @@ def knn_scores(
     votes = []
     for block in torch.split(functional.normalize(query_MD, dim=1), 512):
         similarity, nearest = (block @ bank_ND.T).topk(k, dim=1)
-        weights = ((similarity - 1) / sigma).exp()
+        # Only ratios count: measured from the nearest, a small sigma does not underflow.
+        weights = ((similarity - similarity[:, :1]) / sigma).exp()
         votes.append(torch.zeros(len(block), classes).scatter_add_(1, truth_N[nearest], weights))
     return torch.cat(votes)
 
@@ -197,11 +219,12 @@ class LinearProbe:
         self.device, self.precision = device, precision
         self._maps: dict[str, Tensor] = {}
         self._pools: dict[str, nn.Module] = {}
+        self._hooks: list[RemovableHandle] = []
         modules = network.layers()
         self.classifiers = nn.ModuleDict()
         view = torch.zeros(1, 3, network.image_size, network.image_size, device=device)
         for name in layers:
-            modules[name].register_forward_hook(self._keep(name))
+            self._hooks.append(modules[name].register_forward_hook(self._keep(name)))
         with torch.no_grad():
             network.trunk(view)
         for name in layers:
@@ -211,6 +234,13 @@ class LinearProbe:
                 nn.BatchNorm1d(width, affine=False), nn.Linear(width, classes)
             )
         self.classifiers.to(device)
+
+    def __enter__(self) -> LinearProbe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:

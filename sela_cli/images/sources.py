@@ -5,9 +5,11 @@ Labels are never needed here; a source that happens to know classes offers them 
 
 from __future__ import annotations
 
+import lzma
 import os
 import tarfile
 import threading
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -45,7 +47,7 @@ class Source:
         """One image; raises BadData naming its key where it can't be read."""
         try:
             return self.decode(number)
-        except (OSError, ValueError, SyntaxError, EOFError, ImportError) as error:
+        except Exception as error:  # A decoder of a damaged file may raise anything.
             raise BadData(
                 f"{self.spec}: image '{self.keys[number]}' can't be read ({error})",
                 "--skip-bad leaves such images out",
@@ -93,6 +95,10 @@ def _rgb(file: Any) -> np.ndarray:
     from PIL import Image
 
     with Image.open(file) as image:
+        if image.mode.startswith("I;16"):
+            # Pillow's own conversion cuts at 255 instead of scaling.
+            grey = np.round(np.asarray(image) / 257).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
         return np.asarray(image.convert("RGB"))
 
 
@@ -163,11 +169,16 @@ def _tar(spec: str) -> Source:
                 for member in archive
                 if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES
             ]
+            # tarfile takes a damaged header for the end; a real end is a block of zeros.
+            stream: Any = archive.fileobj
+            stream.seek(archive.offset)
+            if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
             members.sort(key=lambda member: member.name)
             # Only an uncompressed tar can be read at random; others are held as they are, encoded.
             plain = spec.lower().endswith(".tar")
             held = [] if plain else [_member_bytes(archive, member) for member in members]
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise BadData(f"{spec}: not a readable tar ({error})") from error
     handle = Path(spec).open("rb") if plain else None  # noqa: SIM115 (open as long as the source)
     lock = threading.Lock()
@@ -180,7 +191,8 @@ def _tar(spec: str) -> Source:
             data = handle.read(members[number].size)
         return _rgb(BytesIO(data))
 
-    return _with_folder_classes(Source(spec, [member.name for member in members], decode))
+    keys = [PurePosixPath(member.name).as_posix() for member in members]
+    return _with_folder_classes(Source(spec, keys, decode))
 
 
 def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -205,9 +217,11 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
         keys = [f"{names[0]}/{number:07d}" for number in range(shape[0])]
         if "keys" in file and file["keys"].shape == (shape[0],):
             keys = [bytes(key).decode("utf-8", "surrogateescape") for key in file["keys"][()]]
-        truth_N = None
+        truth_N: np.ndarray | None = None
+        classes: tuple[str, ...] = ()
         if "labels" in file and file["labels"].shape == (shape[0],):
-            truth_N = file["labels"][()].astype(np.int64)
+            values, truth_N = np.unique(file["labels"][()], return_inverse=True)
+            classes = tuple(str(value) for value in values)
     handle = h5py.File(path, "r")
     images = handle[names[0]]
     lock = threading.Lock()
@@ -219,7 +233,6 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
             return np.repeat(image[:, :, None], 3, axis=2)
         return image if shape[-1] == 3 else image.transpose(1, 2, 0)
 
-    classes = tuple(str(c) for c in np.unique(truth_N)) if truth_N is not None else ()
     return Source(spec, keys, decode, truth_N, classes)
 
 
@@ -285,7 +298,8 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
         keys = [f"{split}/{Path(path).name}" for path in data.images]
     else:
         keys = [f"{split}/{number:06d}" for number in range(len(data))]
-    labels = getattr(data, "targets", getattr(data, "labels", None))
+    # VOC's targets are annotation files: an image there has several classes.
+    labels = None if name == "voc2007" else getattr(data, "targets", getattr(data, "labels", None))
     truth_N = None if labels is None else np.asarray(labels, dtype=np.int64)
     if truth_N is not None and (truth_N < 0).any():
         truth_N = None

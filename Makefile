@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-fast check docs clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+# torch and torchvision must be a matching pair: both come from the ordinary index in one call.
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed ## Run the loop on real handwritten digits: runs/demo
+	$(BIN)/sela run --data digits --out runs/demo --force
+
+test: .venv/installed ## Run the whole test suite
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed ## The tests that take less than ten seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/installed ## Lint, formatting, types and import walls
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_walls.py
+
+docs: .venv/installed ## Write docs/cli.md from the help
+	$(BIN)/python docs/make_cli.py
+
+clean: ## Remove the virtual environment and what runs wrote
+	rm -rf .venv runs

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# The loop of `sela run`, spelled out: the same files, with the same payload digests.
+#
+#   DATA=digits OUT=runs/alternate bash examples/alternate.sh
+#
+# Each command can run on a machine of its own; all state is in the files.
+set -euo pipefail
+
+DATA=${DATA:-digits}
+OUT=${OUT:-runs/alternate}
+ARCH=${ARCH:-alexnet-small}
+HEADS=${HEADS:-10x5}
+EPOCHS=${EPOCHS:-30}
+OPTS=${OPTS:-15}
+LAMB=${LAMB:-10}
+SEED=${SEED:-0}
+LIMIT=${LIMIT:-}
+TRAINING=${TRAINING:---batch-size 64 --lr 0.03 --lr-milestones 0.6,0.8 --weight-decay 5e-4 --aug crop}
+
+mkdir -p "$OUT"
+images=(--data "$DATA" ${LIMIT:+--limit "$LIMIT"})
+
+# A head that ran out of iterations (exit 75) is good enough to train on: its labels are written.
+label() { sela label "$@" || test $? -eq 75; }
+
+# Round 0: a fresh network, and random balanced labels.
+sela embed "${images[@]}" --arch "$ARCH" --heads "$HEADS" --seed "$SEED" -o "$OUT/logits.h5"
+label "$OUT/logits.h5" --assign random --seed "$SEED" -o "$OUT/labels-000.h5"
+# shellcheck disable=SC2086 # TRAINING is a list of options
+sela train "${images[@]}" --labels "$OUT/labels-000.h5" --arch "$ARCH" --seed "$SEED" \
+    --epochs "$EPOCHS" $TRAINING --to 0 -o "$OUT/checkpoint-000.h5"
+
+last=000
+round=0
+for position in $(sela schedule --epochs "$EPOCHS" --opts "$OPTS"); do
+    round=$((round + 1))
+    now=$(printf %03d "$round")
+    sela train "${images[@]}" --labels "$OUT/labels-$last.h5" \
+        --checkpoint "$OUT/checkpoint-$last.h5" --to "$position" -o "$OUT/checkpoint-$now.h5"
+    sela embed "${images[@]}" --checkpoint "$OUT/checkpoint-$now.h5" -o "$OUT/logits.h5" --force
+    label "$OUT/logits.h5" --lamb "$LAMB" --seed "$SEED" --init "$OUT/labels-$last.h5" \
+        -o "$OUT/labels-$now.h5"
+    rm "$OUT/checkpoint-$last.h5"
+    last=$now
+done
+
+sela train "${images[@]}" --labels "$OUT/labels-$last.h5" \
+    --checkpoint "$OUT/checkpoint-$last.h5" -o "$OUT/checkpoint.h5"
+rm "$OUT/checkpoint-$last.h5"
+cp "$OUT/labels-$last.h5" "$OUT/labels.h5"

@@ -1,0 +1,262 @@
+"""Views: torchvision is the yardstick for the operations and for their distributions."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest, ks_2samp, kstest
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms.v2 import functional
+
+from sela_cli.images import augment
+from sela_cli.images.augment import (
+    AUGMENTATIONS,
+    MEAN,
+    STD,
+    Augmentation,
+    centre_view,
+    random_view,
+)
+
+MEAN_311 = torch.tensor(MEAN)[:, None, None]
+STD_311 = torch.tensor(STD)[:, None, None]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(count: int, side: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=seeded(seed))
+
+
+def colours(view: Tensor) -> Tensor:
+    """Undo the normalisation."""
+    return view * STD_311 + MEAN_311
+
+
+# ---- centre view ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "size"), [(256, 224), (112, 98), (32, 32)])
+def test_centre_view_is_torchvisions(side: int, size: int) -> None:
+    batch = noise(3, side)
+    steps = v2.Compose(
+        [v2.CenterCrop(size), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    )
+    torch.testing.assert_close(centre_view(batch, size), steps(batch))
+
+
+def test_centre_view_scales_small_images_for_large_networks() -> None:
+    batch = noise(2, 32)
+    expected = functional.resize(
+        functional.center_crop(batch, [28, 28]).float() / 255, [224, 224], antialias=True
+    )
+    torch.testing.assert_close(colours(centre_view(batch, 224)), expected, atol=1e-5, rtol=0)
+
+
+def test_no_augmentation_is_the_centre_view() -> None:
+    batch = noise(2, 32)
+    view = random_view(batch, 32, AUGMENTATIONS["none"], seeded())
+    assert torch.equal(view, centre_view(batch, 32))
+
+
+# ---- all of a view ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name != "none"])
+def test_view_is_a_function_of_the_generator(name: str) -> None:
+    batch, augmentation = noise(6, 32), AUGMENTATIONS[name]
+    first = random_view(batch, 32, augmentation, seeded(1))
+    torch.manual_seed(99)
+    assert torch.equal(random_view(batch, 32, augmentation, seeded(1)), first)
+    assert not torch.equal(random_view(batch, 32, augmentation, seeded(2)), first)
+
+
+@pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name != "none"])
+def test_each_image_has_a_view_of_its_own(name: str) -> None:
+    one, augmentation = noise(1, 32), AUGMENTATIONS[name]
+    views = random_view(one.expand(8, -1, -1, -1), 32, augmentation, seeded())
+    assert all(not torch.equal(views[i], views[j]) for i in range(8) for j in range(i))
+
+
+def test_a_view_does_not_depend_on_the_other_images() -> None:
+    batch = noise(6, 32)
+    changed = batch.clone()
+    changed[0] = 255 - changed[0]
+    paper = AUGMENTATIONS["paper"]
+    views, after = (random_view(images, 32, paper, seeded(3)) for images in (batch, changed))
+    assert torch.equal(views[1:], after[1:]) and not torch.equal(views[0], after[0])
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize(("side", "size"), [(32, 32), (80, 70)])
+def test_views_stay_within_the_range_of_images(name: str, side: int, size: int) -> None:
+    # Hard edges and pure colours are where an interpolation or a shift would overshoot.
+    batch = (noise(32, side) > 127).to(torch.uint8) * 255
+    view = random_view(batch, size, AUGMENTATIONS[name], seeded())
+    assert view.shape == (32, 3, size, size)
+    assert colours(view).min() >= -1e-5 and colours(view).max() <= 1 + 1e-5
+
+
+# ---- colours ----------------------------------------------------------------
+
+
+OPERATIONS = (
+    functional.adjust_brightness,
+    functional.adjust_contrast,
+    functional.adjust_saturation,
+    functional.adjust_hue,
+)
+
+
+def jittered_by(factors: list[float], view: Tensor, generator: torch.Generator) -> Tensor:
+    """`_jittered` with given brightness, contrast, saturation and hue in place of drawn ones."""
+    given = iter(factors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment, "_uniform", lambda count, *_: torch.full((count,), next(given)))
+        return augment._jittered(view, 0.4, generator)
+
+
+@pytest.mark.parametrize("operation", range(4))
+@pytest.mark.parametrize("share", [-0.4, -0.13, 0.27, 0.4])
+def test_colour_operations_are_torchvisions(operation: int, share: float) -> None:
+    view = noise(4, 16).float() / 255
+    factors = [1.0, 1.0, 1.0, 0.0]
+    factors[operation] += share
+    expected = OPERATIONS[operation](view, factors[operation])
+    assert (expected - view).abs().max() > 0.05
+    # torchvision rounds the weights of grey to 0.2989, 0.587, 0.114.
+    torch.testing.assert_close(jittered_by(factors, view, seeded()), expected, atol=1e-3, rtol=0)
+
+
+def test_hue_of_greys_and_pure_colours() -> None:
+    levels = torch.tensor([0.0, 0.5, 1.0])
+    cube = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 27, 1)
+    for shift in (-0.5, -0.2, 0.1, 1 / 3):
+        got = augment._hue_shifted(cube, torch.full((1, 1, 1), shift))
+        torch.testing.assert_close(got, functional.adjust_hue(cube, shift), atol=1e-5, rtol=0)
+
+
+def test_colour_operations_come_in_a_random_order() -> None:
+    view = noise(2, 8).float() / 255
+    factors = [1.35, 0.65, 1.4, 0.3]
+    expected = {}
+    for order in permutations(range(4)):
+        image = view
+        for operation in order:
+            image = OPERATIONS[operation](image, factors[operation])
+        expected[order] = image
+    found = set()
+    for seed in range(40):
+        got = jittered_by(factors, view, seeded(seed))
+        distance = {order: float((got - image).abs().max()) for order, image in expected.items()}
+        found.add(min(distance, key=lambda order: distance[order]))
+        assert min(distance.values()) < 2e-3
+    # Some orders give the same image; of 24 equally likely ones 40 draws see more than 8.
+    assert len(found) > 8
+
+
+def test_brightness_is_uniform_around_one() -> None:
+    # The other three leave a constant grey image as it is.
+    grey = torch.full((3000, 3, 2, 2), 0.5)
+    factors = augment._jittered(grey, 0.4, seeded())[:, 0, 0, 0] / 0.5
+    assert kstest(factors.numpy(), "uniform", (0.6, 0.8)).pvalue > 1e-4
+
+
+def test_hue_shift_is_uniform_around_zero() -> None:
+    # A pale red turns by the hue's shift; the other three keep its hue.
+    red = torch.tensor([0.5, 0.25, 0.25])[:, None, None].expand(3000, 3, 2, 2)
+    red_n, green_n, blue_n = augment._jittered(red, 0.4, seeded())[:, :, 0, 0].double().T
+    angle = torch.atan2(3**0.5 * (green_n - blue_n), 2 * red_n - green_n - blue_n)
+    # The angle is the hue at every sixth of a turn, and within 0.02 between them.
+    assert angle.abs().max() <= 0.4 * 2 * torch.pi + 0.02
+    within_a_sixth = int((angle.abs() <= torch.pi / 3).sum())
+    assert binomtest(within_a_sixth, 3000, (1 / 6) / 0.4).pvalue > 1e-4
+    assert binomtest(int((angle > 0).sum()), 3000, 0.5).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.7])
+def test_greys_come_with_their_probability(probability: float) -> None:
+    batch = noise(1500, 4)
+    augmentation = Augmentation(scale=None, jitter=0.0, grey=probability, flip=0.0)
+    view = colours(random_view(batch, 4, augmentation, seeded()))
+    grey = (view.amax(1) - view.amin(1)).flatten(1).amax(1) < 1e-5
+    assert binomtest(int(grey.sum()), 1500, probability).pvalue > 1e-4
+    expected = functional.rgb_to_grayscale(batch.float() / 255, 3)
+    torch.testing.assert_close(view[grey], expected[grey], atol=1e-3, rtol=0)
+    torch.testing.assert_close(view[~grey], batch[~grey].float() / 255, atol=1e-5, rtol=0)
+
+
+# ---- crops ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (0.5, 1.0)])
+def test_crop_boxes_are_distributed_as_torchvisions(scale: tuple[float, float]) -> None:
+    side, count = 500, 4000
+    ours = augment._crop_boxes(count, side, scale, seeded()).double().numpy()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        image = torch.empty(3, side, side)
+        theirs = np.array(
+            [
+                RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
+                for _ in range(count)
+            ],
+            dtype=float,
+        )
+    for name, measure in {
+        "area": lambda box: box[:, 2] * box[:, 3],
+        "log ratio": lambda box: np.log(box[:, 3] / box[:, 2]),
+        "top": lambda box: box[:, 0],
+        "left": lambda box: box[:, 1],
+    }.items():
+        assert ks_2samp(measure(ours), measure(theirs)).pvalue > 1e-4, name
+
+
+@pytest.mark.parametrize("side", [1, 2, 32, 256])
+def test_crop_boxes_lie_within_the_image(side: int) -> None:
+    top, left, height, width = augment._crop_boxes(2000, side, (0.08, 1.0), seeded()).T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (height >= 1).all() and (width >= 1).all()
+    assert (top + height <= side).all() and (left + width <= side).all()
+    boxes = torch.stack([top, left, height, width])
+    assert torch.equal(boxes, boxes.round())
+
+
+def test_whole_area_falls_back_to_the_whole() -> None:
+    """Only the ratio 1 fits into a square; where ten draws miss it, the whole is taken."""
+    boxes = augment._crop_boxes(500, 256, (1.0, 1.0), seeded())
+    assert torch.equal(boxes, torch.tensor([0.0, 0.0, 256.0, 256.0]).expand(500, -1))
+
+
+def test_crops_are_torchvisions_within_their_edges() -> None:
+    side, size, scale = 40, 80, (0.3, 0.9)
+    batch = noise(6, side)
+    boxes = augment._crop_boxes(6, side, scale, seeded(5)).int().tolist()
+    augmentation = Augmentation(scale=scale, jitter=0.0, grey=0.0, flip=0.0)
+    views = colours(random_view(batch, size, augmentation, seeded(5)))
+    for view, image, box in zip(views, batch.float() / 255, boxes, strict=True):
+        expected = functional.resized_crop(image, *box, size=[size, size], antialias=False)
+        # At its edge a crop of ours is interpolated with the pixel beyond, theirs is not.
+        edge = -(-size // (2 * min(box[2:])))
+        inner = slice(edge, size - edge)
+        torch.testing.assert_close(
+            view[:, inner, inner], expected[:, inner, inner], atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_flips_are_mirrors_with_their_probability(probability: float) -> None:
+    batch = noise(1000, 8)
+    augmentation = Augmentation(scale=None, jitter=0.0, grey=0.0, flip=probability)
+    view = random_view(batch, 8, augmentation, seeded())
+    plain = centre_view(batch, 8)
+    distance = [(view - other).abs().amax((1, 2, 3)) for other in (plain, plain.flip(3))]
+    assert (torch.minimum(*distance) < 1e-4).all()
+    flipped = int((distance[1] < 1e-4).sum())
+    assert binomtest(flipped, 1000, probability).pvalue > 1e-4

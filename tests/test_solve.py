@@ -1,0 +1,327 @@
+"""The label solve and the assignment, against closed forms and independent solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment, linprog, minimize
+from scipy.special import logsumexp, softmax
+from torch import Tensor
+
+from sela_cli import assignment, newton, sinkhorn
+from sela_cli.labels import marginal
+
+SOLVERS = [sinkhorn.solve, newton.solve]
+Solver = Callable[..., sinkhorn.Solution]
+
+
+class ArrayRows:
+    """An array in memory as rows of scores."""
+
+    def __init__(self, scores_NK: np.ndarray) -> None:
+        self.scores_NK = scores_NK
+        self.shape = scores_NK.shape
+
+    def tile(self, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(self.scores_NK[start:stop].astype(np.float64))
+
+    def take(self, rows_n: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.scores_NK[rows_n].astype(np.float64))
+
+
+def logits(count: int, clusters: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:
+    """Scores with structure: a few features times random heads, so that clusters correlate."""
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((count, 8))
+    return scale * features @ rng.standard_normal((8, clusters)) / 8**0.5
+
+
+def uniform(clusters: int) -> Tensor:
+    return marginal("uniform", clusters)
+
+
+def shares(scores_NK: np.ndarray, lamb: float, a_K: Tensor) -> np.ndarray:
+    """Soft cluster shares, by scipy."""
+    return softmax(lamb * scores_NK + a_K.numpy(), axis=1).mean(0)
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+@pytest.mark.parametrize("kind", ["uniform", "zipf:1", "gaussian:0.3"])
+def test_soft_sizes_reach_the_marginal(solve: Solver, kind: str) -> None:
+    scores_NK = logits(300, 7)
+    r_K = marginal(kind, 7)
+    solution = solve(ArrayRows(scores_NK), r_K, 10.0, 1e-8, 5000)
+    assert solution.converged
+    np.testing.assert_allclose(shares(scores_NK, 10.0, solution.potentials_K), r_K, atol=2e-8)
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_the_plan_is_that_of_the_paper_in_linear_space(solve: Solver) -> None:
+    """Sinkhorn-Knopp as published: alpha, beta scale P^lambda to the marginals."""
+    log_p_NK = logits(60, 5)
+    log_p_NK -= logsumexp(log_p_NK, axis=1, keepdims=True)
+    kernel_KN = np.exp(3.0 * log_p_NK).T
+    beta = np.ones(60)
+    for _ in range(2000):
+        alpha = (1 / 5) / (kernel_KN @ beta)
+        beta = (1 / 60) / (alpha @ kernel_KN)
+    plan_KN = alpha[:, None] * kernel_KN * beta
+    a_K = solve(ArrayRows(log_p_NK), uniform(5), 3.0, 1e-12, 5000).potentials_K
+    np.testing.assert_allclose(
+        softmax(3.0 * log_p_NK + a_K.numpy(), axis=1).T / 60, plan_KN, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_potentials_minimise_the_semi_dual(solve: Solver) -> None:
+    """scipy's L-BFGS on F finds no lower value, and the same potentials."""
+    scores_NK = logits(200, 6, scale=2.0)
+    scores_NK -= scores_NK.max(1, keepdims=True)
+    r = np.full(6, 1 / 6)
+
+    def semi_dual(a: np.ndarray) -> tuple[float, np.ndarray]:
+        z = 5.0 * scores_NK + a
+        return logsumexp(z, axis=1).mean() - r @ a, softmax(z, axis=1).mean(0) - r
+
+    best = minimize(
+        semi_dual, np.zeros(6), jac=True, method="L-BFGS-B", options={"gtol": 1e-12, "ftol": 1e-16}
+    )
+    solution = solve(ArrayRows(scores_NK), uniform(6), 5.0, 1e-11, 5000)
+    assert solution.trace[-1].objective <= best.fun + 1e-12
+    np.testing.assert_allclose(solution.potentials_K, best.x - best.x.mean(), atol=1e-5)
+
+
+def test_newton_finds_sinkhorns_optimum_in_fewer_reads() -> None:
+    rows = ArrayRows(logits(2000, 40, scale=3.0))
+    slow = sinkhorn.solve(rows, uniform(40), 25.0, 1e-7, 20000)
+    quick = newton.solve(rows, uniform(40), 25.0, 1e-7, 200)
+    assert slow.converged and quick.converged
+    np.testing.assert_allclose(quick.potentials_K, slow.potentials_K, atol=1e-3)
+    assert quick.trace[-1].iteration < slow.trace[-1].iteration / 5
+
+
+def test_sinkhorn_never_raises_the_semi_dual() -> None:
+    solution = sinkhorn.solve(ArrayRows(logits(300, 20, scale=3.0)), uniform(20), 25.0, 1e-6, 300)
+    objectives = np.array([step.objective for step in solution.trace])
+    assert (np.diff(objectives) <= 1e-12).all()
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_row_shifts_change_nothing(solve: Solver) -> None:
+    scores_NK = logits(150, 8)
+    shifted_NK = scores_NK + np.random.default_rng(1).uniform(-1e3, 1e3, (150, 1))
+    plain, moved = (
+        solve(ArrayRows(s), uniform(8), 10.0, 1e-9, 5000) for s in (scores_NK, shifted_NK)
+    )
+    np.testing.assert_allclose(moved.potentials_K, plain.potentials_K, atol=1e-7)
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_half_and_single_precision_scores_agree_with_double(solve: Solver) -> None:
+    scores_NK = logits(400, 10)
+    wanted = solve(ArrayRows(scores_NK), uniform(10), 25.0, 1e-9, 9000).potentials_K
+    for dtype, allowed in ((np.float32, 1e-4), (np.float16, 0.2)):
+        rows = ArrayRows(scores_NK.astype(dtype))
+        found = solve(rows, uniform(10), 25.0, 1e-9, 9000).potentials_K
+        np.testing.assert_allclose(found, wanted, atol=allowed)
+
+
+@pytest.mark.parametrize("lamb", [0.1, 1.0, 25.0, 1000.0])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_newton_is_finite_for_any_lambda_and_magnitude(lamb: float, scale: float) -> None:
+    rows = ArrayRows(logits(300, 12, scale=scale))
+    solution = newton.solve(rows, uniform(12), lamb, 1e-4, 300)
+    assert solution.potentials_K.isfinite().all()
+    labels_N, _ = assignment.balanced(
+        rows, solution.potentials_K / lamb, assignment.size_bounds(300, uniform(12).numpy())
+    )
+    assert np.bincount(labels_N, minlength=12).tolist() == [25] * 12
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+@pytest.mark.parametrize("depth", [10.0, 1e3, 1e5])
+def test_a_cluster_that_nobody_wants_comes_back(solve: Solver, depth: float) -> None:
+    """At the deepest its softmax entries are zero in float64."""
+    scores_NK = logits(200, 5)
+    scores_NK[:, 3] -= depth
+    solution = solve(ArrayRows(scores_NK), uniform(5), 5.0, 1e-8, 2000)
+    assert solution.converged
+    even = solve(ArrayRows(logits(200, 5)), uniform(5), 5.0, 1e-8, 2000)
+    lift_K = torch.tensor([0, 0, 0, 5.0 * depth, 0], dtype=torch.float64)
+    expected_K = even.potentials_K + lift_K - lift_K.mean()
+    np.testing.assert_allclose(solution.potentials_K, expected_K, atol=1e-6)
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_a_warm_start_at_the_solution_ends_at_once(solve: Solver) -> None:
+    rows = ArrayRows(logits(200, 6))
+    found = solve(rows, uniform(6), 10.0, 1e-8, 5000)
+    again = solve(rows, uniform(6), 10.0, 1e-7, 5000, found.potentials_K)
+    assert again.converged and len(again.trace) == 1
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_the_cap_on_iterations_is_kept_and_told(solve: Solver) -> None:
+    rows = ArrayRows(logits(500, 30, scale=5.0))
+    solution = solve(rows, uniform(30), 50.0, 1e-12, 3)
+    assert not solution.converged and solution.residual > 1e-12
+    assert solution.potentials_K.isfinite().all()
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_a_request_to_stop_is_heard(solve: Solver) -> None:
+    solution = solve(
+        ArrayRows(logits(500, 30, scale=5.0)), uniform(30), 50.0, 1e-12, 9999, stop=lambda: True
+    )
+    assert len(solution.trace) == 1 and not solution.converged
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    rows = ArrayRows(logits(60_000, 64))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            solution = newton.solve(rows, uniform(64), 10.0, 1e-6, 100)
+            found.append(
+                (
+                    solution.potentials_K,
+                    assignment.objective(rows, assignment.argmax(rows, solution.potentials_K / 10)),
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for potentials_K, objective in found[1:]:
+        assert torch.equal(potentials_K, found[0][0]) and objective == found[0][1]
+
+
+# ---- exactly balanced labels --------------------------------------------------
+
+
+def cost_of_optimal_matching(scores_NK: np.ndarray, sizes_K: np.ndarray) -> float:
+    """The least objective for these cluster sizes, by scipy's Hungarian method."""
+    cost_NK = logsumexp(scores_NK, axis=1, keepdims=True) - scores_NK
+    seats = np.repeat(np.arange(len(sizes_K)), sizes_K)
+    rows, columns = linear_sum_assignment(cost_NK[:, seats])
+    return cost_NK[:, seats][rows, columns].mean()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (6, 6), (40, 4), (60, 12), (200, 8)])
+@pytest.mark.parametrize("start", ["solved", "zero"])
+def test_balanced_labels_are_optimal_and_proved_so(shape: tuple[int, int], start: str) -> None:
+    rows = ArrayRows(logits(*shape, scale=3.0))
+    count, clusters = shape
+    bounds = assignment.size_bounds(count, uniform(clusters).numpy())
+    prices_K = torch.zeros(clusters, dtype=torch.float64)
+    if start == "solved":
+        prices_K = newton.solve(rows, uniform(clusters), 10.0, 1e-6, 100).potentials_K / 10
+    labels_N, prices_K = assignment.balanced(rows, prices_K, bounds)
+    sizes_K = np.bincount(labels_N, minlength=clusters)
+    assert (sizes_K >= bounds.low_K).all() and (sizes_K <= bounds.high_K).all()
+    objective = assignment.objective(rows, labels_N)
+    assert objective == pytest.approx(cost_of_optimal_matching(rows.scores_NK, sizes_K), abs=1e-9)
+    assert assignment.lower_bound(rows, prices_K, bounds) <= objective + 1e-9
+    if count % clusters == 0:
+        assert assignment.lower_bound(rows, prices_K, bounds) == pytest.approx(objective, abs=1e-9)
+
+
+def test_uneven_sizes_come_close_to_the_linear_programme() -> None:
+    """With floor and ceiling both allowed, scipy's HiGHS is the judge."""
+    count, clusters = 47, 5
+    rows = ArrayRows(logits(count, clusters, scale=2.0))
+    cost_NK = logsumexp(rows.scores_NK, axis=1, keepdims=True) - rows.scores_NK
+    each_row = np.kron(np.eye(count), np.ones(clusters))
+    each_cluster = np.kron(np.ones(count), np.eye(clusters))
+    best = linprog(
+        cost_NK.ravel() / count,
+        A_eq=each_row,
+        b_eq=np.ones(count),
+        A_ub=np.vstack([each_cluster, -each_cluster]),
+        b_ub=np.concatenate([np.full(clusters, 10.0), np.full(clusters, -9.0)]),
+    )
+    bounds = assignment.size_bounds(count, uniform(clusters).numpy())
+    prices_K = newton.solve(rows, uniform(clusters), 100.0, 1e-6, 100).potentials_K / 100
+    labels_N, prices_K = assignment.balanced(rows, prices_K, bounds)
+    bound = assignment.lower_bound(rows, prices_K, bounds)
+    objective = assignment.objective(rows, labels_N)
+    assert bound <= best.fun + 1e-9 and best.fun <= objective + 1e-9
+    assert objective <= 1.001 * best.fun
+
+
+def test_any_prices_give_a_lower_bound() -> None:
+    rows = ArrayRows(logits(30, 6, scale=2.0))
+    bounds = assignment.size_bounds(30, uniform(6).numpy())
+    best = cost_of_optimal_matching(rows.scores_NK, np.full(6, 5))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        prices_K = torch.from_numpy(rng.normal(0, 2, 6))
+        assert assignment.lower_bound(rows, prices_K, bounds) <= best + 1e-12
+
+
+@pytest.mark.parametrize("kind", ["identical", "two values", "duplicated"])
+def test_ties_are_shared_out(kind: str) -> None:
+    count, clusters = 5000, 50
+    scores_NK = {
+        "identical": np.zeros((count, clusters)),
+        "two values": np.tile(logits(2, clusters), (count // 2, 1)),
+        "duplicated": np.repeat(logits(count // 50, clusters), 50, axis=0),
+    }[kind]
+    rows = ArrayRows(scores_NK)
+    prices_K = torch.zeros(clusters, dtype=torch.float64)
+    bounds = assignment.size_bounds(count, uniform(clusters).numpy())
+    labels_N, prices_K = assignment.balanced(rows, prices_K, bounds)
+    assert np.bincount(labels_N, minlength=clusters).tolist() == [100] * clusters
+    objective = assignment.objective(rows, labels_N)
+    assert objective == pytest.approx(assignment.lower_bound(rows, prices_K, bounds), abs=1e-9)
+
+
+def test_slack_costs_at_most_what_it_says() -> None:
+    rows = ArrayRows(logits(800, 40, scale=0.05))
+    bounds = assignment.size_bounds(800, uniform(40).numpy())
+    prices_K = torch.zeros(40, dtype=torch.float64)
+    exact, _ = assignment.balanced(rows, prices_K, bounds)
+    rough, _ = assignment.balanced(rows, prices_K, bounds, slack=1e-3)
+    assert np.bincount(rough, minlength=40).tolist() == [20] * 40
+    least = assignment.objective(rows, exact)
+    assert least - 1e-12 <= assignment.objective(rows, rough) <= least + 1e-3
+
+
+def test_sharper_prices_leave_fewer_rows_to_move() -> None:
+    rows = ArrayRows(logits(4000, 40, scale=0.05))
+    bounds = assignment.size_bounds(4000, uniform(40).numpy())
+    potentials_K = newton.solve(rows, uniform(40), 10.0, 1e-6, 100).potentials_K
+
+    def excess(prices_K: Tensor) -> int:
+        sizes_K = np.bincount(assignment.argmax(rows, prices_K), minlength=40)
+        return int((sizes_K - bounds.high_K).clip(0).sum())
+
+    sharp_K = assignment.sharpen(rows, uniform(40), potentials_K, 10.0, newton.solve)
+    assert excess(sharp_K) <= 0.01 * 4000 < excess(potentials_K / 10)
+
+
+@pytest.mark.parametrize(("count", "clusters"), [(10, 3), (1797, 10), (7, 7), (5, 1)])
+def test_random_labels_are_balanced_and_seeded(count: int, clusters: int) -> None:
+    draw = [
+        assignment.random_balanced(count, clusters, torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    ]
+    sizes_K = np.bincount(draw[0], minlength=clusters)
+    assert sizes_K.max() - sizes_K.min() <= 1 and sizes_K.sum() == count
+    assert (draw[0] == draw[1]).all()
+    assert clusters == 1 or (draw[0] != draw[2]).any()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "zipf:1.5", "gaussian:0.2"])
+@pytest.mark.parametrize("count", [7, 100, 12345])
+def test_size_bounds_surround_the_marginal(kind: str, count: int) -> None:
+    r_K = marginal(kind, 7).numpy()
+    bounds = assignment.size_bounds(count, r_K)
+    assert bounds.low_K.sum() <= count <= bounds.high_K.sum()
+    assert (bounds.low_K <= count * r_K + 1e-6).all() and (
+        bounds.high_K >= count * r_K - 1e-6
+    ).all()
+    assert (bounds.high_K - bounds.low_K <= 1).all()

@@ -1,0 +1,538 @@
+"""Every form of SPEC opens the same images; bad ones are named; squares are torchvision's."""
+
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from sela_cli.errors import BadData, NoInput, UsageError
+from sela_cli.images import batches, sources
+from sela_cli.images.batches import open_images, square, stored_side
+from sela_cli.images.sources import Source, open_source
+
+NAMES = [f"{number:02d}.png" for number in range(5)]
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 9, 7, 3), dtype=np.uint8)
+CLASSES = ["owl", "bee", "owl", "cat", "bee"]
+TRUTH = [2, 0, 2, 1, 0]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+FILES = [png(pixels) for pixels in PIXELS]
+
+
+def write_folder(root: Path, names: list[str] = NAMES, files: list[bytes] = FILES) -> str:
+    for name, data in zip(names, files, strict=True):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    (root / "notes.md").write_text("not an image")
+    return str(root)
+
+
+def write_tar(path: Path, names: list[str] = NAMES, files: list[bytes] = FILES) -> str:
+    mode: Any = {".tar": "w", ".gz": "w:gz", ".tgz": "w:gz", ".bz2": "w:bz2", ".xz": "w:xz"}
+    with tarfile.open(path, mode[path.suffix]) as archive:
+        # Backwards: the order of members must not matter.
+        for name, data in reversed(list(zip(names, files, strict=True))):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def write_list(root: Path, lines: list[str]) -> str:
+    write_folder(root)
+    path = root / "list.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def write_hdf5(path: Path, **arrays: np.ndarray) -> str:
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+    return str(path)
+
+
+def in_bytes(names: list[str]) -> np.ndarray:
+    return np.array([name.encode() for name in names])
+
+
+FORMS: dict[str, Callable[[Path], str]] = {
+    "folder": lambda root: write_folder(root / "pictures"),
+    "list": lambda root: write_list(root, NAMES),
+    "commented list": lambda root: write_list(root, ["# a comment", *NAMES[:2], "", *NAMES[2:]]),
+    "tar": lambda root: write_tar(root / "a.tar"),
+    "tar.gz": lambda root: write_tar(root / "a.tar.gz"),
+    "tgz": lambda root: write_tar(root / "a.tgz"),
+    "tar.bz2": lambda root: write_tar(root / "a.tar.bz2"),
+    "tar.xz": lambda root: write_tar(root / "a.tar.xz"),
+    "HDF5 NHWC": lambda root: write_hdf5(root / "a.h5", images=PIXELS, keys=in_bytes(NAMES)),
+    "HDF5 NCHW": lambda root: write_hdf5(
+        root / "a.hdf5", images=PIXELS.transpose(0, 3, 1, 2), keys=in_bytes(NAMES)
+    ),
+    "HDF5 named": lambda root: (
+        write_hdf5(root / "a.h5", x=PIXELS, other=255 - PIXELS, keys=in_bytes(NAMES)) + "::/x"
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_images(form: str, tmp_path: Path) -> None:
+    source = open_source(FORMS[form](tmp_path))
+    assert source.keys == NAMES
+    assert source.truth_N is None
+    np.testing.assert_array_equal([source.image(number) for number in range(5)], PIXELS)
+
+
+FOLDED = {
+    "flat": [f"{label}/{name}" for label, name in zip(CLASSES, NAMES, strict=True)],
+    "below train": [f"train/{label}/{name}" for label, name in zip(CLASSES, NAMES, strict=True)],
+    "above images": [f"{label}/images/{name}" for label, name in zip(CLASSES, NAMES, strict=True)],
+}
+
+
+@pytest.mark.parametrize("write", [write_folder, write_tar])
+@pytest.mark.parametrize("form", FOLDED)
+def test_subfolders_are_classes(form: str, write: Callable[..., str], tmp_path: Path) -> None:
+    names = FOLDED[form]
+    source = open_source(write(tmp_path / "a.tar", names))
+    assert source.keys == sorted(names)
+    assert source.classes == ("bee", "cat", "owl")
+    assert source.truth_N is not None
+    by_key = dict(zip(source.keys, source.truth_N.tolist(), strict=True))
+    assert [by_key[name] for name in names] == TRUTH
+    for number, key in enumerate(source.keys):
+        np.testing.assert_array_equal(source.image(number), PIXELS[names.index(key)])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["one/" + name for name in NAMES], ["a/x.png", "a/y.png", "b/x.png", "b/y.png", "stray.png"]],
+)
+def test_no_classes_without_several_folders_for_all(names: list[str], tmp_path: Path) -> None:
+    assert open_source(write_folder(tmp_path, names)).truth_N is None
+
+
+def test_list_may_carry_classes(tmp_path: Path) -> None:
+    lines = [f"{name}\t{label}" for name, label in zip(NAMES, CLASSES, strict=True)]
+    source = open_source(write_list(tmp_path, ["# path, class", *lines]))
+    assert source.keys == NAMES and source.classes == ("bee", "cat", "owl")
+    assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
+
+
+def test_list_with_some_classes_has_none(tmp_path: Path) -> None:
+    source = open_source(write_list(tmp_path, [*NAMES[:4], f"{NAMES[4]}\tbee"]))
+    assert source.keys == NAMES and source.truth_N is None
+
+
+def test_grey_hdf5_without_keys_but_labels(tmp_path: Path) -> None:
+    grey = PIXELS[..., 0]
+    source = open_source(write_hdf5(tmp_path / "a.h5", images=grey, labels=np.array(TRUTH)))
+    np.testing.assert_array_equal(source.image(3), np.stack([grey[3]] * 3, axis=2))
+    assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
+    assert len(set(source.keys)) == 5 and source.keys == sorted(source.keys)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"x": PIXELS, "y": PIXELS},
+        {"x": PIXELS.astype(np.float32)},
+        {"x": np.zeros((5, 2), np.uint8)},
+    ],
+)
+def test_hdf5_without_one_set_of_images(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    with pytest.raises(BadData, match=r"a\.h5"):
+        open_source(write_hdf5(tmp_path / "a.h5", **arrays))
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    source, bunch = open_source("digits"), load_digits()
+    assert source.truth_N is not None
+    np.testing.assert_array_equal(source.truth_N, bunch.target)
+    for number in (0, 900, len(source) - 1):
+        image = source.image(number)
+        assert image.dtype == np.uint8 and (image == image[:, :, :1]).all()
+        np.testing.assert_allclose(image[:, :, 0] / 255, bunch.images[number] / 16, atol=1 / 255)
+
+
+# ---- torchvision ------------------------------------------------------------
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes = struct.pack(f">{array.ndim}i", *array.shape)
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")]
+)
+@pytest.mark.parametrize(("split", "stem"), [("", "train"), ("@train", "train"), ("@test", "t10k")])
+@pytest.mark.parametrize("root", ["plain", "with@sign"])
+def test_idx_sets(name: str, folder: str, split: str, stem: str, root: str, tmp_path: Path) -> None:
+    images = {"train": PIXELS[..., 0], "t10k": PIXELS[:3, ..., 1]}
+    truth = {"train": np.array(TRUTH, np.uint8), "t10k": np.array([4, 4, 9], np.uint8)}
+    raw = tmp_path / root / folder / "raw"
+    for part in ("train", "t10k"):
+        write_idx(raw / f"{part}-images-idx3-ubyte", images[part])
+        write_idx(raw / f"{part}-labels-idx1-ubyte", truth[part])
+    source = open_source(f"{name}:{tmp_path / root}{split}")
+    assert source.truth_N is not None and source.truth_N.tolist() == truth[stem].tolist()
+    assert len(source.classes) == 10
+    for number in range(len(source)):
+        expected = np.stack([images[stem][number]] * 3, axis=2)
+        np.testing.assert_array_equal(source.image(number), expected)
+
+
+class StandIn:
+    """As a torchvision data set: what it was asked for, and five images."""
+
+    def __init__(self, root: str, **options: Any) -> None:
+        self.root, self.options = root, options
+        StandIn.last = self
+
+    last: StandIn
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(PIXELS[number]), 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "class_name", "option", "attributes", "truth"),
+    [
+        ("cifar10:ROOT", "CIFAR10", {"train": True}, {"targets": TRUTH}, TRUTH),
+        ("cifar10:ROOT@test", "CIFAR10", {"train": False}, {"targets": TRUTH}, TRUTH),
+        ("cifar100:ROOT@test", "CIFAR100", {"train": False}, {"targets": TRUTH}, TRUTH),
+        ("svhn:ROOT", "SVHN", {"split": "train"}, {"labels": np.array(TRUTH)}, TRUTH),
+        ("svhn:ROOT@extra", "SVHN", {"split": "extra"}, {"labels": np.array(TRUTH)}, TRUTH),
+        ("stl10:ROOT@test", "STL10", {"split": "test"}, {"labels": np.array(TRUTH)}, TRUTH),
+        (
+            "stl10:ROOT@all",
+            "STL10",
+            {"split": "train+unlabeled"},
+            {"labels": np.array([1, 2, 3, -1, -1])},
+            None,
+        ),
+    ],
+)
+def test_torchvision_sets(
+    spec: str,
+    class_name: str,
+    option: dict[str, Any],
+    attributes: dict[str, Any],
+    truth: list[int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(datasets, class_name, type("Data", (StandIn,), attributes))
+    source = open_source(spec)
+    assert StandIn.last.root == "ROOT"
+    assert StandIn.last.options == {**option, "download": False}
+    assert (None if source.truth_N is None else source.truth_N.tolist()) == truth
+    np.testing.assert_array_equal([source.image(number) for number in range(5)], PIXELS)
+
+
+def test_imagenet_keys_are_paths_below_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"val/n{label}/{name}" for label, name in zip(TRUTH, NAMES, strict=True)]
+    samples = [(str(tmp_path / name), label) for name, label in zip(names, TRUTH, strict=True)]
+    stand_in = type("Data", (StandIn,), {"samples": samples, "targets": TRUTH})
+    monkeypatch.setattr(datasets, "ImageNet", stand_in)
+    source = open_source(f"imagenet:{tmp_path}@val")
+    assert StandIn.last.options == {"split": "val"}
+    assert source.keys == names
+    assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
+
+
+def test_voc2007_folder(tmp_path: Path) -> None:
+    base = tmp_path / "VOCdevkit" / "VOC2007"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (base / folder).mkdir(parents=True)
+    numbers = [f"{number:06d}" for number in range(5)]
+    for number, data in zip(numbers, FILES, strict=True):
+        # torchvision wants the name .jpg; a PNG inside keeps the pixels exact.
+        (base / "JPEGImages" / f"{number}.jpg").write_bytes(data)
+        (base / "Annotations" / f"{number}.xml").write_text("<annotation></annotation>")
+    (base / "ImageSets/Main/trainval.txt").write_text("\n".join(numbers))
+    (base / "ImageSets/Main/val.txt").write_text("\n".join(numbers[2:4]))
+    source = open_source(f"voc2007:{tmp_path}")
+    assert source.keys == [f"trainval/{number}.jpg" for number in numbers]
+    assert source.truth_N is None
+    np.testing.assert_array_equal([source.image(number) for number in range(5)], PIXELS)
+    part = open_source(f"voc2007:{tmp_path}@val")
+    np.testing.assert_array_equal([part.image(number) for number in range(2)], PIXELS[2:4])
+
+
+@pytest.mark.parametrize("name", sorted(set(sources._TORCHVISION) - {"imagenet"}))
+def test_missing_torchvision_root_mentions_download(name: str, tmp_path: Path) -> None:
+    with pytest.raises(NoInput, match="--download"):
+        open_source(f"{name}:{tmp_path / 'absent'}")
+
+
+def test_missing_imagenet_can_not_be_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(NoInput) as caught:
+        open_source(f"imagenet:{tmp_path / 'absent'}")
+    assert "--download" not in str(caught.value)
+
+
+def test_unknown_split(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="train, test"):
+        open_source(f"mnist:{tmp_path}@validation")
+
+
+def test_missing_path() -> None:
+    with pytest.raises(NoInput, match="absent"):
+        open_source("absent.tar")
+
+
+# ---- keys and order ---------------------------------------------------------
+
+
+def test_order_does_not_depend_on_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = write_folder(tmp_path, FOLDED["flat"])
+    expected = open_source(spec).keys
+    walk = sources.os.walk
+
+    def backwards(root: Path) -> Any:
+        for folder, subfolders, files in walk(root):
+            subfolders.reverse()
+            yield folder, subfolders, files[::-1]
+
+    monkeypatch.setattr(sources.os, "walk", backwards)
+    assert open_source(spec).keys == expected == sorted(FOLDED["flat"])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda root: write_list(root, [*NAMES, NAMES[2]]),
+        lambda root: write_tar(root / "a.tar", [*NAMES[:4], NAMES[0]]),
+        lambda root: write_hdf5(root / "a.h5", x=PIXELS, keys=in_bytes([*NAMES[:4], NAMES[0]])),
+    ],
+)
+def test_duplicate_names_are_refused(form: Callable[[Path], str], tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="twice"):
+        open_source(form(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda root: str(root),
+        lambda root: write_list(root, ["# nothing"]),
+        lambda root: write_tar(root / "a.tar", [f"{number}.md" for number in range(5)]),
+    ],
+)
+def test_no_images_at_all(form: Callable[[Path], str], tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="no image"):
+        open_source(form(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_tar_members_are_never_extracted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    hostile = ["../outside.png", str(tmp_path / "absolute.png"), "x/../../up.png", *NAMES[:2]]
+    source = open_source(write_tar(inside / name, hostile))
+    for number, key in enumerate(source.keys):
+        np.testing.assert_array_equal(source.image(number), PIXELS[hostile.index(key)])
+    assert {path.name for path in tmp_path.rglob("*")} == {"inside", name}
+
+
+def test_tar_with_links_reads_files_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path)
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+    assert open_source(str(path)).keys == NAMES
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz"])
+@pytest.mark.parametrize("damage", [b"\0", b"\xff"])
+def test_damaged_tar_is_bad_data(name: str, damage: bytes, tmp_path: Path) -> None:
+    """Never fewer images in silence, wherever the damage lies."""
+    path = tmp_path / name
+    noise = np.random.default_rng(2).integers(0, 256, (5, 40, 40, 3), dtype=np.uint8)
+    write_tar(path, files=[png(pixels) for pixels in noise])
+    data = bytearray(path.read_bytes())
+    place = len(data) // 2
+    if name == "a.tar":
+        # Past the name, in the header of the middle member: its checksum no longer holds.
+        place = data.index(NAMES[2].encode()) + 100
+    data[place : place + 40] = damage * 40
+    path.write_bytes(data)
+    with pytest.raises(BadData, match=r"a\.tar"):
+        open_source(str(path))
+
+
+# ---- decoding ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "RGB"])
+def test_every_mode_comes_out_as_rgb(mode: str, tmp_path: Path) -> None:
+    picture = Image.fromarray(PIXELS[0]).convert(mode)
+    picture.save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    image = open_source(str(tmp_path)).image(0)
+    assert image.shape == (9, 7, 3) and image.dtype == np.uint8
+    np.testing.assert_array_equal(image, np.asarray(picture.convert("RGB")))
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+    """Scaled to eight bits, not cut off at 255."""
+    levels = np.linspace(0, 65535, 63).round().astype(np.uint16).reshape(9, 7)
+    Image.fromarray(levels).save(tmp_path / "a.png")
+    image = open_source(str(tmp_path)).image(0)
+    np.testing.assert_allclose(image[:, :, 1] / 255, levels / 65535, atol=1.5 / 255)
+
+
+def _huge_header() -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    size = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+BROKEN = {
+    "empty": b"",
+    "text": b"no image\n" * 20,
+    "truncated": FILES[2][:90],
+    "huge": _huge_header(),
+}
+
+
+@pytest.mark.parametrize("write", [write_folder, write_tar])
+@pytest.mark.parametrize("damage", BROKEN)
+def test_broken_image_is_named_or_left_out(
+    damage: str, write: Callable[..., str], tmp_path: Path
+) -> None:
+    files = [*FILES[:2], BROKEN[damage], *FILES[3:]]
+    spec = write(tmp_path / "a.tar", files=files)
+    with pytest.raises(BadData, match=r"02\.png.*--skip-bad"):
+        open_images(spec, 32)
+    images, _ = open_images(spec, 32, skip_bad=True)
+    assert images.keys == [NAMES[row] for row in (0, 1, 3, 4)]
+    assert images.index_N.tolist() == [0, 1, 3, 4]
+
+
+def test_listed_but_absent_image_is_named(tmp_path: Path) -> None:
+    spec = write_list(tmp_path, [*NAMES, "absent.png"])
+    with pytest.raises(BadData, match=r"absent\.png"):
+        open_images(spec, 32)
+    images, _ = open_images(spec, 32, skip_bad=True)
+    assert images.keys == NAMES
+
+
+def test_nothing_but_broken_images(tmp_path: Path) -> None:
+    for name in NAMES:
+        (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(BadData, match="none of its images"):
+        open_images(str(tmp_path), 32, skip_bad=True)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 10, 1000, 1796])
+def test_limit_spreads_evenly(limit: int) -> None:
+    source = Source("made", [str(n) for n in range(1797)], lambda n: PIXELS[0], np.arange(1797))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "open_source", lambda spec, download: source)
+        images, _ = open_images("made", 32, limit=limit)
+    assert len(images) == limit
+    assert images.index_N[0] == 0 and (limit == 1 or images.index_N[-1] == 1796)
+    if limit > 2:
+        gaps = np.diff(images.index_N)
+        assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+    assert images.truth_N is not None and (images.truth_N == images.index_N).all()
+
+
+def test_limit_beyond_the_end_takes_all(tmp_path: Path) -> None:
+    assert len(open_images(write_folder(tmp_path), 32, limit=6)[0]) == 5
+
+
+def test_lazy_and_held_batches_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    spec = write_folder(tmp_path)
+    held, _ = open_images(spec, 32)
+    monkeypatch.setattr(batches, "_MEMORY_BYTES", 0)
+    lazy, _ = open_images(spec, 32)
+    assert held._held is not None and lazy._held is None
+    rows = torch.tensor([3, 0, 3, 4])
+    assert torch.equal(held.batch(rows), lazy.batch(rows))
+    part = np.array([4, 1])
+    expected = held.batch(torch.from_numpy(part))
+    for images in (held.subset(part), lazy.subset(part)):
+        assert images.keys == [NAMES[4], NAMES[1]] and images.index_N.tolist() == [4, 1]
+        assert torch.equal(images.batch(torch.arange(2)), expected)
+
+
+# ---- squares ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side"), [(64, 64, 32), (64, 96, 32), (96, 64, 32), (20, 30, 40), (7, 7, 7)]
+)
+def test_square_is_resize_and_centre_crop(height: int, width: int, side: int) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    expected = v2.Compose([v2.Resize(side), v2.CenterCrop(side)])(Image.fromarray(noise))
+    np.testing.assert_array_equal(square(noise, side), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side"), [(100, 173, 32), (311, 97, 48), (33, 50, 64), (500, 375, 256)]
+)
+def test_square_is_within_a_pixel_of_torchvision(height: int, width: int, side: int) -> None:
+    """torchvision rounds the longer edge and the offset otherwise."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    ramps = [rows * 255 / height, columns * 255 / width, 0 * rows]
+    ramp = np.stack(ramps, axis=2).round().astype(np.uint8)
+    expected = v2.Compose([v2.Resize(side), v2.CenterCrop(side)])(Image.fromarray(ramp))
+    got = square(ramp, side)
+    assert got.shape == (side, side, 3)
+    step = 255 / (side * np.array([height, width]) / min(height, width))
+    difference = np.abs(got.astype(float) - np.asarray(expected)).max(axis=(0, 1))
+    assert (difference[:2] <= step + 1.5).all()
+
+
+@pytest.mark.parametrize(
+    ("native", "size", "side"),
+    [(8, 32, 32), (500, 32, 32), (32, 224, 32), (500, 224, 256), (200, 224, 256)],
+)
+def test_stored_side(native: int, size: int, side: int) -> None:
+    assert stored_side(native, size) == side
+
+
+@pytest.mark.parametrize(("side", "size"), [(64, 32), (65, 224)])
+def test_default_image_size(side: int, size: int, tmp_path: Path) -> None:
+    Image.new("RGB", (side, side)).save(tmp_path / "a.png")
+    assert open_images(str(tmp_path), None)[1] == size
