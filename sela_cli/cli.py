@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from typing import Annotated
 
@@ -13,8 +11,9 @@ from sela_cli import __version__
 from sela_cli.commands import embed, info, label, metrics, probe, retrain, run, schedule, train
 from sela_cli.errors import SelaError
 
-EXIT_CODES = """Exit codes: 0 done; 2 usage; 65 bad data; 66 no input; 70 a bug in sela;
-73 can't create output; 75 stopped early, state saved: run again; 130 Ctrl-C."""
+EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
+65 bad data; 66 no input; 70 a bug in sela; 73 can't create output; 75 stopped early,
+state saved: run again; 130 Ctrl-C."""
 
 app = typer.Typer(
     name="sela",
@@ -66,10 +65,6 @@ def main() -> None:
             raise
         print(f"sela: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader left; what it wanted, it has. Nothing more can be said on stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

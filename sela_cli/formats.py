@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 
 from sela_cli import __version__
-from sela_cli.errors import BadData, CannotCreate, NoInput
+from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
 
 FORMAT = "HDF5::SeLa"
 VERSION = 1
@@ -232,8 +232,9 @@ def check_output(path: str, force: bool) -> None:
     if path == "-":
         return
     target = Path(path)
-    if target.is_dir():
-        raise CannotCreate(f"{path} is a folder", "name a file")
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "a device or a pipe"
+        raise CannotCreate(f"{path} is {kind}", "name a file, or - for standard output")
     if target.exists() and not force:
         raise CannotCreate(f"{path} exists", "add --force to replace it")
     if not target.parent.is_dir():
@@ -249,9 +250,9 @@ def replacing(path: str, force: bool = False) -> Iterator[Path]:
     `-` sends it to standard output instead. Raises CannotCreate.
     """
     check_output(path, force)
-    folder = Path(tempfile.gettempdir()) if path == "-" else Path(path).resolve().parent
-    name = "stdout" if path == "-" else Path(path).name
-    partial = folder / f".{name}.{os.getpid()}.partial"
+    # Of a link, the file that it leads to is replaced.
+    target = Path(tempfile.gettempdir(), "stdout") if path == "-" else Path(path).resolve()
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         yield partial
         with partial.open("rb") as stream:
@@ -260,8 +261,8 @@ def replacing(path: str, force: bool = False) -> Iterator[Path]:
                 shutil.copyfileobj(stream, sys.stdout.buffer)
                 sys.stdout.buffer.flush()
         if path != "-":
-            os.replace(partial, path)
-            _sync_folder(folder)
+            os.replace(partial, target)
+            _sync_folder(target.parent)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -276,12 +277,13 @@ def create(
 ) -> Iterator[h5py.File]:
     """Write one of our files, with its provenance and digest, whole or not at all."""
     assert kind in KINDS
+    created = _now()
     with replacing(path, force) as partial, h5py.File(partial, "w") as file:
         yield file
-        _seal(file, kind, provenance)
+        _seal(file, kind, provenance, created)
 
 
-def _seal(file: h5py.File, kind: str, provenance: Provenance) -> None:
+def _seal(file: h5py.File, kind: str, provenance: Provenance, created: str) -> None:
     digest = payload_digest(file)
     own = {"command": provenance.command, "parameters": dict(provenance.parameters)}
     history = [*provenance.history, {**own, "digest": digest}]
@@ -291,7 +293,7 @@ def _seal(file: h5py.File, kind: str, provenance: Provenance) -> None:
             "kind": kind,
             "format-version": VERSION,
             "generated-by": f"sela-{__version__}",
-            "creation-date": _now(),
+            "creation-date": created,
             "parameters": json.dumps(dict(provenance.parameters)),
             "history": json.dumps(history[-_HISTORY_ENTRIES:]),
             "inputs": json.dumps([dict(entry) for entry in provenance.inputs]),
@@ -301,13 +303,16 @@ def _seal(file: h5py.File, kind: str, provenance: Provenance) -> None:
     )
 
 
-# HDF5 keeps an attribute below 64 KiB, and a long run has thousands of ancestors.
+# A long run has thousands of ancestors: its files would be mostly history.
 _HISTORY_ENTRIES = 16
 
 
 def _now() -> str:
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+    try:
+        moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(f"SOURCE_DATE_EPOCH={epoch} is no number of seconds since 1970") from None
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -445,6 +450,15 @@ def _damaged(path: str, error: Exception) -> BadData:
 
 
 @contextmanager
+def damage_named(path: str) -> Iterator[None]:
+    """What HDF5 raises in this block, which does nothing but read `path`, is BadData."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+@contextmanager
 def open_file(path: str, *kinds: str) -> Iterator[tuple[h5py.File, Header]]:
     """Open one of our files (`-`: standard input) of one of `kinds` (any, if none is given).
 
@@ -457,10 +471,8 @@ def open_file(path: str, *kinds: str) -> Iterator[tuple[h5py.File, Header]]:
             if kinds and header.kind not in kinds:
                 wanted = " or ".join(kinds)
                 raise BadData(f"{path} holds {header.kind}, but {wanted} is needed here")
-            try:
+            with damage_named(path):
                 yield file, header
-            except (OSError, RuntimeError, KeyError) as error:
-                raise _damaged(path, error) from error
     finally:
         if path == "-":
             os.unlink(actual)
@@ -488,9 +500,9 @@ def read_header_of(path: str, file: h5py.File) -> Header:
             kind=text["kind"],
             digest=text["digest"],
             dataset_id=text["dataset-id"],
-            parameters=json.loads(text["parameters"]),
-            history=json.loads(text["history"]),
-            inputs=json.loads(text["inputs"]),
+            parameters=_json(text["parameters"], dict),
+            history=_json(text["history"], list),
+            inputs=_json(text["inputs"], list),
             generated_by=text["generated-by"],
             creation_date=text["creation-date"],
         )
@@ -499,6 +511,24 @@ def read_header_of(path: str, file: h5py.File) -> Header:
     if header.kind not in KINDS:
         raise BadData(f"{path}: unknown kind {header.kind!r}")
     return header
+
+
+def _json(text: str, kind: type) -> Any:
+    value = json.loads(text)
+    if not isinstance(value, kind):
+        raise TypeError(f"{text[:40]} is no {kind.__name__}")
+    return value
+
+
+def _datasets(path: str, file: h5py.File, group: str) -> dict[str, np.ndarray]:
+    """Every dataset of a group. Raises BadData where it is something else."""
+    items = file.get(group)
+    if not isinstance(items, h5py.Group):
+        raise BadData(f"{path}: group '{group}' is missing")
+    for name, item in items.items():
+        if not isinstance(item, h5py.Dataset):
+            raise BadData(f"{path}: '{group}/{name}' is not a dataset")
+    return {name: item[()] for name, item in items.items()}
 
 
 def dataset(
@@ -587,13 +617,13 @@ def read_labels(path: str) -> Labels:
             missing = [name for name in LABEL_ATTRIBUTES if name not in potentials.attrs]
             if missing:
                 raise BadData(f"{path}: 'potentials/{number}' lacks attribute {missing[0]}")
-            trace = file.get(f"trace/{number}", {})
+            trace = f"trace/{number}"
             heads.append(
                 HeadLabels(
                     labels_N=labels_N,
                     potentials_K=potentials[()],
                     attributes={name: _plain(potentials.attrs[name]) for name in LABEL_ATTRIBUTES},
-                    trace={name: values[()] for name, values in trace.items()},
+                    trace=_datasets(path, file, trace) if trace in file else {},
                 )
             )
         if not heads:
@@ -604,15 +634,11 @@ def read_labels(path: str) -> Labels:
 def read_checkpoint(path: str) -> Checkpoint:
     """Read a checkpoint file. Raises BadData where a part is missing."""
     with open_file(path, "checkpoint") as (file, header):
-        groups: dict[str, dict[str, np.ndarray]] = {}
-        for group in ("model", "optimizer"):
-            if group not in file:
-                raise BadData(f"{path}: group '{group}' is missing")
-            groups[group] = {name: item[()] for name, item in file[group].items()}
+        model, optimizer = _datasets(path, file, "model"), _datasets(path, file, "optimizer")
         try:
             return Checkpoint(
-                model=groups["model"],
-                optimizer=groups["optimizer"],
+                model=model,
+                optimizer=optimizer,
                 arch=str(file.attrs["arch"]),
                 image_size=int(file.attrs["image-size"]),
                 heads=[int(clusters) for clusters in json.loads(file.attrs["heads"])],
@@ -632,5 +658,8 @@ def read_probe(path: str) -> list[dict[str, Any]]:
     with open_file(path, "probe") as (file, _):
         table = _array(path, file, "results", (None,), "V")
     names = table.dtype.names or ()
+    missing = [name for name in PROBE_DTYPE.names or () if name not in names]
+    if missing:
+        raise BadData(f"{path}: dataset 'results' lacks columns {', '.join(missing)}")
     rows = [dict(zip(names, (_plain(value) for value in row), strict=True)) for row in table]
     return [{k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()} for row in rows]

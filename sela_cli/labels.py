@@ -6,6 +6,7 @@ N rows (images), K clusters, n rows of one tile, T heads.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,10 +48,9 @@ class LabelSettings:
 
     def check(self) -> None:
         """Raises UsageError where an option has no meaning."""
-        if not self.lamb > 0:
-            raise UsageError(f"--lamb {self.lamb} must be positive")
-        if not self.tol > 0:
-            raise UsageError(f"--tol {self.tol} must be positive")
+        for option, value in (("--lamb", self.lamb), ("--tol", self.tol)):
+            if not 0 < value < math.inf:
+                raise UsageError(f"{option} {value} must be positive and finite")
         if self.max_iter < 1:
             raise UsageError(f"--max-iter {self.max_iter} must be at least 1")
         if self.assign not in ASSIGN_KINDS:
@@ -137,7 +137,7 @@ def _weights_of_file(path: str) -> np.ndarray:
         if path.endswith(".npy"):
             return np.load(path, allow_pickle=False).astype(np.float64).ravel()
         return np.loadtxt(path, dtype=np.float64, ndmin=1).ravel()
-    except ValueError as error:
+    except (ValueError, OSError, EOFError) as error:
         raise BadData(f"{path}: not a list of numbers ({error})") from error
 
 
@@ -157,6 +157,8 @@ def label_stage(
     the tolerance is for the caller to see: `warning`.
     """
     settings.check()
+    if csv_path == output:
+        raise UsageError(f"--output and --csv are both {output}", "name two files")
     for path in (output, csv_path):
         if path:
             formats.check_output(path, force)

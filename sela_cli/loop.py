@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from sela_cli import formats, interrupt, metrics, presets, probes, schedule
-from sela_cli.errors import BadData, CannotCreate, StoppedEarly
+from sela_cli.errors import BadData, CannotCreate, SelaError, StoppedEarly
 from sela_cli.formats import Provenance
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, label_stage, warning
@@ -157,7 +157,12 @@ def run(
     and `force` is off; StoppedEarly after a signal.
     """
     with _locked(folder):
-        _claim(images, folder, settings, force, resume)
+        try:
+            _claim(images, folder, settings, force, resume)
+        except SelaError:
+            if not (folder / "run.json").exists():
+                (folder / ".lock").unlink()
+            raise
         return _Run(images, folder, settings, watcher, device).to_the_end()
 
 

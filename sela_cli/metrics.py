@@ -108,7 +108,7 @@ def _truth_of_array(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
         truth_N = np.load(truth, allow_pickle=False)
     except FileNotFoundError:
         raise NoInput(f"{truth}: no such file") from None
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # The header is Python text: damage shows in many ways.
         raise BadData(f"{truth}: not a readable .npy array ({error})") from error
     if truth_N.shape != (len(labels.keys),) or truth_N.dtype.kind not in "iuUS":
         raise BadData(

@@ -201,6 +201,14 @@ def numbers(text: str) -> list[float]:
         raise typer.BadParameter(f"{text}: write numbers such as 200,50,10") from None
 
 
+def whole_numbers(text: str) -> list[int]:
+    """`200,50,10` as integers; a usage error otherwise."""
+    values = numbers(text)
+    if any(value != int(value) for value in values):
+        raise typer.BadParameter(f"{text}: write whole numbers such as 200,50,10")
+    return [int(value) for value in values]
+
+
 def device_name(device: str) -> str:
     """A torch device for `auto`, cpu, cuda, cuda:N; a usage error where there is none such."""
     import torch

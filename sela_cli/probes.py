@@ -41,7 +41,9 @@ _LINEAR_INPUTS = 9600
 def holdout(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
     """A seeded split into bank and test images, for collections without a test set."""
     order = np.random.default_rng(seed).permutation(len(images))
-    tested = max(1, round(fraction * len(images)))
+    if len(images) < 2:
+        raise BadData(f"{images.spec}: one image can't be split into bank and test", "give --test")
+    tested = min(max(1, round(fraction * len(images))), len(images) - 1)
     return images.subset(np.sort(order[tested:])), images.subset(np.sort(order[:tested]))
 
 
@@ -75,8 +77,8 @@ def probe_stage(
     ):
         if value not in known:
             raise UsageError(f"{option} {value} is none of {', '.join(known)}")
-    if min(ks) < 1 or min(sigmas) <= 0:
-        raise UsageError("--k must be at least 1 and --sigma positive")
+    if not ks or min(ks) < 1 or not sigmas or not min(sigmas) > 0 or not lr > 0:
+        raise UsageError("--k must be at least 1, --sigma and --lr positive")
     names = _chosen(network, layers)
     for images in (train, test):
         if images.truth_N is None:

@@ -6,10 +6,8 @@ that a matrix may be larger than memory; contiguous HDF5 and .npy are memory-map
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,9 +15,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 
 from sela_cli import formats
-from sela_cli.errors import BadData, NoInput
+from sela_cli.errors import BadData, NoInput, SelaError
 
 _MAGIC = {b"\x89HDF": "hdf5", b"\x93NUM": "npy", b"PK\x03\x04": "npz"}
 _SUFFIXES = {
@@ -80,19 +79,27 @@ def open_scores(spec: str) -> Iterator[Scores]:
             "npz": _open_npz,
             "safetensors": _open_safetensors,
         }
-        yield openers[_kind_of(actual)](stack, path, actual, name)
+        yield openers[_kind_of(actual, path)](stack, path, actual, name)
 
 
-def _kind_of(path: str) -> str:
-    with Path(path).open("rb") as stream:
-        magic = stream.read(4)
+def _kind_of(path: str, shown: str) -> str:
+    try:
+        with Path(path).open("rb") as stream:
+            magic = stream.read(4)
+    except PermissionError as error:
+        raise NoInput(f"{shown}: permission denied", f"chmod u+r {shown}") from error
     if not magic:
-        raise BadData(f"{path} is empty")
+        raise BadData(f"{shown} is empty")
     return _MAGIC.get(magic) or _SUFFIXES.get(os.path.splitext(path)[1].lower(), "safetensors")
 
 
 def _open_hdf5(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
     file = stack.enter_context(formats.open_hdf5(actual, path))
+    with formats.damage_named(path):
+        return _scores_of_hdf5(path, file, name)
+
+
+def _scores_of_hdf5(path: str, file: h5py.File, name: str) -> Scores:
     if not formats.is_ours(file):
         return _anonymous(_of_dataset(path, file, name or _only_matrix(path, file)))
     header = formats.read_header_of(path, file)
@@ -103,6 +110,8 @@ def _open_hdf5(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
         heads = [_of_dataset(path, file, name)]
     elif "features" in file:
         heads = _factored(path, file)
+        if not heads:
+            raise BadData(f"{path}: group 'heads' is missing, which goes with 'features'")
     else:
         count = len(file.get("logits", ()))
         heads = [_of_dataset(path, file, f"logits/{number}") for number in range(count)]
@@ -144,7 +153,12 @@ def _of_dataset(path: str, file: h5py.File, name: str) -> Matrix:
     if offset is not None and item.dtype.isnative:
         mapped = np.memmap(file.filename, item.dtype, "r", offset, item.shape)
         return Matrix(item.shape, lambda rows: np.asarray(mapped[rows]), item.name)
-    return Matrix(item.shape, lambda rows: np.asarray(item[rows]), item.name)
+
+    def read(rows: slice | np.ndarray) -> np.ndarray:
+        with formats.damage_named(path):
+            return np.asarray(item[rows])
+
+    return Matrix(item.shape, read, item.name)
 
 
 def _factored(path: str, file: h5py.File) -> list[Matrix]:
@@ -157,19 +171,23 @@ def _factored(path: str, file: h5py.File) -> list[Matrix]:
 
         def read(
             which: slice | np.ndarray,
-            weight_KD: np.ndarray = weight_KD,
-            bias_K: np.ndarray = bias_K,
+            weight: torch.Tensor = torch.from_numpy(weight_KD),
+            bias: torch.Tensor = torch.from_numpy(bias_K),
         ) -> np.ndarray:
-            return features.read(which).astype(np.float32) @ weight_KD.T + bias_K
+            block_nD = torch.from_numpy(features.read(which).astype(np.float32))
+            # By torch, which keeps to the calling thread; NumPy's BLAS would start more.
+            return torch.addmm(bias, block_nD, weight.T).numpy()
 
         heads.append(Matrix((rows, len(weight_KD)), read, f"features x heads/{number}"))
     return heads
 
 
 def _open_npy(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
+    if name:
+        raise BadData(f"{path} is a .npy: its array has no name, so not '{name}'", f"give {path}")
     try:
         array = np.load(actual, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # The header is Python text: damage shows in many ways.
         raise BadData(f"{path}: not a readable .npy array ({error})") from error
     return _of_array(path, array, "array")
 
@@ -183,7 +201,9 @@ def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
                 f"{path}: there is no array '{name}'", f"it holds {', '.join(archive.files)}"
             )
         array = archive[name]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except SelaError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy each have errors of their own.
         raise BadData(f"{path}: not a readable .npz archive ({error})") from error
     return _of_array(path, array, name)
 
@@ -197,12 +217,16 @@ def _open_safetensors(stack: ExitStack, path: str, actual: str, name: str) -> Sc
         if name not in tensors.keys():  # noqa: SIM118 (not a mapping)
             raise BadData(f"{path}: there is no tensor '{name}'")
         array = tensors.get_tensor(name)
-    except (SafetensorError, json.JSONDecodeError, OSError, TypeError) as error:
+    except TypeError as error:
+        raise BadData(f"{path}: '{name}' has a dtype that NumPy lacks ({error})") from error
+    except (SafetensorError, OSError) as error:
         raise BadData(f"{path}: not HDF5, .npy, .npz or safetensors ({error})") from error
     return _of_array(path, array, name)
 
 
 def _of_array(path: str, array: np.ndarray, name: str) -> Scores:
+    if not isinstance(array, np.ndarray):
+        raise BadData(f"{path}: '{name}' is not an array")
     if array.dtype.kind not in "fiu":
         raise BadData(f"{path}: '{name}' has dtype {array.dtype}, scores are numbers")
     if array.ndim != 2:

@@ -61,8 +61,16 @@ class Recipe:
         ):
             if value not in known:
                 raise UsageError(f"{option} {value} is none of {', '.join(known)}")
-        if self.epochs < 0 or self.batch_size < 1 or self.lr <= 0:
-            raise UsageError("--epochs, --batch-size and --lr must be positive")
+        for option, number, least in (
+            ("--epochs", self.epochs, 0),
+            ("--lr", self.lr, 0),
+            ("--lr-factor", self.lr_factor, 0),
+            ("--momentum", self.momentum, 0),
+            ("--weight-decay", self.weight_decay, 0),
+            ("--batch-size", self.batch_size, 1),
+        ):
+            if not least <= number < math.inf:
+                raise UsageError(f"{option} {number} must be at least {least} and finite")
 
     @classmethod
     def of(cls, *layers: dict[str, Any]) -> Recipe:
@@ -334,11 +342,10 @@ class Job:
     output: str
     recipe: Recipe
     start: Checkpoint | None
+    to: float | None
     force: bool
 
-    def run(
-        self, to: float | None, device: str, progress: Callable[[int, int, str], None]
-    ) -> Checkpoint:
+    def run(self, device: str, progress: Callable[[int, int, str], None]) -> Checkpoint:
         """Do it; see `train_stage`."""
         return train_stage(
             self.images,
@@ -348,16 +355,16 @@ class Job:
             self.recipe,
             command=self.command,
             start=self.start,
-            to=to,
+            to=self.to,
             device=device,
             force=self.force,
             progress=progress,
         )
 
-    def plan(self, to: float | None) -> dict[str, Any]:
+    def plan(self) -> dict[str, Any]:
         """What a dry run shows."""
         first = self.start.step if self.start else 0
-        goal = self.recipe.epochs if to is None else to
+        goal = self.recipe.epochs if self.to is None else self.to
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         return {
             "output": self.output,
@@ -383,6 +390,7 @@ def prepare(
     checkpoint: str | None = None,
     arch: str | None = None,
     image_size: int | None = None,
+    to: float | None = None,
     force: bool = False,
     **opening: Any,
 ) -> Job:
@@ -392,7 +400,8 @@ def prepare(
     """
     if (checkpoint is None) == (arch is None):
         raise UsageError("give --checkpoint to go on from, or --arch for a fresh network")
-    formats.check_output(output, force)
+    if to is not None and not 0 <= to < math.inf:
+        raise UsageError(f"--to {to} must be at least 0 and finite")
     labels = formats.read_labels(labels_path)
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
     recipe = Recipe.of(start.recipe if start else {}, options)
@@ -403,4 +412,4 @@ def prepare(
     else:
         network = build(str(arch), size, labels.clusters, recipe.seed, recipe.rotation)
     check_labels(images, labels, network)
-    return Job(command, images, labels, network, output, recipe, start, force)
+    return Job(command, images, labels, network, output, recipe, start, to, force)

@@ -78,7 +78,7 @@ def probe(
     """
     from sela_cli import formats, probes
     from sela_cli.images.batches import open_images
-    from sela_cli.options import numbers
+    from sela_cli.options import numbers, whole_numbers
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
 
@@ -125,7 +125,7 @@ def probe(
             provenance.reading("checkpoint", state.header),
             method=method.value,
             layers=layers,
-            ks=[int(value) for value in numbers(k)],
+            ks=whole_numbers(k),
             sigmas=numbers(sigma),
             epochs=epochs,
             lr=lr,

@@ -80,7 +80,7 @@ def retrain(
 
     Defaults are the paper's (Table 5). The labels stay as they are.
     """
-    from sela_cli import training
+    from sela_cli import formats, training
     from sela_cli.terminal import Terminal
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
@@ -98,6 +98,8 @@ def retrain(
         seed=seed,
         rotation=rotation,
     )
+    if not dry_run:
+        formats.check_output(output, force)
     with terminal.progress("decode") as progress:
         job = training.prepare(
             "retrain",
@@ -113,12 +115,12 @@ def retrain(
             force=force,
             progress=progress,
         )
-    shown = job.plan(None)
+    shown = job.plan()
     if dry_run:
         terminal.result(shown, f"would write {output}: {shown['to_step']} steps of {arch}")
         return
     with terminal.progress("retrain") as progress:
-        trained = job.run(None, device_name(device), progress)
+        trained = job.run(device_name(device), progress)
     loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
     terminal.result(
         shown | {"loss": loss},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -22,9 +23,12 @@ def schedule(
     as_json: Json = False,
 ) -> None:
     """Print the positions, in epochs, at which to relabel: one a line, for shell loops."""
+    from sela_cli.errors import UsageError
     from sela_cli.schedule import relabel_positions
     from sela_cli.terminal import Terminal
 
+    if not math.isfinite(epochs):
+        raise UsageError(f"--epochs {epochs} must be finite")
     positions = relabel_positions(epochs, opts, relabel.value)
     text = "\n".join(repr(position) for position in positions)
     Terminal(as_json=as_json).result({"positions": positions}, text)

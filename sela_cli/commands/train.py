@@ -77,7 +77,7 @@ def train(
     Starts from --checkpoint, whose training settings hold unless given here, or from a
     fresh network of --arch, with the labels' clusters as its heads.
     """
-    from sela_cli import training
+    from sela_cli import formats, training
     from sela_cli.terminal import Terminal
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
@@ -94,6 +94,8 @@ def train(
         precision=precision,
         seed=seed,
     )
+    if not dry_run:
+        formats.check_output(output, force)
     with terminal.progress("decode") as progress:
         job = training.prepare(
             "train",
@@ -104,18 +106,19 @@ def train(
             checkpoint=checkpoint,
             arch=arch,
             image_size=image_size,
+            to=to,
             limit=limit,
             skip_bad=skip_bad,
             download=download,
             force=force,
             progress=progress,
         )
-    shown = job.plan(to)
+    shown = job.plan()
     steps = f"steps {shown['from_step']}..{shown['to_step']} of {job.network.arch}"
     if dry_run:
         terminal.result(shown, f"would write {output}: {steps}")
         return
     with terminal.progress("train") as progress:
-        trained = job.run(to, device_name(device), progress)
+        trained = job.run(device_name(device), progress)
     loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
     terminal.result(shown | {"loss": loss}, f"wrote {output}: {steps}, loss {loss:.3f}")

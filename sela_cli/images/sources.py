@@ -179,7 +179,7 @@ def _tar(spec: str) -> Source:
             plain = spec.lower().endswith(".tar")
             held = [] if plain else [_member_bytes(archive, member) for member in members]
     except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise BadData(f"{spec}: not a readable tar ({error})") from error
+        raise BadData(f"{spec}: not a readable tar ({str(error).splitlines()[0]})") from error
     handle = Path(spec).open("rb") if plain else None  # noqa: SIM115 (open as long as the source)
     lock = threading.Lock()
 

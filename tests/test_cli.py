@@ -1,0 +1,701 @@
+"""The command line: exit codes, one line of what is wrong, and nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest import mock
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.numpy import save_file
+
+from sela_cli import __version__, cli, errors, formats, interrupt
+from sela_cli.formats import Checkpoint, Provenance
+
+COMMANDS = ["run", "embed", "label", "train", "retrain", "probe", "metrics", "info", "schedule"]
+TINY = "--arch alexnet-small --image-size 16 --device cpu --batch-size 4"
+PHOTOS = 4
+
+
+@dataclass
+class Done:
+    """How a call of `sela` ended."""
+
+    code: int
+    out: bytes
+    err: str
+
+
+def sela(*arguments: str, stdin: bytes = b"") -> Done:
+    """`sela ARGUMENTS` in this process, through `main`: a start of its own takes seconds."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "oe")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["sela", *arguments]),
+            mock.patch.object(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(stdin))),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
+            cli.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    code = ended.value.code
+    assert isinstance(code, int)
+    return Done(code, out.buffer.getvalue(), err.buffer.getvalue().decode())  # type: ignore[attr-defined]
+
+
+def good(*arguments: str, stdin: bytes = b"") -> Done:
+    done = sela(*arguments, stdin=stdin)
+    assert done.code == 0, done.err
+    return done
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def photo(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of good and bad inputs; the working folder of every test here."""
+    folder = tmp_path_factory.mktemp("world")
+    with contextlib.chdir(folder):
+        for number in range(PHOTOS):
+            photo(Path(f"photos/class{number % 2}/{number}.png"), number)
+            photo(Path(f"spoilt/{number}.png"), number)
+        Path("spoilt/broken.png").write_bytes(b"\x89PNG no more")
+        Path("empty").mkdir()
+        Path("notes.md").write_text("no images here")
+        matrix = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
+        np.save("scores.npy", matrix)
+        np.savez("scores.npz", scores=matrix)
+        save_file({"scores": matrix}, "scores.safetensors")
+        with h5py.File("scores.h5", "w") as file:
+            file["deep/scores"] = matrix
+        write_logits("logits.h5", matrix, matrix[:, ::-1])
+        Path("cut.h5").write_bytes(Path("logits.h5").read_bytes()[:-100])
+        for name, value in (("nan", np.nan), ("inf", np.inf)):
+            spoilt = matrix.copy()
+            spoilt[7, 1] = value
+            write_logits(f"{name}.h5", matrix, spoilt)
+            np.save(f"{name}.npy", spoilt)
+        np.save("vector.npy", matrix[:, 0])
+        np.save("wide.npy", matrix.T)
+        np.save("truth.npy", np.arange(12) % 3)
+        Path("weights.txt").write_text("1 2")
+        with h5py.File("foreign.h5", "w") as file:
+            file["vector"] = np.arange(5.0)
+        Path("empty.npy").touch()
+        Path("bad.tar").write_bytes(b"no tar")
+        Path("taken").write_text("precious")
+        Path("run").mkdir()
+        Path("run/labels.h5").write_text("precious")
+        good(*words("label logits.h5 -o labels.h5 -q"))
+        names = [path.relative_to("photos").as_posix() for path in Path("photos").rglob("*.png")]
+        write_logits("photos.h5", np.eye(PHOTOS)[:, :2], keys=sorted(names))
+        good(*words("label photos.h5 -o photo-labels.h5 --assign random -q"))
+        formats.write_checkpoint("tiny.h5", empty_checkpoint(), Provenance("test", {}))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _in_the_world(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a failing test leaves must not fail the next one."""
+    monkeypatch.chdir(world)
+    before = snapshot(world)
+    yield
+    for path in snapshot(world).keys() - before.keys():
+        Path(path).unlink()
+
+
+def write_logits(path: str, *heads_NK: np.ndarray, keys: list[str] | None = None) -> None:
+    keys = keys or [f"image/{row}" for row in range(len(heads_NK[0]))]
+    with formats.create_logits(
+        path,
+        keys,
+        np.arange(len(keys)),
+        Provenance("test", {}, dataset_id=formats.dataset_id(keys)),
+        columns={f"logits/{number}": head.shape[1] for number, head in enumerate(heads_NK)},
+        dtype="float32",
+    ) as datasets:
+        for number, head_NK in enumerate(heads_NK):
+            datasets[f"logits/{number}"][:] = head_NK
+
+
+def empty_checkpoint() -> Checkpoint:
+    """A checkpoint that holds no network: readable, and too small for its arch."""
+    return Checkpoint({}, {}, "alexnet-small", 16, [3], 0, 0.0, {})
+
+
+# ---- what is wrong, in one line ---------------------------------------------
+
+TRAIN = "train --data photos --arch alexnet-small --image-size 16 -o new.h5"
+RETRAIN = "retrain --data photos --arch alexnet-small -o new.h5"
+EMBED = "embed --arch alexnet-small --heads 2 --image-size 16 -o new.h5"
+PROBE = "probe --data photos --checkpoint tiny.h5 -o new.h5"
+RUN = "run --data photos --out new --arch alexnet-small --heads 2 --epochs 1 --opts 1"
+
+# (command line, exit code, what the line must name)
+REFUSED: list[tuple[str, int, list[str]]] = [
+    # 65: there, and can't be used
+    ("label cut.h5 -o new.h5", 65, ["cut.h5", "truncated"]),
+    ("info cut.h5", 65, ["cut.h5", "truncated"]),
+    ("metrics cut.h5 --truth truth.npy", 65, ["cut.h5", "truncated"]),
+    ("label foreign.h5 -o new.h5", 65, ["foreign.h5"]),
+    ("label foreign.h5::/vector -o new.h5", 65, ["foreign.h5", "vector", "(5,)"]),
+    ("label foreign.h5::/absent -o new.h5", 65, ["foreign.h5", "absent"]),
+    ("info foreign.h5", 65, ["foreign.h5", "not a sela file"]),
+    ("info notes.md", 65, ["notes.md"]),
+    ("label nan.h5 -o new.h5", 65, ["nan.h5", "logits/1", "row 7"]),
+    ("label inf.h5 -o new.h5", 65, ["inf.h5", "logits/1", "row 7"]),
+    ("label nan.npy -o new.h5 --csv new.csv", 65, ["nan.npy", "row 7"]),
+    ("label inf.npy -o new.h5 --assign argmax", 65, ["inf.npy", "row 7"]),
+    ("label scores.npy --input-kind probabilities -o new.h5", 65, ["scores.npy", "row"]),
+    ("label vector.npy -o new.h5", 65, ["vector.npy", "(12,)"]),
+    ("label wide.npy -o new.h5", 65, ["wide.npy", "12 clusters", "3 images"]),
+    ("label wide.npy -o new.h5 --assign random", 65, ["wide.npy", "12 clusters"]),
+    ("label labels.h5 -o new.h5", 65, ["labels.h5", "logits are needed"]),
+    ("label photos -o new.h5", 65, ["photos", "folder"]),
+    ("label logits.h5 -o new.h5 --marginal weights.txt", 65, ["weights.txt", "2 weights"]),
+    ("label logits.h5 -o new.h5 --marginal notes.md", 65, ["notes.md"]),
+    ("label logits.h5 -o new.h5 --marginal nan.npy", 65, ["nan.npy"]),
+    ("label logits.h5 -o new.h5 --marginal empty.npy", 65, ["empty.npy"]),
+    ("metrics labels.h5 --truth empty.npy", 65, ["empty.npy"]),
+    ("label scores.npy -o new.h5 --init labels.h5", 65, ["2 heads"]),
+    ("label logits.h5 -o new.h5 --init logits.h5", 65, ["logits.h5", "labels is needed"]),
+    (f"{EMBED} --data empty", 65, ["empty"]),
+    (f"{EMBED} --data spoilt", 65, ["broken.png", "--skip-bad"]),
+    (f"{EMBED} --data bad.tar", 65, ["bad.tar"]),
+    (f"{EMBED} --data notes.md", 65, ["notes.md"]),
+    (f"{EMBED} --data foreign.h5", 65, ["foreign.h5"]),
+    ("embed --data photos -c tiny.h5 -o new.h5", 65, ["tiny.h5", "alexnet-small"]),
+    ("embed --data photos -c logits.h5 -o new.h5", 65, ["logits.h5", "checkpoint is needed"]),
+    (f"{TRAIN} -l labels.h5", 65, ["labels.h5", "photos", "12 images"]),
+    (f"{TRAIN} -l logits.h5", 65, ["logits.h5", "labels is needed"]),
+    (f"{RETRAIN} -l labels.h5", 65, ["labels.h5", "photos"]),
+    (PROBE, 65, ["tiny.h5"]),
+    ("metrics labels.h5 --truth photos", 65, ["photos", "labels.h5"]),
+    ("metrics labels.h5 --truth scores.npy", 65, ["scores.npy", "labels.h5"]),
+    ("metrics labels.h5 --truth scores.npz", 65, ["scores.npz"]),
+    ("metrics labels.h5 --truth logits.h5", 65, ["logits.h5"]),
+    ("run --data empty --out new", 65, ["empty"]),
+    # 66: not there
+    ("label absent.h5 -o new.h5", 66, ["absent.h5"]),
+    ("label scores.npy -o new.h5 --init absent.h5", 66, ["absent.h5"]),
+    ("label scores.npy -o new.h5 --marginal absent.txt", 66, ["absent.txt"]),
+    (f"{EMBED} --data absent", 66, ["absent", "digits"]),
+    (f"{EMBED} --data what:ever", 66, ["what:ever"]),
+    (f"{EMBED} --data cifar10:empty", 66, ["cifar10:empty", "--download"]),
+    ("embed --data photos -c absent.h5 -o new.h5", 66, ["absent.h5"]),
+    (f"{TRAIN} -l absent.h5", 66, ["absent.h5"]),
+    ("train --data photos -l labels.h5 -c absent.h5 -o new.h5", 66, ["absent.h5"]),
+    ("train --data absent -l labels.h5 --arch resnet18 -o new.h5", 66, ["absent"]),
+    (f"{RETRAIN} -l absent.h5", 66, ["absent.h5"]),
+    ("probe --data photos -c absent.h5 -o new.h5", 66, ["absent.h5"]),
+    ("metrics absent.h5 --truth photos", 66, ["absent.h5"]),
+    ("metrics labels.h5 --truth absent.npy", 66, ["absent.npy"]),
+    ("metrics labels.h5 --truth absent.h5", 66, ["absent.h5"]),
+    ("metrics labels.h5 --truth absent", 66, ["absent"]),
+    ("info absent.h5", 66, ["absent.h5"]),
+    ("run --data absent --out new", 66, ["absent"]),
+    # 73: can't be written
+    ("label logits.h5 -o taken", 73, ["taken", "--force"]),
+    ("label logits.h5 -o new.h5 --csv taken", 73, ["taken", "--force"]),
+    (f"{EMBED} --data photos -o taken", 73, ["taken", "--force"]),
+    (f"{TRAIN} -l labels.h5 -o taken", 73, ["taken", "--force"]),
+    (f"{RETRAIN} -l labels.h5 -o taken", 73, ["taken", "--force"]),
+    (f"{PROBE} -o taken", 73, ["taken", "--force"]),
+    (f"{RUN} --out run", 73, ["run", "--force"]),
+    (f"{RUN} --out taken", 73, ["taken"]),
+    ("label logits.h5 -o nowhere/new.h5", 73, ["nowhere/new.h5", "no such folder"]),
+    ("label logits.h5 -o new.h5 --csv nowhere/new.csv", 73, ["nowhere/new.csv"]),
+    (f"{EMBED} --data photos -o nowhere/new.h5", 73, ["nowhere/new.h5"]),
+    (f"{TRAIN} -l labels.h5 -o nowhere/new.h5", 73, ["nowhere/new.h5"]),
+    (f"{RETRAIN} -l labels.h5 -o nowhere/new.h5", 73, ["nowhere/new.h5"]),
+    (f"{PROBE} -o nowhere/new.h5", 73, ["nowhere/new.h5"]),
+    ("label logits.h5 -o photos --force", 73, ["photos", "folder"]),
+    # 2: no such option, or no such combination
+    ("embed --data photos --arch resnet18 -o new.h5", 2, ["--heads"]),
+    ("embed --data photos -o new.h5", 2, ["--checkpoint", "--arch"]),
+    ("embed --data photos --arch resnet18 -c tiny.h5 -o new.h5", 2, ["--checkpoint"]),
+    ("embed --data photos --arch vgg --heads 2 -o new.h5", 2, ["vgg", "resnet18"]),
+    *[
+        (f"embed --data photos --arch alexnet-small --heads {heads} -o new.h5", 2, [heads])
+        for heads in ("many", "0", "5x0", "5x-1", "-5", "5x", "5,,5", "2x3x4", "1.5")
+    ],
+    ("label logits.h5 -o new.h5 --marginal zipf:steep", 2, ["zipf:steep"]),
+    ("label logits.h5 -o new.h5 --marginal gaussian:", 2, ["gaussian:"]),
+    ("label logits.h5 -o new.h5 --lamb 0", 2, ["--lamb"]),
+    ("label logits.h5 -o new.h5 --lamb nan", 2, ["--lamb"]),
+    ("label logits.h5 -o new.h5 --lamb inf", 2, ["--lamb"]),
+    ("label logits.h5 -o new.h5 --tol -1", 2, ["--tol"]),
+    (f"{TRAIN} -l labels.h5 -c tiny.h5", 2, ["--checkpoint", "--arch"]),
+    ("train --data photos -l labels.h5 -o new.h5", 2, ["--checkpoint", "--arch"]),
+    (f"{TRAIN} -l labels.h5 --aug blur", 2, ["--aug", "blur"]),
+    (f"{TRAIN} -l labels.h5 --lr-schedule up", 2, ["--lr-schedule"]),
+    (f"{TRAIN} -l labels.h5 --lr -1", 2, ["--lr"]),
+    *[
+        (f"{TRAIN} -l photo-labels.h5 --{option} {value}", 2, [f"--{option}"])
+        for option, value in (
+            ("lr", "nan"),
+            ("lr", "inf"),
+            ("epochs", "nan"),
+            ("epochs", "inf"),
+            ("to", "nan"),
+            ("to", "inf"),
+            ("momentum", "-3"),
+            ("weight-decay", "-1"),
+        )
+    ],
+    ("embed --data photos -c tiny.h5 --heads 7 -o new.h5", 2, ["--heads"]),
+    ("label logits.h5 -o new.h5 --csv new.h5", 2, ["--csv"]),
+    ("label logits.h5 -o - --csv -", 2, ["--csv"]),
+    ("schedule --epochs inf --opts 3", 2, ["--epochs"]),
+    ("schedule --epochs nan --opts 3", 2, ["--epochs"]),
+    (f"{RUN} --heads many", 2, ["many"]),
+    (f"{RUN} --aug blur", 2, ["blur"]),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "named"), REFUSED, ids=[line for line, *_ in REFUSED])
+def test_refusal_is_one_line_and_leaves_nothing(
+    world: Path, line: str, code: int, named: list[str]
+) -> None:
+    before = snapshot(world)
+    done = sela(*words(line))
+    assert (done.code, done.out) == (code, b""), done.err
+    assert done.err.startswith("sela: ") and done.err.count("\n") == 1, done.err
+    for word in named:
+        assert word in done.err
+    assert snapshot(world) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("label logits.h5 -o new.h5 --assign fair", "--assign"),
+        ("label logits.h5", "--output"),
+        ("label -o new.h5", "LOGITS"),
+        ("label logits.h5 -o new.h5 --max-iter 0", "--max-iter"),
+        (f"{EMBED} --data photos --no-such-option", "--no-such-option"),
+        (f"{EMBED} --data photos --image-size 8", "--image-size"),
+        (f"{EMBED} --data photos --device abacus", "abacus"),
+        (f"{TRAIN} -l labels.h5 --lr-milestones a,b", "a,b"),
+        (f"{PROBE} --holdout 1", "--holdout"),
+        ("schedule --epochs -1 --opts 3", "--epochs"),
+        ("schedule --epochs 1 --opts 3 --relabel cubic", "cubic"),
+        (f"{RUN} --preset nothing", "nothing"),
+        ("dance", "dance"),
+    ],
+)
+def test_usage_error_names_the_option(world: Path, line: str, named: str) -> None:
+    before = snapshot(world)
+    done = sela(*words(line))
+    assert (done.code, done.out) == (2, b"")
+    assert "Traceback" not in done.err and "Usage:" in done.err
+    assert named in done.err.rsplit("\n", 2)[-2]
+    assert snapshot(world) == before
+
+
+def test_bug_is_one_line_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str) -> NoReturn:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(formats, "describe", broken)
+    done = sela("info", "logits.h5")
+    assert (done.code, done.out, done.err.count("\n")) == (70, b"", 1)
+    assert "ZeroDivisionError: oops" in done.err and "--debug" in done.err
+
+
+def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_debug", False)
+    with (
+        mock.patch.object(sys, "argv", words("sela --debug info absent.h5")),
+        pytest.raises(Exception, match=r"absent\.h5"),
+    ):
+        cli.main()
+
+
+@pytest.mark.parametrize("moment", ["today", "99999999999999"])
+def test_bad_source_date_is_refused(
+    world: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", moment)
+    before = snapshot(world)
+    done = sela(*words("label logits.h5 -o new.h5"))
+    assert (done.code, done.err.count("\n")) == (2, 1) and "SOURCE_DATE_EPOCH" in done.err
+    assert snapshot(world) == before
+
+
+def test_skip_bad_leaves_the_unreadable_image_out(tmp_path: Path) -> None:
+    output = str(tmp_path / "logits.h5")
+    done = good(*words(EMBED), "--data", "spoilt", "--skip-bad", "-o", output, "--json")
+    assert json.loads(done.out)["images"] == PHOTOS
+    with formats.open_file(output, "logits") as (file, _):
+        keys, index_N = formats.read_images(output, file)
+    # The broken one comes after 0.png..3.png in the order of names.
+    assert keys == [f"{number}.png" for number in range(PHOTOS)]
+    assert index_N.tolist() == list(range(PHOTOS))
+
+
+def test_unconverged_labels_are_written_and_exit_75(tmp_path: Path) -> None:
+    output = str(tmp_path / "labels.h5")
+    done = sela(*words("label logits.h5 --max-iter 1 --tol 1e-12 -o"), output)
+    assert done.code == 75 and done.err.count("\n") == 1 and "--init" in done.err
+    assert not any(head.attributes["converged"] for head in formats.read_labels(output).heads)
+
+
+# ---- pipes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("logits.h5", ""),
+        ("scores.h5", ""),
+        ("scores.h5", "::/deep/scores"),
+        ("scores.npy", ""),
+        ("scores.npz", ""),
+        ("scores.npz", "::scores"),
+        ("scores.safetensors", ""),
+    ],
+)
+def test_label_through_pipes_is_label_of_files(tmp_path: Path, path: str, name: str) -> None:
+    output, piped = str(tmp_path / "labels.h5"), str(tmp_path / "piped.h5")
+    good("label", path + name, "-o", output)
+    # `--`: without it the name would look like an option.
+    done = good("label", "-o", "-", "--", "-" + name, stdin=Path(path).read_bytes())
+    Path(piped).write_bytes(done.out)
+    assert formats.read_header(piped).digest == formats.read_header(output).digest
+    with h5py.File(piped) as file:
+        assert formats.payload_digest(file) == file.attrs["digest"]
+    assert "Traceback" not in done.err
+
+
+def test_piped_file_is_the_file_byte_for_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no time is measured (`random` solves nothing) and the date is given."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    output = str(tmp_path / "labels.h5")
+    line = words("label logits.h5 --assign random -o")
+    good(*line, output)
+    assert good(*line, "-").out == Path(output).read_bytes()
+
+
+@pytest.mark.parametrize("line", ["info - --json", "metrics - --truth truth.npy --json"])
+def test_labels_come_through_a_pipe(line: str) -> None:
+    by_name = json.loads(good(*words(line.replace("-", "labels.h5", 1))).out)
+    piped = json.loads(good(*words(line), stdin=Path("labels.h5").read_bytes()).out)
+    strip = {"file", "labels"}
+    assert {k: v for k, v in piped.items() if k not in strip} == {
+        k: v for k, v in by_name.items() if k not in strip
+    }
+
+
+@pytest.mark.parametrize("line", ["label - -o new.h5", "info -"])
+@pytest.mark.parametrize("stdin", [b"", b"no file", b"\x89HDF\r\n\x1a\n"])
+def test_rubbish_through_a_pipe_is_refused(world: Path, line: str, stdin: bytes) -> None:
+    before = snapshot(world)
+    done = sela(*words(line), stdin=stdin)
+    assert done.code == 65 and done.err.startswith("sela: -") and done.err.count("\n") == 1
+    assert snapshot(world) == before
+
+
+def test_csv_goes_to_standard_output(tmp_path: Path) -> None:
+    output = str(tmp_path / "labels.h5")
+    done = good(*words("label logits.h5 --csv - -o"), output)
+    rows = list(csv.reader(io.StringIO(done.out.decode())))
+    labels = formats.read_labels(output)
+    assert rows[0] == ["key", "label_0", "label_1"]
+    assert [row[0] for row in rows[1:]] == labels.keys
+    for number, head in enumerate(labels.heads, start=1):
+        assert [int(row[number]) for row in rows[1:]] == head.labels_N.tolist()
+
+
+def test_reader_that_leaves_is_no_error() -> None:
+    """More text than a pipe holds, into a pipe whose reader is gone."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sela_cli", *words("schedule --epochs 400 --opts 20000")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    with process.stderr as stderr:
+        assert stderr.read() == b""
+    assert process.wait() == 1
+
+
+# ---- JSON -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stages(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What every command prints with --json, from a walk through all stages."""
+    folder = tmp_path_factory.mktemp("stages")
+    shown: dict[str, dict[str, Any]] = {}
+
+    def call(line: str, *more: str) -> None:
+        done = good(*words(line.replace("@", f"{folder}/")), *more, "--json")
+        (text,) = done.out.decode().splitlines()
+        shown[line.split()[0]] = json.loads(text, parse_constant=refuse)
+
+    def refuse(constant: str) -> NoReturn:
+        raise AssertionError(f"{constant} is not JSON")
+
+    with contextlib.chdir(world):
+        call("embed --data photos --heads 2x3 -o @logits.h5", *words(TINY))
+        call("label @logits.h5 -o @labels.h5")
+        call("train --data photos -l @labels.h5 -o @first.h5 --epochs 1", *words(TINY))
+        call("retrain --data photos -l @labels.h5 -o @fresh.h5 --epochs 1", *words(TINY))
+        call("probe --data photos -c @first.h5 -o @probe.h5 --method knn --k 1 --device cpu")
+        call("metrics @labels.h5 --truth photos")
+        call("info @first.h5")
+        call("schedule --epochs 160 --opts 80")
+        call("run --data photos --out @run --heads 2 --epochs 1 --opts 1", *words(TINY))
+    return shown
+
+
+def test_every_command_prints_one_json_object(stages: dict[str, dict[str, Any]]) -> None:
+    assert set(stages) == set(COMMANDS)
+    assert all(isinstance(shown, dict) and shown for shown in stages.values())
+
+
+def test_json_tells_what_was_done(stages: dict[str, dict[str, Any]]) -> None:
+    assert (stages["embed"]["images"], stages["embed"]["heads"]) == (PHOTOS, [2, 2, 2])
+    assert [head["clusters"] for head in stages["label"]["heads"]] == [2, 2, 2]
+    assert [head["smallest"] for head in stages["label"]["heads"]] == [2, 2, 2]
+    assert (stages["train"]["from_step"], stages["train"]["to_step"]) == (0, 1)
+    assert stages["info"]["kind"] == "checkpoint"
+    assert [entry["role"] for entry in stages["info"]["inputs"]] == ["labels"]
+    assert len(stages["schedule"]["positions"]) == 79
+    assert all(0 <= row["top1"] <= 1 for row in stages["probe"]["results"])
+    assert len(stages["metrics"]["heads"]) == 3
+    assert set(stages["run"]["files"]) >= {"labels.h5", "checkpoint.h5", "rounds.csv"}
+    assert all(Path(path).is_file() for path in stages["run"]["files"].values())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{EMBED} --data photos",
+        "label logits.h5 -o new.h5",
+        f"{RUN} --image-size 16",
+    ],
+)
+def test_dry_run_prints_a_plan_and_writes_nothing(world: Path, line: str) -> None:
+    before = snapshot(world)
+    assert json.loads(good(*words(line), "--dry-run", "--json").out)
+    assert good(*words(line), "--dry-run").out
+    assert snapshot(world) == before
+
+
+# ---- help -------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """All pages in one process, whose imports Python lists."""
+    code = (
+        "import sys\n"
+        "from sela_cli.cli import main\n"
+        f"for page in ([], *([name] for name in {COMMANDS})):\n"
+        "    sys.argv = ['sela', *page, '--help']\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as ended:\n"
+        "        assert ended.code == 0\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True
+    )
+    modules = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert {"typer", "sela_cli.commands.run"} <= modules
+    heavy = {"torch", "torchvision", "numpy", "h5py", "rich", "scipy", "sklearn", "PIL"}
+    assert not {module.split(".")[0] for module in modules} & heavy
+    assert done.stdout.count("Usage: ") == 1 + len(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_page_explains_every_option(name: str) -> None:
+    page = " ".join(good(name, "--help").out.decode().split())
+    command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+    assert command.help and command.epilog and "Example" in command.epilog
+    for parameter in command.params:
+        assert parameter.help, parameter.name
+        # Lines may break after a hyphen.
+        assert parameter.help.replace(" ", "") in page.replace(" ", "")
+        for option in parameter.opts if parameter.param_type_name == "option" else []:
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", page), option
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_example_of_the_help_page_is_a_command_line(name: str) -> None:
+    """It parses: its options exist. The files that it names need not."""
+    command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+    text = " ".join(command.epilog.split())
+    examples = re.findall(r"sela (\w+) (.*?)(?=\.? ?sela |\.?$)", text)
+    assert examples and all(verb == name for verb, _ in examples)
+    for _, arguments in examples:
+        command.make_context(name, arguments.split())
+
+
+def test_help_lists_the_commands_and_the_exit_codes() -> None:
+    page = good("--help").out.decode()
+    assert all(re.search(rf"^  {name} ", page, re.MULTILINE) for name in COMMANDS)
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    codes = {kind.exit_code for kind in kinds if kind is not errors.SelaError}
+    assert all(re.search(rf"\b{code}\b", page) for code in codes | {0, 70, 130})
+
+
+def test_version() -> None:
+    assert good("--version").out.decode() == f"sela {__version__}\n"
+
+
+# ---- signals ----------------------------------------------------------------
+
+
+Stop = Callable[[int, Callable[[], object]], None]
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Stop:
+    """`stop_at(n, answer)`: the n-th time a stage asks whether to stop, `answer()` tells it."""
+
+    def arm(count: int, answer: Callable[[], object]) -> None:
+        asked = itertools.count(1)
+        monkeypatch.setattr(interrupt, "requested", lambda: next(asked) == count and answer())
+
+    return arm
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_signal_is_a_request(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    number = getattr(signal, name)
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    monkeypatch.setattr(interrupt, "_requested", False)
+    try:
+        interrupt.listen()
+        assert not interrupt.requested()
+        os.kill(os.getpid(), number)
+        assert interrupt.requested()
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+# The first question comes while images are decoded, the second while they are embedded.
+@pytest.mark.parametrize("question", [1, 2])
+def test_ctrl_c_exits_130_and_leaves_nothing(world: Path, stop_at: Stop, question: int) -> None:
+    before = snapshot(world)
+    stop_at(question, lambda: signal.raise_signal(signal.SIGINT))
+    done = sela(*words(EMBED), "--data", "photos")
+    assert (done.code, done.out) == (130, b"") and "Traceback" not in done.err
+    assert snapshot(world) == before
+
+
+@pytest.mark.parametrize("question", [1, 2])
+def test_sigterm_in_embed_exits_75_and_leaves_nothing(
+    world: Path, stop_at: Stop, question: int
+) -> None:
+    before = snapshot(world)
+    stop_at(question, lambda: True)
+    done = sela(*words(EMBED), "--data", "photos")
+    assert (done.code, done.out, done.err.count("\n")) == (75, b"", 1)
+    assert snapshot(world) == before
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows with every step of an optimizer."""
+    taken: list[None] = []
+    step = torch.optim.SGD.step
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        taken.append(None)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", counted)
+    return taken
+
+
+TRAIN_TWICE = f"{TRAIN.replace(' -o new.h5', '')} -l photo-labels.h5 --device cpu -q"
+
+
+def test_training_goes_on_after_sigterm_as_if_nothing_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[None]
+) -> None:
+    """Dropout, augmentation, order and momentum included."""
+    line = words(f"{TRAIN_TWICE} --epochs 2 --batch-size 2 --aug paper -o")
+    whole, parts = str(tmp_path / "whole.h5"), str(tmp_path / "parts.h5")
+    good(*line, whole)
+    assert len(steps) == 4
+
+    steps.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "requested", lambda: len(steps) == 2)
+        done = sela(*line, parts)
+    assert (done.code, done.err.count("\n")) == (75, 1) and "step 2 of 4" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.h5.unfinished", "whole.h5"]
+    assert formats.read_checkpoint(f"{parts}.unfinished").step == 2
+
+    steps.clear()
+    good(*line, parts)
+    assert len(steps) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.h5", "whole.h5"]
+    assert formats.read_header(parts).digest == formats.read_header(whole).digest
+
+
+def test_unfinished_state_of_other_settings_is_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[None]
+) -> None:
+    output = str(tmp_path / "out.h5")
+    line = words(f"{TRAIN_TWICE} --epochs 1 --batch-size 2 -o {output}")
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "requested", lambda: len(steps) == 1)
+        assert sela(*line).code == 75
+    steps.clear()
+    good(*line, "--lr", "0.001")
+    assert len(steps) == 2
+
+
+def test_damaged_unfinished_state_is_named(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    (tmp_path / "out.h5.unfinished").write_bytes(b"no HDF5")
+    done = sela(*words(f"{TRAIN_TWICE} --epochs 1 --batch-size 2 -o {output}"))
+    assert done.code == 65 and "out.h5.unfinished" in done.err
+    assert not output.exists()

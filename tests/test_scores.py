@@ -1,0 +1,443 @@
+"""Every container of one matrix gives the same rows; what is no matrix is refused."""
+
+from __future__ import annotations
+
+import io
+import sys
+import types
+import zipfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
+
+from sela_cli import formats, scores
+from sela_cli.errors import BadData, NoInput
+
+N, K, D = 11, 4, 3
+RNG = np.random.default_rng(1)
+# Small integers: float16 holds them, and the product in float32, exactly.
+FEATURES = RNG.integers(-9, 9, (N, D)).astype(np.float64)
+WEIGHT = RNG.integers(-9, 9, (K, D)).astype(np.float32)
+BIAS = RNG.integers(-9, 9, K).astype(np.float32)
+MATRIX = FEATURES @ WEIGHT.T + BIAS
+DTYPES = ["float16", "float32", "float64"]
+Write = Callable[[Path, np.ndarray], str]
+
+
+def ours(
+    path: Path,
+    arrays: dict[str, np.ndarray],
+    heads: list[tuple[np.ndarray, np.ndarray]] | None = None,
+) -> str:
+    keys = [f"k{row}" for row in range(N)]
+    with formats.create_logits(
+        str(path),
+        keys,
+        np.arange(N),
+        formats.Provenance("test", {}, dataset_id=formats.dataset_id(keys)),
+        columns={name: array.shape[1] for name, array in arrays.items()},
+        dtype=next(iter(arrays.values())).dtype.str,
+        heads=heads or [],
+    ) as datasets:
+        for name, array in arrays.items():
+            datasets[name][:] = array
+    return str(path)
+
+
+def explicit(folder: Path, matrix: np.ndarray) -> str:
+    return ours(folder / "ours.h5", {"logits/0": matrix})
+
+
+def explicit_named(folder: Path, matrix: np.ndarray) -> str:
+    return ours(folder / "ours.h5", {"logits/0": -matrix, "logits/1": matrix}) + "::logits/1"
+
+
+def factored(folder: Path, matrix: np.ndarray) -> str:
+    features = FEATURES.astype(matrix.dtype)
+    return ours(folder / "ours.h5", {"features": features}, [(WEIGHT, BIAS)])
+
+
+def foreign(folder: Path, matrix: np.ndarray, **options: object) -> str:
+    with h5py.File(folder / "foreign.h5", "w") as file:
+        file.create_dataset("deep/scores", data=matrix, **options)
+        file["names"] = np.array([b"a", b"b"])
+        file["vector"] = np.arange(3.0)
+    return str(folder / "foreign.h5")
+
+
+def foreign_named(folder: Path, matrix: np.ndarray) -> str:
+    path = foreign(folder, matrix)
+    with h5py.File(path, "r+") as file:
+        file["another"] = -matrix
+    return f"{path}::/deep/scores"
+
+
+def foreign_chunked(folder: Path, matrix: np.ndarray) -> str:
+    return foreign(folder, matrix, chunks=(2, 3), compression="gzip")
+
+
+def foreign_big_endian(folder: Path, matrix: np.ndarray) -> str:
+    return foreign(folder, matrix.astype(matrix.dtype.newbyteorder(">")))
+
+
+def foreign_userblock(folder: Path, matrix: np.ndarray) -> str:
+    with h5py.File(folder / "foreign.h5", "w", userblock_size=512) as file:
+        file["scores"] = matrix
+    return str(folder / "foreign.h5")
+
+
+def npy(folder: Path, matrix: np.ndarray) -> str:
+    np.save(folder / "a.npy", matrix)
+    return str(folder / "a.npy")
+
+
+def npy_fortran(folder: Path, matrix: np.ndarray) -> str:
+    return npy(folder, np.asfortranarray(matrix))
+
+
+def npy_big_endian(folder: Path, matrix: np.ndarray) -> str:
+    return npy(folder, matrix.astype(matrix.dtype.newbyteorder(">")))
+
+
+def npy_without_suffix(folder: Path, matrix: np.ndarray) -> str:
+    return str(Path(npy(folder, matrix)).rename(folder / "scores"))
+
+
+def npz(folder: Path, matrix: np.ndarray) -> str:
+    np.savez_compressed(folder / "a.npz", scores=matrix)
+    return str(folder / "a.npz")
+
+
+def npz_named(folder: Path, matrix: np.ndarray) -> str:
+    np.savez(folder / "a.npz", other=-matrix, scores=np.asfortranarray(matrix))
+    return str(folder / "a.npz") + "::scores"
+
+
+def tensors(folder: Path, matrix: np.ndarray) -> str:
+    save_file({"scores": matrix}, folder / "a.safetensors")
+    return str(folder / "a.safetensors")
+
+
+def tensors_named(folder: Path, matrix: np.ndarray) -> str:
+    save_file({"scores": matrix, "other": -matrix}, folder / "a.safetensors")
+    return str(folder / "a.safetensors") + "::scores"
+
+
+CONTAINERS = [
+    explicit,
+    explicit_named,
+    factored,
+    foreign,
+    foreign_named,
+    foreign_chunked,
+    foreign_big_endian,
+    foreign_userblock,
+    npy,
+    npy_fortran,
+    npy_big_endian,
+    npy_without_suffix,
+    npz,
+    npz_named,
+    tensors,
+    tensors_named,
+]
+
+
+def by_name(write: Write) -> str:
+    return write.__name__
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("write", CONTAINERS, ids=by_name)
+def test_all_containers_give_the_same_rows(tmp_path: Path, write: Write, dtype: str) -> None:
+    with scores.open_scores(write(tmp_path, MATRIX.astype(dtype))) as opened:
+        (matrix,) = opened.heads
+        assert matrix.shape == (N, K)
+        for rows in (
+            slice(None),
+            slice(0, 4),
+            slice(8, 8 + N),
+            slice(N, N + 3),
+            np.array([0, 3, 4, N - 1]),
+            np.array([], dtype=np.int64),
+        ):
+            block = matrix.read(rows)
+            assert type(block) is np.ndarray and block.dtype.kind == "f"
+            np.testing.assert_array_equal(block.astype(np.float64), MATRIX[rows])
+
+
+@pytest.mark.parametrize("write", CONTAINERS, ids=by_name)
+def test_rows_have_keys(tmp_path: Path, write: Write) -> None:
+    with scores.open_scores(write(tmp_path, MATRIX)) as opened:
+        letter = "k" if opened.header else ""
+        assert opened.keys == [f"{letter}{row}" for row in range(N)]
+        assert opened.index_N.tolist() == list(range(N))
+        assert opened.dataset_id == formats.dataset_id(opened.keys)
+
+
+def test_only_our_files_have_a_header(tmp_path: Path) -> None:
+    with scores.open_scores(explicit(tmp_path, MATRIX)) as opened:
+        assert opened.header == formats.read_header(str(tmp_path / "ours.h5"))
+    with scores.open_scores(foreign(tmp_path, MATRIX)) as opened:
+        assert opened.header is None
+
+
+def test_integers_are_scores(tmp_path: Path) -> None:
+    with scores.open_scores(npy(tmp_path, MATRIX.astype(np.int16))) as opened:
+        np.testing.assert_array_equal(opened.heads[0].read(slice(None)), MATRIX)
+
+
+def test_explicit_heads_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    arrays = {f"logits/{number}": np.full((N, 1), number, np.float32) for number in range(12)}
+    with scores.open_scores(ours(tmp_path / "many.h5", arrays)) as opened:
+        assert [head.read(slice(1))[0, 0] for head in opened.heads] == list(range(12))
+
+
+def test_factored_heads_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    heads = [(WEIGHT, BIAS + number) for number in range(12)]
+    path = ours(tmp_path / "many.h5", {"features": FEATURES.astype(np.float32)}, heads)
+    with scores.open_scores(path) as opened:
+        for number, head in enumerate(opened.heads):
+            np.testing.assert_array_equal(head.read(slice(None)), MATRIX + number)
+
+
+# A user block hides the signature, and a pipe has no suffix to go by.
+@pytest.mark.parametrize("write", [w for w in CONTAINERS if w != foreign_userblock], ids=by_name)
+def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
+    path, mark, name = write(tmp_path, MATRIX).partition("::")
+    stream = io.BytesIO(Path(path).read_bytes())
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=stream))
+    with scores.open_scores("-" + mark + name) as opened:
+        np.testing.assert_array_equal(opened.heads[0].read(slice(None)), MATRIX)
+
+
+# ---- refused ----------------------------------------------------------------
+
+
+def refusal(spec: str) -> str:
+    """The message of the BadData that opening `spec`, or reading it, raises."""
+    with ExitStack() as stack, pytest.raises(BadData) as caught:
+        opened = stack.enter_context(scores.open_scores(spec))
+        for head in opened.heads:
+            head.read(slice(None))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def two_npz(folder: Path) -> str:
+    np.savez(folder / "two.npz", first=MATRIX, second=MATRIX)
+    return str(folder / "two.npz")
+
+
+def two_tensors(folder: Path) -> str:
+    save_file({"first": MATRIX, "second": MATRIX}, folder / "two.safetensors")
+    return str(folder / "two.safetensors")
+
+
+def two_hdf5(folder: Path) -> str:
+    with h5py.File(folder / "two.h5", "w") as file:
+        file["first"] = MATRIX
+        file["second"] = MATRIX
+    return str(folder / "two.h5")
+
+
+TWO = pytest.mark.parametrize("write", [two_npz, two_tensors, two_hdf5], ids=by_name)
+
+
+@TWO
+def test_ambiguous_name_is_refused_and_the_names_are_shown(
+    tmp_path: Path, write: Callable[[Path], str]
+) -> None:
+    path = write(tmp_path)
+    message = refusal(path)
+    assert "first" in message and "second" in message and f"{path}::" in message
+
+
+@TWO
+def test_absent_name_is_refused(tmp_path: Path, write: Callable[[Path], str]) -> None:
+    path = write(tmp_path)
+    message = refusal(f"{path}::third")
+    assert path in message and "third" in message
+
+
+def test_name_in_a_npy_is_refused(tmp_path: Path) -> None:
+    """It holds one array, which has no name: the user means another file."""
+    assert "third" in refusal(npy(tmp_path, MATRIX) + "::third")
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".npy", ".npz", ".safetensors", ""])
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 100, 5000])
+def test_empty_and_random_bytes_are_refused(tmp_path: Path, suffix: str, size: int) -> None:
+    path = tmp_path / f"random{suffix}"
+    path.write_bytes(np.random.default_rng(size).bytes(size))
+    assert str(path) in refusal(str(path))
+
+
+@pytest.mark.parametrize("write", [explicit, factored, foreign, npy, npz, tensors], ids=by_name)
+def test_every_truncation_is_refused(tmp_path: Path, write: Write) -> None:
+    whole = Path(write(tmp_path, MATRIX))
+    data = whole.read_bytes()
+    cut = tmp_path / f"cut{whole.suffix}"
+    for size in {0, 1, len(data) - 1, *range(2, len(data), max(1, len(data) // 40))}:
+        cut.write_bytes(data[:size])
+        assert str(cut) in refusal(str(cut))
+
+
+@pytest.mark.parametrize("write", [npy, npz, tensors], ids=by_name)
+def test_flipped_byte_is_bad_data_or_harmless(tmp_path: Path, write: Write) -> None:
+    """It may go unseen in the numbers, but never becomes another exception."""
+    whole = Path(write(tmp_path, MATRIX))
+    data = bytearray(whole.read_bytes())
+    hurt = tmp_path / f"hurt{whole.suffix}"
+    others = set()
+    for place in range(len(data)):
+        copy = data.copy()
+        copy[place] ^= 0xFF
+        hurt.write_bytes(copy)
+        try:
+            with scores.open_scores(str(hurt)) as opened:
+                opened.heads[0].read(slice(None))
+        except BadData:
+            pass
+        except Exception as error:
+            others.add(type(error).__name__)
+    assert others == set()
+
+
+@pytest.mark.parametrize("part", ["chunk", "header"])
+def test_damaged_hdf5_is_refused(tmp_path: Path, part: str) -> None:
+    path = foreign_chunked(tmp_path, MATRIX)
+    with h5py.File(path) as file:
+        item = file["deep/scores"]
+        chunk = item.id.get_chunk_info(0).byte_offset
+        address = chunk if part == "chunk" else h5py.h5o.get_info(item.id).addr
+    with Path(path).open("r+b") as stream:
+        stream.seek(address)
+        stream.write(b"\xff" * 8)
+    assert path in refusal(path)
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path(tmp_path / "sprung").touch, ())  # type: ignore[return-value]
+
+    array = np.array([[Trap()]], dtype=object)
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    np.savez(tmp_path / "a.npz", array=array)
+    for name in ("a.npy", "a.npz"):
+        assert name in refusal(str(tmp_path / name))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_zip_of_something_else_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "notes.npz", "w") as archive:
+        archive.writestr("notes.txt", "no array")
+    assert "notes.npz" in refusal(str(tmp_path / "notes.npz"))
+
+
+@pytest.mark.parametrize("write", [foreign, npy, npz, tensors], ids=by_name)
+@pytest.mark.parametrize("shape", [(12,), (2, 2, 3), ()])
+def test_other_ranks_are_refused(tmp_path: Path, write: Write, shape: tuple[int, ...]) -> None:
+    path = write(tmp_path, np.ones(shape))
+    assert path in refusal(path)
+
+
+@pytest.mark.parametrize("shape", [(12,), (2, 2, 3)])
+def test_other_ranks_are_refused_with_the_shape_where_a_name_is_given(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    message = refusal(foreign(tmp_path, np.ones(shape)) + "::deep/scores")
+    assert str(shape) in message and "deep/scores" in message
+
+
+@pytest.mark.parametrize("write", [foreign_named, npy, npz], ids=by_name)
+@pytest.mark.parametrize("dtype", ["S3", "complex128", "bool"])
+def test_what_is_no_number_is_refused(tmp_path: Path, write: Write, dtype: str) -> None:
+    array = np.ones((2, 2)).astype(dtype)
+    if write is foreign_named:
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file["deep/scores"] = array
+        spec = f"{tmp_path}/a.h5::deep/scores"
+    else:
+        spec = write(tmp_path, array)
+    assert spec.partition("::")[0] in refusal(spec)
+
+
+def test_unicode_strings_are_refused(tmp_path: Path) -> None:
+    assert "<U1" in refusal(npy(tmp_path, np.array([["a", "b"]])))
+
+
+def test_bfloat16_is_refused_as_such(tmp_path: Path) -> None:
+    """NumPy has no bfloat16; the message must not call the file something else."""
+    path = tmp_path / "b.safetensors"
+    save_torch_file({"scores": torch.ones(2, 2, dtype=torch.bfloat16)}, path)
+    message = refusal(str(path))
+    assert "bfloat16" in message and "not HDF5" not in message
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(NoInput, match=r"nowhere\.npy"), scores.open_scores("nowhere.npy"):
+        pass
+    assert "folder" in refusal(str(tmp_path))
+
+
+def test_group_is_no_matrix(tmp_path: Path) -> None:
+    assert "'deep'" in refusal(foreign(tmp_path, MATRIX) + "::deep")
+
+
+@pytest.mark.parametrize("name", ["keys", "index", "logits/0"])
+def test_missing_part_of_an_explicit_file_is_named(tmp_path: Path, name: str) -> None:
+    path = ours(tmp_path / "ours.h5", {"logits/0": MATRIX, "logits/1": MATRIX})
+    with h5py.File(path, "r+") as file:
+        del file[name]
+    message = refusal(path)
+    assert path in message and f"'{name}'" in message
+
+
+@pytest.mark.parametrize("name", ["heads/0/weight", "heads/0/bias", "heads", "features"])
+def test_missing_part_of_a_factored_file_is_named(tmp_path: Path, name: str) -> None:
+    path = factored(tmp_path, MATRIX)
+    with h5py.File(path, "r+") as file:
+        del file[name]
+    message = refusal(path)
+    assert path in message and f"'{name}'" in message
+
+
+def test_features_whose_width_is_not_the_heads_are_refused(tmp_path: Path) -> None:
+    path = ours(tmp_path / "o.h5", {"features": FEATURES}, [(WEIGHT[:, 1:], BIAS)])
+    message = refusal(path)
+    assert "heads/0/weight" in message and str((K, D - 1)) in message
+
+
+def test_rows_and_keys_must_agree(tmp_path: Path) -> None:
+    path = explicit(tmp_path, MATRIX)
+    with h5py.File(path, "r+") as file:
+        del file["logits/0"]
+        file["logits/0"] = MATRIX[1:]
+    message = refusal(path)
+    assert f"{N - 1} rows" in message and f"{N} keys" in message
+
+
+def test_groups_that_are_datasets_are_refused(tmp_path: Path) -> None:
+    for name in ("logits", "heads"):
+        path = explicit(tmp_path, MATRIX) if name == "logits" else factored(tmp_path, MATRIX)
+        with h5py.File(path, "r+") as file:
+            del file[name]
+            file[name] = MATRIX
+        assert f"'{name}" in refusal(path)
+        Path(path).unlink()
+
+
+def test_another_kind_of_our_files_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "probe.h5")
+    formats.write_probe(path, [], formats.Provenance("test", {}))
+    assert "holds probe" in refusal(path)
