@@ -23,12 +23,12 @@ import numpy as np
 
 from sela_cli import formats, interrupt, metrics, presets, probes, schedule
 from sela_cli.errors import BadData, CannotCreate, SelaError, StoppedEarly
-from sela_cli.formats import Provenance
+from sela_cli.formats import Checkpoint, Provenance
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, label_stage, warning
 from sela_cli.logits import embed_stage
 from sela_cli.logits import plan as embed_plan
-from sela_cli.networks import build, parse_heads
+from sela_cli.networks import Network, build, parse_heads
 from sela_cli.training import Recipe, network_of, train_stage
 
 Progress = Callable[[int, int, str], None]
@@ -206,7 +206,7 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
             state = "a finished" if (folder / "rounds.csv").exists() else "an unfinished"
             raise CannotCreate(f"{folder} holds {state} run", "choose another --out, or --force")
     elif old:
-        raise CannotCreate(f"{folder} holds other .h5 files", "choose another --out, or --force")
+        raise CannotCreate(f"{folder} holds other files", "choose another --out, or --force")
     with formats.replacing(str(path), force=True) as partial:
         partial.write_text(json.dumps(identity, indent=1))
 
@@ -225,7 +225,9 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         positions = self.settings.positions
         if not (self.folder / "labels-000.h5").exists():
-            self._begin()
+            self._begin(self._fresh())
+        if not any(self.folder.glob("checkpoint*.h5")):
+            self._train(self._fresh(), None, 0, "checkpoint-000.h5", 0.0)
         if self.images.truth_N is not None:
             self._knn("probe-000.h5", "checkpoint-000.h5")
         for number, position in enumerate(positions, start=1):
@@ -233,7 +235,7 @@ class _Run:
                 self._round(number, position)
         last = len(positions)
         if not (self.folder / "checkpoint.h5").exists():
-            self._train(last, "checkpoint.h5", None)
+            self._go_on(last, "checkpoint.h5", None)
         with formats.replacing(self.path("labels.h5"), force=True) as partial:
             shutil.copyfile(self.path(f"labels-{last:03d}.h5"), partial)
         if self.images.truth_N is not None:
@@ -244,12 +246,13 @@ class _Run:
             leftover.unlink()
         return self._summary(rounds)
 
-    def _begin(self) -> None:
-        """Round 0: a fresh network, and random balanced labels."""
+    def _fresh(self) -> Network:
         settings = self.settings
-        network = build(
-            settings.arch, settings.image_size, list(settings.heads), settings.recipe.seed
-        )
+        return build(settings.arch, settings.image_size, list(settings.heads), settings.recipe.seed)
+
+    def _begin(self, network: Network) -> None:
+        """Round 0: random balanced labels; the logits of the fresh network name the images."""
+        settings = self.settings
         with self.watcher.stage("embed, fresh network") as progress:
             embed_stage(
                 self.images,
@@ -265,18 +268,6 @@ class _Run:
             )
         random = replace(settings.labels, assign="random")
         label_stage(self.path("logits.h5"), self.path("labels-000.h5"), random, force=True)
-        with self.watcher.stage("train, round 0") as progress:
-            train_stage(
-                self.images,
-                formats.read_labels(self.path("labels-000.h5")),
-                network,
-                self.path("checkpoint-000.h5"),
-                settings.recipe,
-                to=0.0,
-                device=self.device,
-                force=True,
-                progress=progress,
-            )
 
     def _round(self, number: int, position: float) -> None:
         settings = self.settings
@@ -284,7 +275,7 @@ class _Run:
         labels = self.path(f"labels-{number:03d}.h5")
         before = self.path(f"labels-{number - 1:03d}.h5")
         if not (self.folder / checkpoint).exists():
-            self._train(number - 1, checkpoint, position)
+            self._go_on(number - 1, checkpoint, position)
         state = formats.read_checkpoint(self.path(checkpoint))
         assert state.header is not None
         with self.watcher.stage(f"embed, round {number}") as progress:
@@ -320,15 +311,26 @@ class _Run:
         self.watcher.say(_round_line(self._describe(number), len(settings.positions)))
         self._forget(number - 1)
 
-    def _train(self, source: int, output: str, to: float | None) -> None:
+    def _go_on(self, source: int, output: str, to: float | None) -> None:
         path = self.path(f"checkpoint-{source:03d}.h5")
         start = formats.read_checkpoint(path)
+        self._train(network_of(start, path), start, source, output, to)
+
+    def _train(
+        self,
+        network: Network,
+        start: Checkpoint | None,
+        source: int,
+        output: str,
+        to: float | None,
+    ) -> None:
+        """Train on the labels of round `source`."""
         goal = self.settings.recipe.epochs if to is None else to
         with self.watcher.stage(f"train to epoch {goal:.2f}") as progress:
             train_stage(
                 self.images,
                 formats.read_labels(self.path(f"labels-{source:03d}.h5")),
-                network_of(start, path),
+                network,
                 self.path(output),
                 self.settings.recipe,
                 start=start,

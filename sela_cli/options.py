@@ -147,7 +147,11 @@ class PresetChoice(StrEnum):
 
 Precision = Annotated[
     PrecisionChoice | None,
-    typer.Option("--precision", help="Arithmetic of the network: bfloat16 is often faster."),
+    typer.Option(
+        "--precision",
+        help="Arithmetic of the network, float32 or the often faster bfloat16; default: the "
+        "checkpoint's, else float32.",
+    ),
 ]
 Dtype = Annotated[
     DtypeChoice | None, typer.Option("--dtype", help="Storage of logits or features.")

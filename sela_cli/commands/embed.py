@@ -95,6 +95,8 @@ def embed(
         provenance = provenance.reading("checkpoint", state.header)
     else:
         network = build(str(arch), size, parse_heads(str(heads)), seed)
+    if state:
+        options.setdefault("precision", state.recipe.get("precision", "float32"))
     shown = plan(images, network, options.get("store", "logits"), options.get("dtype", "float32"))
     if not dry_run:
         with terminal.progress("embed") as progress:

@@ -17,7 +17,6 @@ from sela_cli.options import (
     MethodChoice,
     Output,
     Precision,
-    PrecisionChoice,
     Quiet,
     Seed,
     SkipBad,
@@ -61,7 +60,7 @@ def probe(
     aug: Annotated[
         str, typer.Option("--aug", help="Augmentation for the linear probes.")
     ] = "crop-flip",
-    precision: Precision = PrecisionChoice.float32,
+    precision: Precision = None,
     seed: Seed = 0,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -133,7 +132,7 @@ def probe(
             aug=aug,
             seed=seed,
             device=device_name(device),
-            precision=precision.value if precision else "float32",
+            precision=precision.value if precision else state.recipe.get("precision", "float32"),
             split=split,
             force=force,
             progress=progress,

@@ -1,0 +1,241 @@
+"""The alternating loop: equal to its shell form, exact after interruptions."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import itertools
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sela_cli import formats, interrupt, loop, networks
+from sela_cli.errors import CannotCreate, StoppedEarly
+from sela_cli.images.batches import Images, open_images
+from sela_cli.loop import RunSettings, Watcher, settings_of
+
+OPTIONS: dict[str, Any] = {"heads": "5,8", "epochs": 3.0, "opts": 4, "batch_size": 16, "lamb": 10.0}
+
+
+@contextmanager
+def no_progress(title: str) -> Iterator[Any]:
+    yield lambda done, total, note: None
+
+
+SILENT = Watcher(no_progress, lambda text: None)
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few filters: these tests are about the loop, not the network."""
+    monkeypatch.setitem(networks._FILTERS, "alexnet-small", (4, 6, 6, 6, 4))
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    return open_images("digits", 32, limit=60)[0]
+
+
+@pytest.fixture
+def settings() -> RunSettings:
+    return settings_of("digits", 32, OPTIONS)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Payload digests of the files that a finished run keeps."""
+    return {path.name: formats.read_header(str(path)).digest for path in folder.glob("*.h5")}
+
+
+def test_every_round_is_balanced_and_told(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    summary = loop.run(images, tmp_path / "run", settings, Watcher(no_progress, lines.append))
+    assert [line.split(",")[0] for line in lines] == ["round 1/3", "round 2/3", "round 3/3"]
+    for path in (tmp_path / "run").glob("labels-*.h5"):
+        for head in formats.read_labels(str(path)).heads:
+            assert head.usage_K.max() - head.usage_K.min() <= 1
+    with (tmp_path / "run" / "rounds.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["round"] for row in rows] == ["0", "1", "2", "3"]
+    losses = formats.read_checkpoint(str(tmp_path / "run" / "checkpoint.h5")).losses
+    assert len(losses) == settings.recipe.steps(3.0, 60)
+    assert float(rows[-1]["loss"]) == pytest.approx(summary["loss"])
+    assert 0 <= summary["knn"]["trained"] <= 1
+    assert summary["heads"][0]["clusters"] == 5 and summary["heads"][1]["clusters"] == 8
+
+
+def test_rounds_begin_at_the_positions_of_the_schedule(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    loop.run(images, tmp_path / "run", settings, SILENT)
+    before = formats.read_labels(str(tmp_path / "run" / "labels-000.h5"))
+    assert {head.attributes["assign"] for head in before.heads} == {"random"}
+    for number, position in enumerate(settings.positions, start=1):
+        header = formats.read_header(str(tmp_path / "run" / f"labels-{number:03d}.h5"))
+        trained = [entry for entry in header.history if entry["command"] == "train"]
+        assert trained[-1]["parameters"]["to"] == position
+
+
+def test_without_relabelling_the_random_labels_stay(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    loop.run(images, tmp_path / "run", replace(settings, opts=0), SILENT)
+    kept = formats.read_labels(str(tmp_path / "run" / "labels.h5"))
+    assert all(head.attributes["assign"] == "random" for head in kept.heads)
+    assert sorted(path.name for path in (tmp_path / "run").glob("labels*")) == [
+        "labels-000.h5",
+        "labels.h5",
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stopped_anywhere_it_ends_with_the_same_digests(
+    seed: int,
+    images: Images,
+    settings: RunSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal at every few polls; each call goes on, the last one finishes."""
+    loop.run(images, tmp_path / "whole", settings, SILENT)
+    rng = random.Random(seed)
+    stops = 0
+    while True:
+        polls, last = itertools.count(), rng.randint(1, 12)
+        monkeypatch.setattr(
+            interrupt, "requested", lambda polls=polls, last=last: next(polls) >= last
+        )
+        try:
+            loop.run(images, tmp_path / "broken", settings, SILENT)
+            break
+        except StoppedEarly:
+            stops += 1
+        assert stops < 200
+    assert stops > 3
+    assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", ["embed_stage", "label_stage", "train_stage", "_write_rounds"])
+def test_killed_between_stages_it_ends_with_the_same_digests(
+    stage: str,
+    images: Images,
+    settings: RunSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A crash right after each call of a stage, its file written and nothing else done."""
+    loop.run(images, tmp_path / "whole", settings, SILENT)
+    real = getattr(loop, stage)
+    crashes = itertools.count()
+
+    def crashing(*arguments: Any, **options: Any) -> Any:
+        real(*arguments, **options)
+        next(crashes)
+        raise KeyboardInterrupt
+
+    for _ in range(12):
+        monkeypatch.setattr(loop, stage, crashing)
+        with pytest.raises((KeyboardInterrupt, CannotCreate)) as ended:
+            loop.run(images, tmp_path / "broken", settings, SILENT)
+        if ended.type is CannotCreate:
+            break
+        monkeypatch.setattr(loop, stage, real)
+        folder = tmp_path / "broken"
+        if stage != "_write_rounds" and len(list(folder.glob("labels-*.h5"))) == 4:
+            break
+    if stage != "_write_rounds":
+        monkeypatch.setattr(loop, stage, real)
+        loop.run(images, tmp_path / "broken", settings, SILENT)
+    assert next(crashes) > 1 or stage == "_write_rounds"
+    kept = digests(tmp_path / "broken")
+    assert {name: kept[name] for name in digests(tmp_path / "whole")} == digests(tmp_path / "whole")
+
+
+def test_a_folder_in_use_or_of_another_run_is_refused(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    loop.run(images, folder, settings, SILENT)
+    whole = digests(folder)
+    with pytest.raises(CannotCreate, match="finished"):
+        loop.run(images, folder, settings, SILENT)
+    with pytest.raises(CannotCreate, match="other settings"):
+        loop.run(images, folder, replace(settings, opts=2), SILENT)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.h5").write_bytes(b"")
+    with pytest.raises(CannotCreate, match="other files"):
+        loop.run(images, tmp_path / "other", settings, SILENT)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CannotCreate, match="another"):
+            loop.run(images, folder, settings, SILENT, force=True)
+    assert digests(folder) == whole
+    loop.run(images, folder, settings, SILENT, force=True)
+    assert digests(folder) == whole
+
+
+def test_an_unfinished_run_is_refused_where_resuming_is_off(
+    images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "requested", lambda: True)
+    with pytest.raises(StoppedEarly):
+        loop.run(images, tmp_path / "run", settings, SILENT)
+    with pytest.raises(CannotCreate, match="unfinished"):
+        loop.run(images, tmp_path / "run", settings, SILENT, resume=False)
+
+
+def test_unlabelled_images_are_the_normal_case(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    bare = images.subset(np.arange(len(images)))
+    bare.truth_N, bare.classes = None, ()
+    summary = loop.run(bare, tmp_path / "run", settings, SILENT)
+    assert "knn" not in summary and not (tmp_path / "run" / "probe.h5").exists()
+    assert "nmi" not in summary["heads"][0]
+    assert "5 clusters of 12..12" in loop.text_of(summary)
+
+
+@pytest.mark.slow
+def test_the_shell_loop_gives_the_same_digests(tmp_path: Path) -> None:
+    """examples/alternate.sh, a process a stage, against `sela run`: every payload is equal."""
+    tools = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "DATA": "digits",
+        "LIMIT": "48",
+        "OUT": str(tmp_path / "shell"),
+        "HEADS": "4,6",
+        "EPOCHS": "2",
+        "OPTS": "3",
+        "TRAINING": "--batch-size 16 --lr 0.02 --aug paper --precision bfloat16",
+    }
+    script = Path(__file__).parents[1] / "examples" / "alternate.sh"
+    subprocess.run(["bash", script], env=environment, check=True, capture_output=True, timeout=300)
+    options = {
+        "data": "digits", "limit": 48, "arch": "alexnet-small", "heads": "4,6", "epochs": 2,
+        "opts": 3, "lamb": 10, "batch-size": 16, "lr": 0.02, "aug": "paper", "precision": "bfloat16",
+        "lr-milestones": "0.375,0.75,0.875", "weight-decay": 1e-5,
+    }  # fmt: skip
+    command = [
+        "run",
+        *(str(word) for key, value in options.items() for word in (f"--{key}", value)),
+    ]
+    subprocess.run(
+        [tools / "sela", *command, "--out", tmp_path / "run"],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    shell, run = digests(tmp_path / "shell"), digests(tmp_path / "run")
+    assert shell and {name: run[name] for name in shell} == shell
