@@ -26,7 +26,7 @@ from sela_cli.tiles import tile_rows
 ASSIGN_KINDS = ("balanced", "argmax", "random")
 INPUT_KINDS = ("logits", "probabilities")
 
-# Newton's K x K matrices take 24 bytes an entry: 400 MB at most.
+# Beyond this a Newton step, which grows with K^3, takes longer than the reads it saves.
 _NEWTON_CLUSTERS = 4096
 # A moved row may lose this share of the mean cost more than it must.
 _SLACK = 1e-4
@@ -36,7 +36,7 @@ _LEAST_PROBABILITY = float(np.finfo(np.float64).tiny)
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """Options of the label solve; see `sela label --help`."""
+    """Options of the label solve; see `sela label --help`. `max_memory` is in bytes."""
 
     lamb: float = 25.0
     tol: float = 1e-4
@@ -45,6 +45,7 @@ class LabelSettings:
     assign: str = "balanced"
     input_kind: str = "logits"
     seed: int = 0
+    max_memory: int = 4 << 30
 
     def check(self) -> None:
         """Raises UsageError where an option has no meaning."""
@@ -271,6 +272,23 @@ def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadL
     )
 
 
+def _solver(clusters: int, settings: LabelSettings) -> Callable[..., sinkhorn.Solution]:
+    """Newton where its matrices fit into the memory that is allowed, else Sinkhorn.
+
+    Beside the tiles, memory goes into K x K matrices: one for each worker (Newton's in
+    float32, the losses of balancing in float64), and a few more for the sum and its factor.
+    """
+    square, workers = clusters**2, torch.get_num_threads()
+    most = settings.max_memory
+    if settings.assign == "balanced" and square * 8 * (workers + 2) > most:
+        raise UsageError(
+            f"--max-memory {most / 2**20:.0f}M is too little to balance {clusters} clusters",
+            f"allow {square * 8 * (workers + 2) / 2**20:.0f}M, or use --assign argmax",
+        )
+    newtonian = clusters <= _NEWTON_CLUSTERS and square * (4 * workers + 32) <= most
+    return newton.solve if newtonian else sinkhorn.solve
+
+
 def _solve_head(
     rows: ScoreRows,
     settings: LabelSettings,
@@ -280,7 +298,7 @@ def _solve_head(
 ) -> HeadLabels:
     marginal_K = marginal(settings.marginal, rows.shape[1])
     bounds = assignment.size_bounds(rows.shape[0], marginal_K.numpy())
-    solve = newton.solve if rows.shape[1] <= _NEWTON_CLUSTERS else sinkhorn.solve
+    solve = _solver(rows.shape[1], settings)
     solution = solve(
         rows,
         marginal_K,

@@ -33,6 +33,7 @@ class Network(nn.Module):
         self.trunk, self.width = _trunk(arch, small=image_size <= SMALL)
         self.heads = nn.ModuleList(nn.Linear(self.width, clusters) for clusters in heads)
         self.rotation = nn.Linear(self.width, 4) if rotation else None
+        self.apply(_initialise)
 
     def forward(self, view: Tensor) -> list[Tensor]:
         """(n, 3, R, R) -> T tensors (n, K)."""
@@ -95,6 +96,15 @@ def parse_heads(text: str) -> list[int]:
     return heads
 
 
+def _initialise(module: nn.Module) -> None:
+    """The paper's: He for convolutions, N(0, 0.01) and no bias for linear layers."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+        nn.init.zeros_(module.bias)
+
+
 def _trunk(arch: str, small: bool) -> tuple[nn.Module, int]:
     if arch in _FILTERS:
         trunk = AlexNet(_FILTERS[arch], small)
@@ -108,7 +118,6 @@ def _trunk(arch: str, small: bool) -> tuple[nn.Module, int]:
     resnet.fc = nn.Identity()
     if small:
         resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
         resnet.maxpool = nn.Identity()
     return resnet, width
 
@@ -202,9 +211,6 @@ class PreactResNet50(nn.Module):
                 inputs = 4 * planes
             self.add_module(f"layer{number + 1}", stage)
         self.norm = nn.BatchNorm2d(inputs)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, view: Tensor) -> Tensor:
         maps = self.maxpool(self.conv1(view))

@@ -213,6 +213,19 @@ def whole_numbers(text: str) -> list[int]:
     return [int(value) for value in values]
 
 
+def size_in_bytes(text: str | None) -> int | None:
+    """`500M`, `4G` or a number of bytes; a usage error otherwise."""
+    if text is None:
+        return None
+    powers = {"K": 10, "M": 20, "G": 30, "T": 40}
+    number, power = text, 0
+    if text[-1:].upper() in powers:
+        number, power = text[:-1], powers[text[-1].upper()]
+    if not number.isdigit() or int(number) == 0:
+        raise typer.BadParameter(f"{text}: write a size such as 500M or 4G")
+    return int(number) << power
+
+
 def device_name(device: str) -> str:
     """A torch device for `auto`, cpu, cuda, cuda:N; a usage error where there is none such."""
     import torch

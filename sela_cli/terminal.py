@@ -66,31 +66,24 @@ def _bar(title: str) -> Iterator[Progress]:
     from rich import progress as bars
     from rich.console import Console
 
-    columns = (
+    class Rate(bars.ProgressColumn):
+        def render(self, task: Any) -> str:
+            return f"{task.speed:.0f}/s" if task.speed else ""
+
+    with bars.Progress(
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
-        bars.TextColumn("{task.speed:.0f}/s", table_column=None),
+        Rate(),
         bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[note]}"),
-    )
-    with bars.Progress(
-        *_known_speed(columns, bars), console=Console(stderr=True), transient=True
+        console=Console(stderr=True),
+        transient=True,
     ) as bar:
         task = bar.add_task(title, total=None, note="")
         yield lambda done, total, note: bar.update(
             task, completed=done, total=total or None, note=note
         )
-
-
-def _known_speed(columns: tuple[Any, ...], bars: Any) -> list[Any]:
-    """The rate is unknown at first; rich would print None."""
-
-    class Rate(bars.ProgressColumn):  # type: ignore[misc]
-        def render(self, task: Any) -> str:
-            return f"{task.speed:.0f}/s" if task.speed else ""
-
-    return [*columns[:3], Rate(), *columns[4:]]
 
 
 def _lines(title: str) -> Progress:

@@ -224,7 +224,8 @@ def test_the_shell_loop_gives_the_same_digests(tmp_path: Path) -> None:
     subprocess.run(["bash", script], env=environment, check=True, capture_output=True, timeout=300)
     options = {
         "data": "digits", "limit": 48, "arch": "alexnet-small", "heads": "4,6", "epochs": 2,
-        "opts": 3, "lamb": 10, "batch-size": 16, "lr": 0.02, "aug": "paper", "precision": "bfloat16",
+        "opts": 3, "lamb": 10, "batch-size": 16, "lr": 0.02, "aug": "paper",
+        "precision": "bfloat16",
         "lr-milestones": "0.375,0.75,0.875", "weight-decay": 1e-5,
     }  # fmt: skip
     command = [

@@ -20,6 +20,7 @@ from sela_cli.options import (
     Seed,
     Tol,
     given,
+    size_in_bytes,
 )
 
 EXAMPLES = """Examples: sela label logits.h5 -o labels.h5.
@@ -61,6 +62,15 @@ def label(
             "--input-kind", help="What the scores are; probabilities may be exactly zero."
         ),
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Memory for matrices of K x K, such as 500M or 4G (default 4G). The N x K "
+            "scores are read in tiles and take none.",
+        ),
+    ] = None,
     seed: Seed = 0,
     force: Force = False,
     dry_run: DryRun = False,
@@ -84,6 +94,7 @@ def label(
             assign=assign,
             input_kind=input_kind,
             seed=seed,
+            max_memory=size_in_bytes(max_memory),
         )
     )
     terminal = Terminal(quiet, as_json, stdout_taken="-" in (output, csv))

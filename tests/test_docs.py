@@ -1,0 +1,89 @@
+"""The documentation says what is so: its commands are run, its pages are current."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from sela_cli.images.sources import open_source
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# Too long for a test: shown to be understood, by its plan.
+HEAVY = "sela run --data photos/"
+
+
+def shell_blocks(text: str) -> list[str]:
+    return re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_the_command_line_page_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "cli.md").read_text() == module.text(), "run `make docs`"
+
+
+def test_links_lead_to_files() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_make_targets_of_the_readme_exist_and_the_demo_is_the_main_job() -> None:
+    wanted = set(re.findall(r"make ([a-z-]+)", README))
+    assert {"demo", "test", "check"} <= wanted <= targets()
+    assert "sela run --data digits --out runs/demo" in (ROOT / "Makefile").read_text()
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's reader has: photos, and scores of several kinds."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "photos").mkdir()
+    source = open_source("digits")
+    for number in range(80):
+        Image.fromarray(source.image(number)).save(folder / "photos" / f"{number}.png")
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(60, 5))
+    np.save(folder / "scores.npy", scores)
+    np.save(folder / "probabilities.npy", np.exp(scores) / np.exp(scores).sum(1, keepdims=True))
+    with h5py.File(folder / "features.h5", "w") as file:
+        file["similarity"] = scores
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", shell_blocks(README)[1:])
+def test_the_commands_of_the_readme_run(block: str, world: Path) -> None:
+    """Each block as it stands, in one folder; the package is installed already."""
+    lines = [line for line in block.splitlines() if not line.startswith("pip install")]
+    lines = [f"{line} --dry-run" if line.startswith(HEAVY) else line for line in lines]
+    tools = Path(sys.executable).parent
+    assert shutil.which("sela", path=tools), "install the package first: make test does"
+    done = subprocess.run(
+        ["bash", "-e", "-o", "pipefail", "-c", "\n".join(lines)],
+        cwd=world,
+        env={**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    if "--out runs/demo" in block:
+        assert (world / "runs" / "demo" / "labels.h5").exists()
