@@ -15,6 +15,7 @@ OPTS=${OPTS:-15}
 LAMB=${LAMB:-10}
 SEED=${SEED:-0}
 LIMIT=${LIMIT:-}
+VIEW=${VIEW:-centre}
 TRAINING=${TRAINING:---batch-size 64 --lr 0.03 --lr-milestones 0.6,0.8 --weight-decay 5e-4 --aug crop}
 
 mkdir -p "$OUT"
@@ -37,7 +38,8 @@ for position in $(sela schedule --epochs "$EPOCHS" --opts "$OPTS"); do
     now=$(printf %03d "$round")
     sela train "${images[@]}" --labels "$OUT/labels-$last.h5" \
         --checkpoint "$OUT/checkpoint-$last.h5" --to "$position" -o "$OUT/checkpoint-$now.h5"
-    sela embed "${images[@]}" --checkpoint "$OUT/checkpoint-$now.h5" -o "$OUT/logits.h5" --force
+    sela embed "${images[@]}" --checkpoint "$OUT/checkpoint-$now.h5" --view "$VIEW" \
+        -o "$OUT/logits.h5" --force
     label "$OUT/logits.h5" --lamb "$LAMB" --seed "$SEED" --init "$OUT/labels-$last.h5" \
         -o "$OUT/labels-$now.h5"
     rm "$OUT/checkpoint-$last.h5"

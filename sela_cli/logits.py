@@ -15,7 +15,7 @@ from torch import Tensor
 from sela_cli import formats, interrupt
 from sela_cli.errors import StoppedEarly
 from sela_cli.formats import Provenance
-from sela_cli.images.augment import centre_view
+from sela_cli.images.augment import ViewOf, centre_view
 from sela_cli.images.batches import Images
 from sela_cli.networks import Network
 
@@ -33,10 +33,14 @@ def embed_stage(
     batch_size: int = 256,
     device: str = "cpu",
     precision: str = "float32",
+    augment: ViewOf | None = None,
     force: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> None:
-    """Write the logits of every image, or its features and the heads; see docs/schema.md."""
+    """Write the logits of every image, or its features and the heads; see docs/schema.md.
+
+    `augment` makes the view of a batch; the default is the plain centre view.
+    """
     heads: list[tuple[np.ndarray, np.ndarray]] = []
     if store == "logits":
         columns = {f"logits/{t}": clusters for t, clusters in enumerate(network.clusters)}
@@ -55,7 +59,7 @@ def embed_stage(
     ) as datasets:
         module = network if store == "logits" else network.trunk
         done = 0
-        for outputs in forward(module, network, images, batch_size, device, precision):
+        for outputs in forward(module, network, images, batch_size, device, precision, augment):
             tensors = outputs if isinstance(outputs, list) else [outputs]
             for item, tensor in zip(datasets.values(), tensors, strict=True):
                 if dtype == "float16" and store == "logits":
@@ -96,12 +100,14 @@ def forward(
     batch_size: int,
     device: str = "cpu",
     precision: str = "float32",
+    augment: ViewOf | None = None,
 ) -> Iterator[Any]:
     """Outputs of `module` (the network or a part of it), batch by batch, as float32 on the CPU."""
     network.eval().to(device)
     for start in range(0, len(images), batch_size):
         rows = torch.arange(start, min(start + batch_size, len(images)))
-        view = centre_view(images.batch(rows).to(device), network.image_size)
+        batch = images.batch(rows).to(device)
+        view = augment(batch) if augment else centre_view(batch, network.image_size)
         with autocast(device, precision):
             outputs = module(view.contiguous(memory_format=torch.channels_last))
         yield _to_cpu(outputs)

@@ -29,7 +29,7 @@ from sela_cli.labels import LabelSettings, label_stage, warning
 from sela_cli.logits import embed_stage
 from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import Network, build, parse_heads
-from sela_cli.training import Recipe, network_of, train_stage
+from sela_cli.training import Recipe, label_view, network_of, settle, train_stage
 
 Progress = Callable[[int, int, str], None]
 HOLDOUT = 0.2
@@ -48,6 +48,7 @@ class RunSettings:
     labels: LabelSettings
     store: str = "logits"
     dtype: str = "float32"
+    view: str = "centre"
 
     @property
     def positions(self) -> list[float]:
@@ -91,6 +92,7 @@ def settings_of(
         labels=labels,
         store=merged.get("store", "logits"),
         dtype=merged.get("dtype", "float32"),
+        view=merged.get("view", "centre"),
     )
 
 
@@ -253,6 +255,7 @@ class _Run:
     def _begin(self, network: Network) -> None:
         """Round 0: random balanced labels; the logits of the fresh network name the images."""
         settings = self.settings
+        settle(network, self.images, settings.recipe)
         with self.watcher.stage("embed, fresh network") as progress:
             embed_stage(
                 self.images,
@@ -278,18 +281,20 @@ class _Run:
             self._go_on(number - 1, checkpoint, position)
         state = formats.read_checkpoint(self.path(checkpoint))
         assert state.header is not None
+        network = network_of(state, self.path(checkpoint))
         with self.watcher.stage(f"embed, round {number}") as progress:
             embed_stage(
                 self.images,
-                network_of(state, self.path(checkpoint)),
+                network,
                 self.path("logits.h5"),
-                Provenance("embed", {}, dataset_id=self.images.dataset_id).reading(
-                    "checkpoint", state.header
-                ),
+                Provenance(
+                    "embed", {"view": settings.view}, dataset_id=self.images.dataset_id
+                ).reading("checkpoint", state.header),
                 store=settings.store,
                 dtype=settings.dtype,
                 device=self.device,
                 precision=settings.recipe.precision,
+                augment=label_view(settings.view, network, settings.recipe, state.step),
                 force=True,
                 progress=progress,
             )

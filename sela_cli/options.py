@@ -145,6 +145,21 @@ class PresetChoice(StrEnum):
     digits = "digits"
 
 
+class ViewChoice(StrEnum):
+    """How images are seen for labelling."""
+
+    centre = "centre"
+    random = "random"
+
+
+View = Annotated[
+    ViewChoice | None,
+    typer.Option(
+        "--view",
+        help="How images are seen for labelling: the plain centre (default), or random, "
+        "augmented as in training.",
+    ),
+]
 Precision = Annotated[
     PrecisionChoice | None,
     typer.Option(

@@ -12,23 +12,26 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from sela_cli import formats, interrupt, schedule
 from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, Labels, Provenance
-from sela_cli.images.augment import AUGMENTATIONS, random_view
+from sela_cli.images.augment import AUGMENTATIONS, ViewOf, random_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build
 
 PRECISIONS = ("float32", "bfloat16")
 _SAVE_SECONDS = 300.0
+# Batches that a fresh network's BatchNorm statistics are taken from.
+_SETTLING = 8
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Recipe:
         ):
             if not least <= number < math.inf:
                 raise UsageError(f"{option} {number} must be at least {least} and finite")
+        if self.lr == 0:
+            raise UsageError("--lr 0 would learn nothing")
 
     @classmethod
     def of(cls, *layers: dict[str, Any]) -> Recipe:
@@ -219,6 +224,49 @@ def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(_seed(seed, purpose, number))
 
 
+def label_view(kind: str, network: Network, recipe: Recipe, step: int) -> ViewOf | None:
+    """How images are seen for labelling: `centre` (None), or `random`, as in training.
+
+    Random views keep what training is to forget, such as brightness, from coming back
+    through the labels. Drawn from the seed and the step, as everything is.
+    """
+    if kind == "centre":
+        return None
+    generator = _generator(recipe.seed, "label view", step)
+    return partial(
+        random_view,
+        size=network.image_size,
+        augmentation=AUGMENTATIONS[recipe.aug],
+        generator=generator,
+    )
+
+
+@torch.no_grad()
+def settle(network: Network, images: Images, recipe: Recipe) -> None:
+    """Give a fresh network the BatchNorm statistics of some batches of its images.
+
+    Without, a fresh network in eval mode normalises nothing, and its logits hardly differ
+    in more than the brightness of the images.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        # None: the plain mean over the batches.
+        norm.momentum = None
+    network.train()
+    generator = _generator(recipe.seed, "settle", 0)
+    for _ in range(_SETTLING):
+        rows = torch.randperm(len(images), generator=generator)[: recipe.batch_size]
+        if len(rows) > 1:
+            view = random_view(
+                images.batch(rows), network.image_size, AUGMENTATIONS[recipe.aug], generator
+            )
+            network.trunk(view)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()
+
+
 def network_of(checkpoint: Checkpoint, path: str) -> Network:
     """The network of a checkpoint, with its weights."""
     rotation = bool(checkpoint.recipe.get("rotation"))
@@ -267,6 +315,8 @@ def train_stage(
     formats.check_output(output, force)
     check_labels(images, labels, network)
     assert labels.header is not None
+    if start is None:
+        settle(network, images, recipe)
     trainer = Trainer(network, recipe, device)
     provenance = Provenance(command, asdict(recipe) | {"to": to}, dataset_id=images.dataset_id)
     provenance = provenance.reading("labels", labels.header)

@@ -218,6 +218,7 @@ def test_the_shell_loop_gives_the_same_digests(tmp_path: Path) -> None:
         "HEADS": "4,6",
         "EPOCHS": "2",
         "OPTS": "3",
+        "VIEW": "random",
         "TRAINING": "--batch-size 16 --lr 0.02 --aug paper --precision bfloat16",
     }
     script = Path(__file__).parents[1] / "examples" / "alternate.sh"
@@ -225,7 +226,7 @@ def test_the_shell_loop_gives_the_same_digests(tmp_path: Path) -> None:
     options = {
         "data": "digits", "limit": 48, "arch": "alexnet-small", "heads": "4,6", "epochs": 2,
         "opts": 3, "lamb": 10, "batch-size": 16, "lr": 0.02, "aug": "paper",
-        "precision": "bfloat16",
+        "precision": "bfloat16", "view": "random",
         "lr-milestones": "0.375,0.75,0.875", "weight-decay": 1e-5,
     }  # fmt: skip
     command = [

@@ -17,13 +17,13 @@ from sela_cli import formats, interrupt, networks
 from sela_cli.commands.run import run
 from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, HeadLabels, Labels, Provenance
-from sela_cli.images.augment import AUGMENTATIONS
+from sela_cli.images.augment import AUGMENTATIONS, random_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build, parse_heads
 from sela_cli.options import PresetChoice
 from sela_cli.presets import PRESETS, preset
 from sela_cli.schedule import learning_rate, relabel_positions, step_at
-from sela_cli.training import Recipe, Trainer, network_of, train_stage
+from sela_cli.training import Recipe, Trainer, label_view, network_of, settle, train_stage
 
 HEADS = [10, 4]
 RECIPE = Recipe(epochs=2, batch_size=10, aug="paper", lr=0.01)
@@ -403,3 +403,48 @@ def test_preset_names() -> None:
     assert preset(None) == {}
     preset("digits")["lr"] = 9.0
     assert preset("digits")["lr"] != 9.0
+
+
+# ---- a fresh network, and views for labels -----------------------------------
+
+
+def test_settling_makes_eval_mode_normalise(images: Images) -> None:
+    """After it, the first BatchNorm's output has mean 0 and variance 1 over training views."""
+    network = fresh()
+    settle(network, images, RECIPE)
+    conv, norm = network.trunk.conv1[0], network.trunk.conv1[1]  # type: ignore[index, union-attr]
+    generator = torch.Generator().manual_seed(0)
+    view = torch.cat(
+        [
+            random_view(images.batch(torch.arange(40)), 32, AUGMENTATIONS["paper"], generator)
+            for _ in range(10)
+        ]
+    )
+    with torch.no_grad():
+        normed = norm(conv(view))
+    assert not norm.training and norm.momentum == 0.1
+    assert float(normed.mean().abs()) < 0.1 and abs(float(normed.var()) - 1) < 0.15
+
+
+def test_settling_repeats_and_moves_no_weight(images: Images) -> None:
+    before = fresh().arrays()
+    networks_ = [fresh() for _ in range(2)]
+    for network in networks_:
+        settle(network, images, RECIPE)
+    one, two = (network.arrays() for network in networks_)
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    moved = {name for name in one if not np.array_equal(one[name], before[name])}
+    assert moved and all("running" in name or "tracked" in name for name in moved)
+
+
+def test_label_views_are_those_of_training_and_follow_the_step(images: Images) -> None:
+    batch = images.batch(torch.arange(6))
+    network = fresh()
+    assert label_view("centre", network, RECIPE, 3) is None
+    views = []
+    for step in (3, 3, 4):
+        augment = label_view("random", network, RECIPE, step)
+        assert augment is not None
+        views.append(augment(batch))
+    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+    assert views[0].shape == (6, 3, 32, 32)

@@ -25,6 +25,7 @@ from sela_cli.options import (
     Seed,
     SkipBad,
     Store,
+    View,
     device_name,
     given,
 )
@@ -43,6 +44,7 @@ def embed(
     image_size: ImageSize = None,
     store: Store = None,
     dtype: Dtype = None,
+    view: View = None,
     precision: Precision = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
@@ -66,7 +68,7 @@ def embed(
     from sela_cli.logits import embed_stage, plan
     from sela_cli.networks import build, parse_heads
     from sela_cli.terminal import Terminal
-    from sela_cli.training import network_of
+    from sela_cli.training import Recipe, label_view, network_of, settle
 
     if (checkpoint is None) == (arch is None):
         raise UsageError("give either --checkpoint, or --arch and --heads")
@@ -78,7 +80,15 @@ def embed(
     if not dry_run:
         formats.check_output(output, force)
     options = given(store=store, dtype=dtype, precision=precision, batch_size=batch_size)
-    parameters = {"data": data, "arch": arch, "heads": heads, "seed": seed, **options}
+    chosen = given(view=view).get("view", "centre")
+    parameters = {
+        "data": data,
+        "arch": arch,
+        "heads": heads,
+        "seed": seed,
+        "view": chosen,
+        **options,
+    }
     provenance = formats.Provenance("embed", parameters)
     state = formats.read_checkpoint(checkpoint) if checkpoint else None
     with terminal.progress("decode") as progress:
@@ -95,10 +105,13 @@ def embed(
         provenance = provenance.reading("checkpoint", state.header)
     else:
         network = build(str(arch), size, parse_heads(str(heads)), seed)
+    recipe = Recipe.of(state.recipe if state else {"seed": seed})
     if state:
         options.setdefault("precision", state.recipe.get("precision", "float32"))
     shown = plan(images, network, options.get("store", "logits"), options.get("dtype", "float32"))
     if not dry_run:
+        if not state:
+            settle(network, images, recipe)
         with terminal.progress("embed") as progress:
             embed_stage(
                 images,
@@ -106,6 +119,7 @@ def embed(
                 output,
                 provenance.of(images.dataset_id),
                 device=device_name(device),
+                augment=label_view(chosen, network, recipe, state.step if state else 0),
                 force=force,
                 progress=progress,
                 **options,

@@ -38,6 +38,7 @@ from sela_cli.options import (
     SkipBad,
     Store,
     Tol,
+    View,
     WeightDecay,
     device_name,
     fractions,
@@ -90,6 +91,7 @@ def run(
     ] = None,
     store: Store = None,
     dtype: Dtype = None,
+    view: View = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.")] = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -132,6 +134,7 @@ def run(
         assign=assign,
         store=store,
         dtype=dtype,
+        view=view,
         seed=seed,
     )
     name = preset.value if preset else ("digits" if data == "digits" else None)

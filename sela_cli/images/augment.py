@@ -8,6 +8,7 @@ per image, only the order of the colour operations per batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sela_cli.images.batches import SMALL
+
+# Makes a batch of the network's input from stored images.
+ViewOf = Callable[[Tensor], Tensor]
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
