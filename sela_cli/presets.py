@@ -33,6 +33,8 @@ _CIFAR: dict[str, Any] = {
     "lr_milestones": (0.6, 0.8),
     "weight_decay": 5e-4,
     "aug": "paper",
+    # Clusters of centre views stop improving early: see docs/method.md.
+    "view": "random",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -44,11 +46,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": _CIFAR
     | {
         "arch": "alexnet-small",
-        "image_size": 32,
-        "heads": "10x5",
-        "epochs": 30.0,
-        "opts": 15,
-        "relabel": "quadratic",
+        # Digits of 8 pixels lose nothing at 16, and train four times as fast as at 32.
+        "image_size": 16,
+        "heads": "10,20,40,80",
+        "epochs": 40.0,
+        "opts": 20,
+        "relabel": "linear",
         "batch_size": 64,
         "aug": "crop",
     },

@@ -59,8 +59,8 @@ def embed(
 ) -> None:
     """Images and a network to logits: stage 1 of the loop.
 
-    The network is that of --checkpoint, or a fresh one of --arch and --heads. It sees
-    the plain centre view of each image, in eval mode.
+    The network is that of --checkpoint, or a fresh one of --arch and --heads. It is in
+    eval mode and sees the plain centre view of each image, or random views on request.
     """
     from sela_cli import formats
     from sela_cli.errors import UsageError
