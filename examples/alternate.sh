@@ -9,13 +9,15 @@ set -euo pipefail
 DATA=${DATA:-digits}
 OUT=${OUT:-runs/alternate}
 ARCH=${ARCH:-alexnet-small}
-HEADS=${HEADS:-10x5}
-EPOCHS=${EPOCHS:-30}
-OPTS=${OPTS:-15}
+IMAGE_SIZE=${IMAGE_SIZE:-16}
+HEADS=${HEADS:-10,20,40,80}
+EPOCHS=${EPOCHS:-40}
+OPTS=${OPTS:-20}
+RELABEL=${RELABEL:-linear}
 LAMB=${LAMB:-10}
 SEED=${SEED:-0}
 LIMIT=${LIMIT:-}
-VIEW=${VIEW:-centre}
+VIEW=${VIEW:-random}
 TRAINING=${TRAINING:---batch-size 64 --lr 0.03 --lr-milestones 0.6,0.8 --weight-decay 5e-4 --aug crop}
 
 mkdir -p "$OUT"
@@ -25,15 +27,17 @@ images=(--data "$DATA" ${LIMIT:+--limit "$LIMIT"})
 label() { sela label "$@" || test $? -eq 75; }
 
 # Round 0: a fresh network, and random balanced labels.
-sela embed "${images[@]}" --arch "$ARCH" --heads "$HEADS" --seed "$SEED" -o "$OUT/logits.h5"
+sela embed "${images[@]}" --arch "$ARCH" --image-size "$IMAGE_SIZE" --heads "$HEADS" \
+    --seed "$SEED" -o "$OUT/logits.h5"
 label "$OUT/logits.h5" --assign random --seed "$SEED" -o "$OUT/labels-000.h5"
 # shellcheck disable=SC2086 # TRAINING is a list of options
-sela train "${images[@]}" --labels "$OUT/labels-000.h5" --arch "$ARCH" --seed "$SEED" \
-    --epochs "$EPOCHS" $TRAINING --to 0 -o "$OUT/checkpoint-000.h5"
+sela train "${images[@]}" --labels "$OUT/labels-000.h5" --arch "$ARCH" \
+    --image-size "$IMAGE_SIZE" --seed "$SEED" --epochs "$EPOCHS" $TRAINING --to 0 \
+    -o "$OUT/checkpoint-000.h5"
 
 last=000
 round=0
-for position in $(sela schedule --epochs "$EPOCHS" --opts "$OPTS"); do
+for position in $(sela schedule --epochs "$EPOCHS" --opts "$OPTS" --relabel "$RELABEL"); do
     round=$((round + 1))
     now=$(printf %03d "$round")
     sela train "${images[@]}" --labels "$OUT/labels-$last.h5" \

@@ -123,7 +123,7 @@ def text_of(summary: dict[str, Any]) -> str:
     """The result of a run for people."""
     lines = [
         f"{summary['images']} images, {summary['rounds']} rounds, {summary['epochs']:g} epochs, "
-        f"last loss {summary['loss']:.3f}"
+        f"loss of the last epoch {summary['loss']:.3f}"
     ]
     if "knn" in summary:
         lines.append(metrics.table(summary["heads"]))
@@ -408,11 +408,12 @@ class _Run:
     def _summary(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         labels = formats.read_labels(self.path("labels.h5"))
         checkpoint = formats.read_checkpoint(self.path("checkpoint.h5"))
+        epoch = checkpoint.losses[-self.settings.recipe.steps_per_epoch(len(self.images)) :]
         summary: dict[str, Any] = {
             "images": len(self.images),
             "rounds": len(rounds) - 1,
             "epochs": checkpoint.epoch,
-            "loss": rounds[-1]["loss"],
+            "loss": float(epoch.mean()) if epoch.size else float("nan"),
             "heads": [metrics.sizes(head) for head in labels.heads],
         }
         if self.images.truth_N is not None:
