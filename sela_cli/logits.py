@@ -19,8 +19,6 @@ from sela_cli.images.augment import ViewOf, centre_view
 from sela_cli.images.batches import Images
 from sela_cli.networks import Network
 
-STORE_KINDS = ("logits", "features")
-
 
 def embed_stage(
     images: Images,

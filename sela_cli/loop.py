@@ -24,6 +24,7 @@ import numpy as np
 from sela_cli import formats, interrupt, metrics, presets, probes, schedule
 from sela_cli.errors import BadData, CannotCreate, SelaError, StoppedEarly
 from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.images.augment import ViewOf
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, label_stage, warning
 from sela_cli.logits import embed_stage
@@ -256,19 +257,8 @@ class _Run:
         """Round 0: random balanced labels; the logits of the fresh network name the images."""
         settings = self.settings
         settle(network, self.images, settings.recipe)
-        with self.watcher.stage("embed, fresh network") as progress:
-            embed_stage(
-                self.images,
-                network,
-                self.path("logits.h5"),
-                Provenance("embed", {"arch": settings.arch}, dataset_id=self.images.dataset_id),
-                store=settings.store,
-                dtype=settings.dtype,
-                device=self.device,
-                precision=settings.recipe.precision,
-                force=True,
-                progress=progress,
-            )
+        provenance = Provenance("embed", {"arch": settings.arch})
+        self._embed("embed, fresh network", network, provenance, None)
         random = replace(settings.labels, assign="random")
         label_stage(self.path("logits.h5"), self.path("labels-000.h5"), random, force=True)
 
@@ -282,22 +272,13 @@ class _Run:
         state = formats.read_checkpoint(self.path(checkpoint))
         assert state.header is not None
         network = network_of(state, self.path(checkpoint))
-        with self.watcher.stage(f"embed, round {number}") as progress:
-            embed_stage(
-                self.images,
-                network,
-                self.path("logits.h5"),
-                Provenance(
-                    "embed", {"view": settings.view}, dataset_id=self.images.dataset_id
-                ).reading("checkpoint", state.header),
-                store=settings.store,
-                dtype=settings.dtype,
-                device=self.device,
-                precision=settings.recipe.precision,
-                augment=label_view(settings.view, network, settings.recipe, state.step),
-                force=True,
-                progress=progress,
-            )
+        provenance = Provenance("embed", {"view": settings.view})
+        self._embed(
+            f"embed, round {number}",
+            network,
+            provenance.reading("checkpoint", state.header),
+            label_view(settings.view, network, settings.recipe, state.step),
+        )
         with self.watcher.stage(f"label, round {number}") as progress:
             solved = label_stage(
                 self.path("logits.h5"),
@@ -315,6 +296,25 @@ class _Run:
             self.watcher.say(f"warning: {problem.args[0]}")
         self.watcher.say(_round_line(self._describe(number), len(settings.positions)))
         self._forget(number - 1)
+
+    def _embed(
+        self, title: str, network: Network, provenance: Provenance, augment: ViewOf | None
+    ) -> None:
+        settings = self.settings
+        with self.watcher.stage(title) as progress:
+            embed_stage(
+                self.images,
+                network,
+                self.path("logits.h5"),
+                provenance.of(self.images.dataset_id),
+                store=settings.store,
+                dtype=settings.dtype,
+                device=self.device,
+                precision=settings.recipe.precision,
+                augment=augment,
+                force=True,
+                progress=progress,
+            )
 
     def _go_on(self, source: int, output: str, to: float | None) -> None:
         path = self.path(f"checkpoint-{source:03d}.h5")
