@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-fast check docs clean
+.PHONY: help demo test test-fast check docs bench-label clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,10 @@ check: .venv/installed ## Lint, formatting, types and import walls
 
 docs: .venv/installed ## Write docs/cli.md from the help
 	$(BIN)/python docs/make_cli.py
+
+bench-label: .venv/installed ## Measure the label solve beside its peers: docs/benchmarks.md
+	$(BIN)/python -m pip install --quiet '.[bench]'
+	$(BIN)/python benchmarks/label.py
 
 clean: ## Remove the virtual environment and what runs wrote
 	rm -rf .venv runs

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sela_cli.sinkhorn import Solution
+from sela_cli.semidual import Problem, Solution, soft_sizes
 from sela_cli.tiles import Rows, map_rows, map_spans
 
 # `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
@@ -29,6 +29,8 @@ _EXCESS = 0.01
 _LOOSE = 0.002
 _LOOSE_ITER = 20
 _SHARPENINGS = 8
+# `balanced`: clusters looked at beyond twice those that lead to the nearest one with room.
+_FURTHER = 32
 
 
 class Bounds(NamedTuple):
@@ -45,13 +47,31 @@ def size_bounds(count: int, marginal_K: np.ndarray) -> Bounds:
     return Bounds(np.floor(sizes_K).astype(np.int64), np.ceil(sizes_K).astype(np.int64))
 
 
-def argmax(rows: Rows, prices_K: Tensor) -> np.ndarray:
+def argmax(rows: Rows, prices_K: Tensor, dtype: torch.dtype = torch.float64) -> np.ndarray:
     """The cluster that each row prefers, argmax_k logp_ik + g_k. Returns labels_N, int64."""
+    prices_K = prices_K.to(dtype)
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> list[np.ndarray]:
-        return [tile_nK.add_(prices_K).argmax(1).numpy() for _, tile_nK in tiles]
+        return [(tile_nK + prices_K).argmax(1).numpy() for _, tile_nK in tiles]
 
-    return np.concatenate([part for parts in map_spans(rows, work) for part in parts])
+    return np.concatenate([part for parts in map_spans(rows, work, dtype) for part in parts])
+
+
+def nearest_marginal(rows: Rows, lamb: float, bounds: Bounds) -> Tensor:
+    """Shares within the bounds that are closest to those of softmax_k(lambda logp_ik).
+
+    In relative entropy: r_k = c s_k cut to its bounds, with the c at which they sum to 1.
+    """
+    count = rows.shape[0]
+    s_K = soft_sizes(rows, lamb, torch.zeros(rows.shape[1], dtype=torch.float64)).s_K.numpy()
+    # A marginal is positive; half a row is as good as none.
+    low_K, high_K = np.maximum(bounds.low_K, 0.5) / count, bounds.high_K / count
+    below, above = -800.0, 800.0
+    for _ in range(100):
+        middle = (below + above) / 2
+        share_K = np.clip(np.exp(np.log(s_K) + middle), low_K, high_K)
+        below, above = (middle, above) if share_K.sum() < 1 else (below, middle)
+    return torch.from_numpy(share_K / share_K.sum())
 
 
 def random_balanced(count: int, clusters: int, generator: torch.Generator) -> np.ndarray:
@@ -125,11 +145,11 @@ def balanced(
     loss_KK = _least_losses(rows, labels_N)
     while surplus_K.any():
         progress(int(surplus_K.clip(0).sum()))
-        path = _cheapest_path(loss_KK, prices, surplus_K > 0, surplus_K < 0)
-        most = min(surplus_K[path[0]], -surplus_K[path[-1]])
-        moved = _move_along(rows, labels_N, loss_KK, path, most, slack)
-        surplus_K[path[0]] -= moved
-        surplus_K[path[-1]] += moved
+        for path in _cheapest_paths(loss_KK, prices, surplus_K > 0, surplus_K < 0):
+            most = min(surplus_K[path[0]], -surplus_K[path[-1]])
+            moved = _move_along(rows, labels_N, loss_KK, path, most, slack)
+            surplus_K[path[0]] -= moved
+            surplus_K[path[-1]] += moved
     return labels_N, torch.from_numpy(prices)
 
 
@@ -155,20 +175,30 @@ def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
     return loss_KK
 
 
-def _cheapest_path(
+def _cheapest_paths(
     loss_KK: np.ndarray, prices_K: np.ndarray, over_K: np.ndarray, under_K: np.ndarray
-) -> list[int]:
-    """Dijkstra from all overfull clusters to the nearest one with room; updates the prices."""
+) -> list[list[int]]:
+    """Paths from overfull clusters to the nearest ones with room; updates the prices.
+
+    Dijkstra from all overfull clusters, on past the first that has room for as long again.
+    At the new prices every arc of its trees costs nothing, so that paths without a cluster
+    in common can all be used.
+    """
     distance_K = np.where(over_K, 0.0, np.inf)
     open_K = np.where(over_K, 0.0, np.inf)
     previous_K = np.full(len(prices_K), -1)
-    visited = []
-    while True:
+    visited: list[int] = []
+    ends: list[int] = []
+    last = len(prices_K)
+    while len(visited) < last:
         here = int(open_K.argmin())
-        assert np.isfinite(open_K[here]), "every cluster with a row reaches every other"
-        if under_K[here]:
+        if not np.isfinite(open_K[here]):
             break
         visited.append(here)
+        if under_K[here]:
+            if not ends:
+                last = min(last, 2 * len(visited) + _FURTHER)
+            ends.append(here)
         # Rounding, and rows moved within the slack, leave costs a little below zero.
         cost_K = np.maximum(loss_KK[here] + prices_K[here] - prices_K, 0.0) + distance_K[here]
         nearer = cost_K < distance_K
@@ -176,11 +206,18 @@ def _cheapest_path(
         open_K[nearer] = cost_K[nearer]
         previous_K[nearer] = here
         open_K[here] = np.inf
-    prices_K[visited] -= distance_K[here] - distance_K[visited]
-    path = [here]
-    while not over_K[path[-1]]:
-        path.append(int(previous_K[path[-1]]))
-    return path[::-1]
+    assert ends, "every cluster with a row reaches every other"
+    prices_K[visited] -= distance_K[visited[-1]] - distance_K[visited]
+    paths: list[list[int]] = []
+    used: set[int] = set()
+    for end in ends:
+        path = [end]
+        while not over_K[path[-1]]:
+            path.append(int(previous_K[path[-1]]))
+        if used.isdisjoint(path):
+            used.update(path)
+            paths.append(path[::-1])
+    return paths
 
 
 def _move_along(
@@ -233,24 +270,29 @@ def _least_loss(rows: Rows, members: np.ndarray, cluster: int) -> np.ndarray:
 
 def sharpen(
     rows: Rows,
-    marginal_K: Tensor,
+    problem: Problem,
     potentials_K: Tensor,
-    lamb: float,
-    solve: Callable[..., Solution],
+    refine: Callable[[Problem, Tensor], Solution],
 ) -> Tensor:
     """Prices at which what rows prefer is closer to balance than at potentials / lambda.
 
     Entropic potentials balance the soft plan, not its argmax: with flat scores most rows
     would have to move. Solving again, loosely, at 4, 16, ... times lambda brings the
-    prices to those of the unregularised problem. `solve`: of `sinkhorn` or of `newton`.
+    prices to those of the unregularised problem. `rows`: all of them, where the problem
+    has a share. `refine`: of `newton`, or another solver.
     """
-    bounds = size_bounds(rows.shape[0], marginal_K.numpy())
-    prices_K, sharp = potentials_K / lamb, lamb
+    bounds = size_bounds(rows.shape[0], problem.marginal_K.numpy())
+    lamb = problem.lamb
+    prices_K = potentials_K / lamb
+    before = rows.shape[0]
     for _ in range(_SHARPENINGS):
-        sizes_K = np.bincount(argmax(rows, prices_K), minlength=rows.shape[1])
-        if (sizes_K - bounds.high_K).clip(0).sum() <= _EXCESS * rows.shape[0]:
+        labels_N = argmax(rows, prices_K, torch.float32)
+        sizes_K = np.bincount(labels_N, minlength=rows.shape[1])
+        excess = int((sizes_K - bounds.high_K).clip(0).sum())
+        if excess <= _EXCESS * rows.shape[0] or excess > before / 2:
             break
-        sharp *= 4
-        solution = solve(rows, marginal_K, sharp, _LOOSE, _LOOSE_ITER, prices_K * sharp)
-        prices_K = solution.potentials_K / sharp
+        before = excess
+        lamb *= 4
+        sharper = problem.at(problem.rows, lamb, _LOOSE, _LOOSE_ITER)
+        prices_K = refine(sharper, prices_K * lamb).potentials_K / lamb
     return prices_K

@@ -17,15 +17,20 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from sela_cli import assignment, formats, interrupt, metrics, newton, sinkhorn
+from sela_cli import assignment, formats, interrupt, lbfgs, metrics, newton, parallel, sinkhorn
+from sela_cli.assignment import Bounds
 from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels, Provenance
 from sela_cli.scores import Matrix, Scores, open_scores
-from sela_cli.tiles import tile_rows
+from sela_cli.semidual import Problem, Solution, Step
+from sela_cli.tiles import InMemory, Part, Rows, tile_rows
 
-ASSIGN_KINDS = ("balanced", "argmax", "random")
+ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
 INPUT_KINDS = ("logits", "probabilities")
+SOLVERS = ("auto", "newton", "lbfgs", "sinkhorn")
 
+# Python and torch without a matrix, in bytes.
+_BASE = 700 << 20
 # Beyond this a Newton step, which grows with K^3, takes longer than the reads it saves.
 _NEWTON_CLUSTERS = 4096
 # A moved row may lose this share of the mean cost more than it must.
@@ -36,7 +41,11 @@ _LEAST_PROBABILITY = float(np.finfo(np.float64).tiny)
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """Options of the label solve; see `sela label --help`. `max_memory` is in bytes."""
+    """Options of the label solve; see `sela label --help`.
+
+    `max_memory` is in bytes. `min_size` and `max_size` bound the clusters of balanced
+    labels in place of the marginal.
+    """
 
     lamb: float = 25.0
     tol: float = 1e-4
@@ -45,6 +54,9 @@ class LabelSettings:
     assign: str = "balanced"
     input_kind: str = "logits"
     seed: int = 0
+    solver: str = "auto"
+    min_size: int | None = None
+    max_size: int | None = None
     max_memory: int = 4 << 30
 
     def check(self) -> None:
@@ -56,6 +68,14 @@ class LabelSettings:
             raise UsageError(f"--max-iter {self.max_iter} must be at least 1")
         if self.assign not in ASSIGN_KINDS:
             raise UsageError(f"--assign {self.assign} is none of {', '.join(ASSIGN_KINDS)}")
+        if self.solver not in SOLVERS:
+            raise UsageError(f"--solver {self.solver} is none of {', '.join(SOLVERS)}")
+        if (self.min_size, self.max_size) != (None, None) and (
+            self.assign != "balanced" or self.marginal != "uniform"
+        ):
+            raise UsageError(
+                "--min-size and --max-size are for --assign balanced, in place of --marginal"
+            )
         if self.input_kind not in INPUT_KINDS:
             raise UsageError(f"--input-kind {self.input_kind} is none of {', '.join(INPUT_KINDS)}")
 
@@ -73,16 +93,20 @@ class ScoreRows:
         """(N, K)."""
         return self.matrix.shape
 
-    def tile(self, start: int, stop: int) -> Tensor:
+    def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K)."""
-        return self._checked(self.matrix.read(slice(start, stop)), np.arange(start, stop))
+        return self._checked(self.matrix.read(slice(start, stop)), np.arange(start, stop), dtype)
 
-    def take(self, rows_n: np.ndarray) -> Tensor:
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
-        return self._checked(self.matrix.read(rows_n), rows_n)
+        return self._checked(self.matrix.read(rows_n), rows_n, dtype)
 
-    def _checked(self, block_nK: np.ndarray, which_n: np.ndarray) -> Tensor:
-        tile_nK = torch.from_numpy(np.array(block_nK, dtype=np.float64))
+    def _checked(self, block_nK: np.ndarray, which_n: np.ndarray, dtype: torch.dtype) -> Tensor:
+        # What float32 holds exactly needs no float64 before its maximum is taken off.
+        exact = block_nK.dtype in (np.float16, np.float32) and self.input_kind == "logits"
+        wide = dtype if exact else torch.float64
+        tile_nK = torch.from_numpy(np.ascontiguousarray(block_nK, block_nK.dtype.newbyteorder("=")))
+        tile_nK = tile_nK.to(wide)
         if self.input_kind == "probabilities":
             bad_n = (tile_nK < 0).any(1) | ~(tile_nK.sum(1) > 0) | tile_nK.isinf().any(1)
             problem = "not probabilities (negative, all zero, NaN or infinite)"
@@ -98,8 +122,8 @@ class ScoreRows:
             row = int(which_n[int(bad_n.nonzero()[0, 0])])
             raise BadData(f"{self.path}: '{self.matrix.name}', row {row}: {problem}", mend)
         if self.input_kind == "probabilities":
-            tile_nK = tile_nK.clamp_(min=_LEAST_PROBABILITY).log_()
-        return tile_nK
+            tile_nK = tile_nK.clamp(min=_LEAST_PROBABILITY).log_()
+        return tile_nK.sub(tile_nK.amax(1, keepdim=True)).to(dtype)
 
 
 def marginal(spec: str, clusters: int) -> Tensor:
@@ -158,6 +182,8 @@ def label_stage(
     the tolerance is for the caller to see: `warning`.
     """
     settings.check()
+    if settings.assign == "fixed" and init is None:
+        raise UsageError("--fixed labels by the potentials of --init FILE", "name a labels file")
     if csv_path == output:
         raise UsageError(f"--output and --csv are both {output}", "name two files")
     for path in (output, csv_path):
@@ -216,7 +242,7 @@ def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
         values["gap"] = values["objective"] - values["lower-bound"]
         heads.append(values)
         line = f"head {number}: {metrics.sizes_text(values)}"
-        if values["assign"] != "random":
+        if values["assign"] in ("balanced", "argmax"):
             line += (
                 f", objective {values['objective']:.4f} (bound {values['lower-bound']:.4f}), "
                 f"residual {values['residual']:.1e} in {values['n-iters']} passes"
@@ -243,7 +269,7 @@ def label(
         count, clusters = matrix.shape
         if count == 0 or clusters == 0:
             raise BadData(f"{path}: '{matrix.name}' has shape {matrix.shape}: nothing to label")
-        if clusters > count:
+        if clusters > count and settings.assign != "fixed":
             raise BadData(
                 f"{path}: '{matrix.name}' has {clusters} clusters for {count} images",
                 "use at most as many clusters as images",
@@ -257,6 +283,9 @@ def label(
             init_K = torch.from_numpy(init.heads[number].potentials_K)
             if len(init_K) != clusters:
                 raise BadData(f"--init head {number} has {len(init_K)} clusters, not {clusters}")
+            if settings.assign == "fixed":
+                heads.append(_fixed_head(rows, settings, init.heads[number]))
+                continue
         name = f"head {number + 1}/{len(scores.heads)}"
         heads.append(_solve_head(rows, settings, init_K, name, progress))
     return Labels(scores.keys, scores.index_N, heads)
@@ -272,21 +301,54 @@ def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadL
     )
 
 
-def _solver(clusters: int, settings: LabelSettings) -> Callable[..., sinkhorn.Solution]:
-    """Newton where its matrices fit into the memory that is allowed, else Sinkhorn.
-
-    Beside the tiles, memory goes into K x K matrices: one for each worker (Newton's in
-    float32, the losses of balancing in float64), and a few more for the sum and its factor.
-    """
-    square, workers = clusters**2, torch.get_num_threads()
-    most = settings.max_memory
-    if settings.assign == "balanced" and square * 8 * (workers + 2) > most:
+def _solver(shape: tuple[int, int], settings: LabelSettings) -> str:
+    """Newton where its matrices fit into the memory that is allowed, else L-BFGS."""
+    clusters, most = shape[1], settings.max_memory
+    if settings.assign == "balanced" and _balancing(clusters) > most:
         raise UsageError(
             f"--max-memory {most / 2**20:.0f}M is too little to balance {clusters} clusters",
-            f"allow {square * 8 * (workers + 2) / 2**20:.0f}M, or use --assign argmax",
+            f"allow {_balancing(clusters) / 2**20:.0f}M, or use --assign argmax",
         )
-    newtonian = clusters <= _NEWTON_CLUSTERS and square * (4 * workers + 32) <= most
-    return newton.solve if newtonian else sinkhorn.solve
+    if settings.solver != "auto":
+        return settings.solver
+    fits = clusters <= _NEWTON_CLUSTERS and _curvature(clusters) <= most
+    return "newton" if fits else "lbfgs"
+
+
+def _balancing(clusters: int) -> int:
+    """Bytes of the losses between clusters: of every worker, and a few more."""
+    return clusters**2 * 8 * (torch.get_num_threads() + 2)
+
+
+def _curvature(clusters: int) -> int:
+    """Bytes of Newton's Hessian, its products in float32 of every worker, and its factors."""
+    return clusters**2 * (8 * torch.get_num_threads() + 48)
+
+
+def _in_memory(rows: ScoreRows, settings: LabelSettings) -> Rows:
+    """The rows in float32, read once, where they fit beside all else; or as they are."""
+    count, clusters = rows.shape
+    others = max(_balancing(clusters), _curvature(clusters)) + _BASE
+    # The factor: samples, and what the allocator keeps.
+    if 4 * count * clusters * 1.25 + others <= settings.max_memory:
+        return InMemory.of(rows)
+    return rows
+
+
+def _sizes(rows: Rows, settings: LabelSettings) -> tuple[Tensor, Bounds]:
+    """The marginal to solve for, and the bounds on the clusters' sizes."""
+    count, clusters = rows.shape
+    if (settings.min_size, settings.max_size) == (None, None):
+        marginal_K = marginal(settings.marginal, clusters)
+        return marginal_K, assignment.size_bounds(count, marginal_K.numpy())
+    low, high = settings.min_size or 0, settings.max_size or count
+    if not 0 <= low <= high or not low * clusters <= count <= high * clusters:
+        raise UsageError(
+            f"{clusters} clusters of {low} to {high} rows cannot hold {count} rows",
+            "mend --min-size and --max-size",
+        )
+    bounds = Bounds(np.full(clusters, low), np.full(clusters, high))
+    return assignment.nearest_marginal(rows, settings.lamb, bounds), bounds
 
 
 def _solve_head(
@@ -296,46 +358,47 @@ def _solve_head(
     name: str,
     progress: Callable[[int, int, str], None],
 ) -> HeadLabels:
-    marginal_K = marginal(settings.marginal, rows.shape[1])
-    bounds = assignment.size_bounds(rows.shape[0], marginal_K.numpy())
-    solve = _solver(rows.shape[1], settings)
-    solution = solve(
-        rows,
+    solver = _solver(rows.shape, settings)
+    solve, refine = {
+        "newton": (newton.solve, newton.refine),
+        "lbfgs": (lbfgs.solve, lbfgs.solve),
+        "sinkhorn": (sinkhorn.solve, sinkhorn.solve),
+    }[solver]
+    kept = _in_memory(rows, settings)
+    mine: Rows = kept
+    if parallel.size() > 1:
+        cuts = [rows.shape[0] * rank // parallel.size() for rank in range(parallel.size() + 1)]
+        mine = Part(kept, cuts[parallel.rank()], cuts[parallel.rank() + 1])
+    marginal_K, bounds = _sizes(kept, settings)
+    problem = Problem(
+        mine,
         marginal_K,
         settings.lamb,
         settings.tol,
         settings.max_iter,
-        init_K,
-        progress=lambda step: progress(
-            step.iteration, settings.max_iter, f"{name} residual {step.residual:.1e}"
-        ),
+        progress=lambda step: progress(step.iteration, 0, f"{name} residual {step.residual:.1e}"),
         stop=interrupt.requested,
     )
+    solution = solve(problem, init_K)
     prices_K = solution.potentials_K / settings.lamb
 
     def moving(note: str) -> None:
         progress(0, 0, note)
-        if interrupt.requested():
+        if interrupt.requested() and solution.converged:
             raise StoppedEarly("stopped while balancing the sizes", "run it again")
 
     if settings.assign == "balanced":
-        sharp_K = assignment.sharpen(rows, marginal_K, solution.potentials_K, settings.lamb, solve)
-        slack = _SLACK * assignment.objective(rows, assignment.argmax(rows, sharp_K))
+        sharp_K = assignment.sharpen(kept, problem, solution.potentials_K, refine)
+        slack = _SLACK * assignment.objective(kept, assignment.argmax(kept, sharp_K))
         labels_N, prices_K = assignment.balanced(
-            rows,
+            kept,
             sharp_K,
             bounds,
             slack,
             progress=lambda left: moving(f"{name} {left} rows to move"),
         )
     else:
-        labels_N = assignment.argmax(rows, prices_K)
-    trace = {
-        field: np.array(values)
-        for field, values in zip(
-            sinkhorn.Step._fields, zip(*solution.trace, strict=True), strict=True
-        )
-    }
+        labels_N = assignment.argmax(kept, prices_K)
     return HeadLabels(
         labels_N=labels_N,
         potentials_K=solution.potentials_K.numpy(),
@@ -346,10 +409,32 @@ def _solve_head(
             "residual": solution.residual,
             "n-iters": solution.trace[-1].iteration,
             "converged": solution.converged,
-            "objective": assignment.objective(rows, labels_N),
-            "lower-bound": assignment.lower_bound(rows, prices_K, bounds),
+            "objective": assignment.objective(kept, labels_N),
+            "lower-bound": assignment.lower_bound(kept, prices_K, bounds),
         },
-        trace=trace,
+        trace=_columns(solution),
+    )
+
+
+def _columns(solution: Solution) -> dict[str, np.ndarray]:
+    values = zip(*solution.trace, strict=True)
+    return {name: np.array(column) for name, column in zip(Step._fields, values, strict=True)}
+
+
+def _fixed_head(rows: ScoreRows, settings: LabelSettings, before: HeadLabels) -> HeadLabels:
+    """The labels that saved potentials give to rows that they were not solved for."""
+    nan = float("nan")
+    lamb = before.attributes["lamb"]
+    if not math.isfinite(lamb):
+        raise BadData("--fixed: these labels were not solved for", "solve with sela label first")
+    kept = _in_memory(rows, settings)
+    labels_N = assignment.argmax(kept, torch.from_numpy(before.potentials_K) / lamb)
+    objective = assignment.objective(kept, labels_N)
+    values = ("fixed", lamb, nan, nan, 0, True, objective, nan)
+    return HeadLabels(
+        labels_N=labels_N,
+        potentials_K=before.potentials_K,
+        attributes=dict(zip(formats.LABEL_ATTRIBUTES, values, strict=True)),
     )
 
 

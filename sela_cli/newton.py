@@ -1,136 +1,209 @@
-"""The label solve by damped Newton steps: the same optimum as Sinkhorn's in far fewer reads.
+"""The label solve in few reads: Newton steps in a box, on the curvature that is cheapest.
 
 K columns (clusters) of the score matrix.
 
-The semi-dual F of `sinkhorn` has gradient s - r and Hessian diag(s) - mean_i q_i q_i^T,
-q_i the softmax of row i. One read of the matrix gives all of them, at a cost of N K^2,
-and a step solves a K x K system. Sources: Levenberg-Marquardt damping (Nocedal and
-Wright, ch. 10); raising lambda in steps (Schmitzer 2019).
+A step minimises the quadratic model of the semi-dual F (see `semidual`) in a box about
+the potentials: within it no plan entry changes by more than a constant factor, so that
+the Hessian means something. The Hessian comes from a sample of the rows, or where rows
+are nearly decided from all of them, as products of sparse plans; BFGS updates keep it
+while a new one would cost more than the reads it may save. From a far start, problems
+of smaller lambda are solved first, loosely, on the sample.
+Sources: Carmon et al. 2020 (Newton steps in balls for softmax problems); BFGS and Wolfe's
+curvature condition (Nocedal and Wright, ch. 3, 6); raising lambda in steps (Schmitzer 2019).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli.sinkhorn import (
-    SoftSizes,
-    Solution,
-    Step,
-    sinkhorn_step,
-    soft_sizes,
-)
-from sela_cli.tiles import Rows
+from sela_cli import parallel
+from sela_cli.semidual import FAST_BFLOAT16, Point, Problem, Solution, breadth, laplacian, total
+from sela_cli.tiles import InMemory, Rows
 
+# A start with a larger residual is annealed: lambda is raised to its value in steps.
+_NEAR = 0.02
+_ANNEAL_TOL = 0.003
+# Rows that the range of the scores is taken from.
+_SPREAD = 1024
+# Rows of the samples, per cluster and at least; of fewer than twice as many all are taken.
+_SAMPLE, _LEAST_SAMPLE = (4, 16), (4096, 8192)
+# Half the side of the box, and how often the bounds that hold are looked for.
+_BOX = 5.0
+_BOX_ROUNDS = 6
+_DAMPING = 1e-6
 # Where a cluster has less than this share of its due, the quadratic model says nothing
 # about it: Sinkhorn steps bring it back.
-_STARVED = 1e-3
-# A start with a larger residual is annealed: lambda is raised to its value in steps.
-_FAR = 0.1
-_ANNEAL = (1 / 64, 1 / 16, 1 / 4)
-_ANNEAL_TOL = 0.02
-_ANNEAL_ITER = 20
-_DAMPING = 1e-3
-_LEAST_DAMPING, _MOST_DAMPING = 1e-9, 1.0
-# Largest change of a potential in a step, beyond twice what Sinkhorn would change it by.
-_LONGEST = 3.0
+_STARVED = 1e-6
+# Costs in softmax entries: a multiply-add of a dense product (in bfloat16 where the
+# processor has it), of a sparse one, of a Cholesky factor in float64.
+_DENSE = 1 / 64 if FAST_BFLOAT16 else 1 / 32
+_SPARSE, _FACTOR = 8.0, 1 / 16
+# A Hessian of all rows that costs no more steps than this is taken whenever one is due.
+_CHEAP = 4.0
+# A sample's Hessian is good for residuals above this. One is due when a step lowers the
+# logarithm of the residual by less than _FAST; _RATE is what is expected of the first.
+_NOISE = 0.02
+_FAST, _RATE = 1.2, 0.5
 
 
-def solve(
-    rows: Rows,
-    marginal_K: Tensor,
-    lamb: float,
-    tol: float,
-    max_iter: int,
-    init_K: Tensor | None = None,
-    progress: Callable[[Step], None] = lambda step: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Solution:
-    """Damped Newton on the semi-dual; arguments and result as those of `sinkhorn.solve`.
+def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
+    """Minimise the semi-dual; arguments and result as those of `sinkhorn.solve`."""
+    point = problem.read(torch.zeros_like(problem.marginal_K) if init_K is None else init_K)
+    # Rows that are much alike, as those of a fresh network, are balanced by Sinkhorn at once.
+    rate = math.inf
+    while rate > _FAST and problem.residual(point) > problem.tol and not problem.over():
+        before, point = point, problem.read(problem.sinkhorn(point))
+        rate = math.log(problem.residual(before) / max(problem.residual(point), 1e-300))
+    if problem.residual(point) <= problem.tol or problem.over():
+        return problem.solution(point)
+    samples = _samples(problem.rows)
+    if problem.residual(point) > _NEAR:
+        point = problem.read(_anneal(problem, samples[0]))
+    return problem.solution(_Descent(problem, samples[-1]).run(point))
 
-    From a far start, problems of smaller lambda are solved loosely first, each from the
-    one before. A step that does not lower F is taken back and damped more. The trace
-    holds the reads at `lamb`; its iteration numbers count all of them.
+
+def refine(problem: Problem, init_K: Tensor) -> Solution:
+    """Go on from potentials that are nearly right: no annealing."""
+    descent = _Descent(problem, _samples(problem.rows)[-1])
+    return problem.solution(descent.run(problem.read(init_K)))
+
+
+def _samples(rows: Rows) -> list[Rows]:
+    """A smaller and a larger sample, drawn evenly and kept in memory."""
+    count, clusters = rows.shape
+    samples = []
+    for share, least in zip(_SAMPLE, _LEAST_SAMPLE, strict=True):
+        size = max(share * clusters, least) // parallel.size()
+        # Of all processes together, so that they agree.
+        if total(rows) <= 2 * size * parallel.size():
+            samples.append(rows)
+        else:
+            chosen_n = np.random.default_rng(0).choice(count, size, replace=False)
+            samples.append(InMemory.of(rows, np.sort(chosen_n)))
+    return samples
+
+
+def _anneal(problem: Problem, small: Rows) -> Tensor:
+    """Potentials by way of smaller lambdas, each four times the one before.
+
+    The first is so small that no plan entry is near 0 or 1. They are solved on a sample,
+    unless rows are nearly decided: then a sample says little of the prices of the rest.
     """
-    a_K = torch.zeros_like(marginal_K) if init_K is None else init_K.clone()
-    sizes = soft_sizes(rows, lamb, a_K, overlap=True)
-    done = 1
-    if sizes.residual(marginal_K) > _FAR:
-        a_K = torch.zeros_like(marginal_K)
-        for share in _ANNEAL:
-            first = soft_sizes(rows, share * lamb, a_K, overlap=True)
-            loose = _descend(
-                rows, marginal_K, share * lamb, _ANNEAL_TOL, _ANNEAL_ITER, a_K, first, stop=stop
-            )
-            done += len(loose.trace)
-            # Prices a / lambda carry over from one lambda to the next.
-            a_K = loose.potentials_K * 4
-        sizes = soft_sizes(rows, lamb, a_K, overlap=True)
-        done += 1
-    return _descend(rows, marginal_K, lamb, tol, max_iter, a_K, sizes, done, progress, stop)
+    spread = problem.lamb * _spread(small)
+    levels = math.ceil(math.log(max(spread, 1.0), 4))
+    prices_K = torch.zeros_like(problem.marginal_K)
+    for level in range(levels, 0, -1):
+        lamb = problem.lamb / 4**level
+        costs = _Costs(problem, breadth(small, lamb, prices_K * lamb))
+        rows = problem.rows if costs.exact <= _CHEAP and level <= 2 else small
+        softer = problem.at(rows, lamb, _ANNEAL_TOL)
+        descent = _Descent(softer, small)
+        prices_K = descent.run(softer.read(prices_K * lamb)).a_K / lamb
+        if problem.over():
+            break
+    return prices_K * problem.lamb
 
 
-def _descend(
-    rows: Rows,
-    marginal_K: Tensor,
-    lamb: float,
-    tol: float,
-    max_iter: int,
-    a_K: Tensor,
-    sizes: SoftSizes,
-    done: int = 1,
-    progress: Callable[[Step], None] = lambda step: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Solution:
-    """Newton steps from a_K, where the matrix has been read already: `sizes`."""
-    trace: list[Step] = []
-    start = time.monotonic()
-    damping = _DAMPING
-    best_K, best, best_objective, promised = a_K, sizes, float("inf"), 0.0
-    while True:
-        objective = sizes.mean_logsumexp - float(marginal_K @ a_K)
-        # Rounding of F must not look like a rise.
-        if objective <= best_objective + 1e-4 * promised + 1e-12 * abs(objective):
-            best_K, best, best_objective = a_K, sizes, objective
-            damping = max(damping / 10, _LEAST_DAMPING)
-        else:
-            damping *= 10
-        residual = best.residual(marginal_K)
-        trace.append(Step(done, residual, best_objective, time.monotonic() - start))
-        progress(trace[-1])
-        if residual <= tol or done >= max_iter or stop():
-            return Solution(best_K - best_K.mean(), residual, residual <= tol, trace)
-        starved = float((best.log_s_K.exp() / marginal_K).min()) < _STARVED
-        change_K = None
-        while not starved and damping <= _MOST_DAMPING and change_K is None:
-            change_K = _newton_change(marginal_K, best.log_s_K, best.overlap_KK, damping)
-            if change_K is None:
-                damping = max(damping * 10, 1e-6)
-        if change_K is None:
-            a_K, promised, damping = sinkhorn_step(best_K, marginal_K, best), 0.0, _DAMPING
-        else:
-            a_K = best_K + change_K
-            promised = float((best.log_s_K.exp() - marginal_K) @ change_K)
-        sizes = soft_sizes(rows, lamb, a_K, overlap=True)
-        done += 1
+def _spread(rows: Rows) -> float:
+    """Mean standard deviation of the scores within a row."""
+    scores_nK = rows.take(np.arange(min(_SPREAD, rows.shape[0])), torch.float32)
+    spread = scores_nK.std(1, correction=0).mean()
+    return float(parallel.sum_of(spread)) / parallel.size()
 
 
-def _newton_change(
-    marginal_K: Tensor, log_s_K: Tensor, overlap_KK: Tensor | None, damping: float
-) -> Tensor | None:
-    """The damped, bounded step of mean zero; None where the system is not positive definite."""
-    assert overlap_KK is not None
-    s_K = log_s_K.exp()
-    hessian_KK = torch.diag(s_K * (1 + damping)) - overlap_KK
-    # F does not change along (1, ..., 1): this makes the system regular there.
-    hessian_KK += 1 / len(s_K) ** 2
-    factor_KK, failed = torch.linalg.cholesky_ex(hessian_KK)
-    if failed:
-        return None
-    change_K = torch.cholesky_solve((marginal_K - s_K)[:, None], factor_KK)[:, 0]
-    bound_K = _LONGEST + 2 * (marginal_K.log() - log_s_K).abs()
-    change_K = change_K.clamp(-bound_K, bound_K)
-    return change_K - change_K.mean()
+class _Costs:
+    """What a Hessian of all rows costs, in steps, and whether as products of sparse plans."""
+
+    def __init__(self, problem: Problem, breadth: float) -> None:
+        clusters = problem.rows.shape[1]
+        dense, sparse = _DENSE * clusters, _SPARSE * breadth**2 / clusters
+        entries = problem.count * clusters
+        self.exact = entries * (1 + min(dense, sparse)) / (entries + _FACTOR * clusters**3 / 3)
+        self.sparse = sparse < dense
+
+
+class _Descent:
+    """Steps down F, and the Hessian they go by."""
+
+    def __init__(self, problem: Problem, sample: Rows) -> None:
+        self.problem, self.sample = problem, sample
+        self.hessian_KK: Tensor | None = None
+        self.costs: _Costs | None = None
+        self.boxed = False
+        self.residual = math.inf
+
+    def run(self, point: Point) -> Point:
+        """From `point` to the tolerance, or to where the reads are over."""
+        problem = self.problem
+        while problem.residual(point) > problem.tol and not problem.over():
+            if problem.starved(point, _STARVED):
+                self.hessian_KK = None
+                point = problem.read(problem.sinkhorn(point))
+            else:
+                point = self._step(point)
+        return point
+
+    def _step(self, point: Point) -> Point:
+        hessian_KK = self._hessian(point)
+        gradient_K = self.problem.gradient(point)
+        change_K = _box_step(hessian_KK, gradient_K, point.s_K)
+        self.boxed = float(change_K.abs().max()) == _BOX
+        reached = self.problem.move(point, change_K)
+        _update(hessian_KK, reached.a_K - point.a_K, reached.s_K - point.s_K)
+        return reached
+
+    def _hessian(self, point: Point) -> Tensor:
+        """The Hessian to use: taken anew where that costs less than the steps it may save."""
+        problem = self.problem
+        first = self.hessian_KK is None
+        if self.costs is None or self.boxed:
+            width = breadth(self.sample, problem.lamb, point.a_K)
+            self.costs = _Costs(problem, width)
+        before, self.residual = self.residual, problem.residual(point)
+        rate = _RATE if first else max(math.log(before / self.residual), 1e-3)
+        cheap = self.costs.exact <= _CHEAP
+        left = math.log(self.residual / problem.tol)
+        worth = self.residual < _NOISE and left > (self.costs.exact + 1) * rate
+        if self.hessian_KK is None or worth or (rate < _FAST and (cheap or self.residual > _NOISE)):
+            rows = problem.rows if cheap or worth else self.sample
+            self.hessian_KK = laplacian(rows, problem.lamb, point.a_K, self.costs.sparse)
+        return self.hessian_KK
+
+
+def _update(hessian_KK: Tensor, moved_K: Tensor, turned_K: Tensor) -> None:
+    """BFGS: the Hessian, in place, is to explain the last step."""
+    across = float(moved_K @ turned_K)
+    foreseen_K = hessian_KK @ moved_K
+    along = float(moved_K @ foreseen_K)
+    if across > 1e-12 * along > 0:
+        hessian_KK += torch.outer(turned_K, turned_K / across)
+        hessian_KK -= torch.outer(foreseen_K, foreseen_K / along)
+
+
+def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor) -> Tensor:
+    """The change that minimises the quadratic model within the box, or nearly."""
+    clusters = len(s_K)
+    # F does not change along (1, ..., 1): the constant makes the system regular there.
+    system_KK = hessian_KK + 1 / clusters**2
+    system_KK.diagonal().add_(_DAMPING * s_K)
+    change_K = torch.zeros_like(s_K)
+    free_K = torch.ones(clusters, dtype=torch.bool)
+    for attempt in range(_BOX_ROUNDS):
+        free, bound = free_K.nonzero()[:, 0], (~free_K).nonzero()[:, 0]
+        if not len(free):
+            break
+        wanted = -gradient_K[free] - system_KK[free][:, bound] @ change_K[bound]
+        factor = torch.linalg.cholesky(system_KK[free][:, free])
+        change_K[free] = torch.cholesky_solve(wanted[:, None], factor)[:, 0]
+        if attempt == 0:
+            change_K -= change_K.median()
+        free_K &= change_K.abs() <= _BOX
+        outside = int(free_K.sum()) < len(free)
+        change_K.clamp_(-_BOX, _BOX)
+        if not outside:
+            break
+    return change_K

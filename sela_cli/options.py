@@ -112,6 +112,15 @@ class AssignChoice(StrEnum):
     random = "random"
 
 
+class SolverChoice(StrEnum):
+    """How the potentials are found."""
+
+    auto = "auto"
+    newton = "newton"
+    lbfgs = "lbfgs"
+    sinkhorn = "sinkhorn"
+
+
 class InputKindChoice(StrEnum):
     """What the scores are."""
 

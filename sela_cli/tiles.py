@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol, TypeVar
 
@@ -29,10 +30,10 @@ _SPAN_ELEMENTS = 1 << 21
 
 
 class Rows(Protocol):
-    """An N x K matrix of finite scores in float64.
+    """An N x K matrix of finite scores, each row less its maximum.
 
     Scores are log-probabilities up to a constant of each row: logits will do. Both
-    methods are called from several threads.
+    methods are called from several threads, and what they return is not to be changed.
     """
 
     @property
@@ -40,16 +41,80 @@ class Rows(Protocol):
         """(N, K)."""
         ...
 
-    def tile(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop-1, (n, K), a fresh tensor that the caller may change."""
+    def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Rows start..stop-1, (n, K)."""
         ...
 
-    def take(self, rows_n: np.ndarray) -> Tensor:
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
         """The named rows, (n, K); `rows_n` is ascending."""
         ...
 
 
-def map_spans(rows: Rows, work: Callable[[Iterator[tuple[int, Tensor]]], T]) -> Iterator[T]:
+@dataclass(frozen=True)
+class InMemory:
+    """Rows kept as float32; whoever wants float64 has it from where they came."""
+
+    source: Rows
+    scores_NK: Tensor
+    rows_N: np.ndarray
+
+    @classmethod
+    def of(cls, source: Rows, rows_N: np.ndarray | None = None) -> InMemory:
+        """The named rows (ascending), or all of them."""
+        if rows_N is None:
+            rows_N = np.arange(source.shape[0])
+        scores_NK = torch.empty(len(rows_N), source.shape[1])
+        at = 0
+        for block_nK in map_rows(source, rows_N, lambda block_nK: block_nK, torch.float32):
+            scores_NK[at : at + len(block_nK)] = block_nK
+            at += len(block_nK)
+        return cls(source, scores_NK, rows_N)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return len(self.scores_NK), self.scores_NK.shape[1]
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Rows start..stop-1, (n, K)."""
+        if dtype == torch.float32:
+            return self.scores_NK[start:stop]
+        return self.source.take(self.rows_N[start:stop], dtype)
+
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The named rows, (n, K)."""
+        if dtype == torch.float32:
+            return self.scores_NK[torch.from_numpy(rows_n)]
+        return self.source.take(self.rows_N[rows_n], dtype)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows start..stop-1 of others: the share of one process."""
+
+    source: Rows
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.stop - self.start, self.source.shape[1]
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Rows start..stop-1, (n, K)."""
+        return self.source.tile(self.start + start, self.start + stop, dtype)
+
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The named rows, (n, K)."""
+        return self.source.take(self.start + rows_n, dtype)
+
+
+def map_spans(
+    rows: Rows,
+    work: Callable[[Iterator[tuple[int, Tensor]]], T],
+    dtype: torch.dtype = torch.float64,
+) -> Iterator[T]:
     """`work` of each span of rows, in order. It is given the span's tiles, one at a time,
     as (number of the first row, tile_nK), and runs in a thread of its own."""
     count, clusters = rows.shape
@@ -59,16 +124,21 @@ def map_spans(rows: Rows, work: Callable[[Iterator[tuple[int, Tensor]]], T]) -> 
     def tiles(first: int) -> Iterator[tuple[int, Tensor]]:
         end = min(first + span, count)
         for start in range(first, end, tile):
-            yield start, rows.tile(start, min(start + tile, end))
+            yield start, rows.tile(start, min(start + tile, end), dtype)
 
     return _in_order(work, map(tiles, range(0, count, span)))
 
 
-def map_rows(rows: Rows, rows_n: np.ndarray, work: Callable[[Tensor], T]) -> Iterator[T]:
+def map_rows(
+    rows: Rows,
+    rows_n: np.ndarray,
+    work: Callable[[Tensor], T],
+    dtype: torch.dtype = torch.float64,
+) -> Iterator[T]:
     """`work` of the named rows (ascending), a span of them at a time, in order."""
     size = max(1, _SPAN_ELEMENTS // rows.shape[1])
     parts = [rows_n[at : at + size] for at in range(0, len(rows_n), size)]
-    return _in_order(lambda part_n: work(rows.take(part_n)), parts)
+    return _in_order(lambda part_n: work(rows.take(part_n, dtype)), parts)
 
 
 def _in_order(work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
@@ -91,8 +161,14 @@ def tile_rows(clusters: int) -> int:
 
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(workers, initializer=_prepare)
     # The setting is the calling thread's, but also what later threads start with.
     pool.submit(int).result()
     torch.set_num_threads(workers)
     return pool
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    # Plan entries fade into numbers that the processor is many times slower with.
+    torch.set_flush_denormal(True)

@@ -117,7 +117,7 @@ def test_stopped_anywhere_it_ends_with_the_same_digests(
     rng = random.Random(seed)
     stops = 0
     while True:
-        polls, last = itertools.count(), rng.randint(1, 12)
+        polls, last = itertools.count(), rng.randint(1, 60)
         monkeypatch.setattr(
             interrupt, "requested", lambda polls=polls, last=last: next(polls) >= last
         )

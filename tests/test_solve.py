@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,34 @@ from scipy.optimize import linear_sum_assignment, linprog, minimize
 from scipy.special import logsumexp, softmax
 from torch import Tensor
 
-from sela_cli import assignment, newton, sinkhorn
+from sela_cli import assignment, lbfgs, newton, sinkhorn
 from sela_cli.labels import marginal
+from sela_cli.semidual import Problem, Solution, laplacian
+from sela_cli.tiles import InMemory, Rows
 
-SOLVERS = [sinkhorn.solve, newton.solve]
-Solver = Callable[..., sinkhorn.Solution]
+Solver = Callable[..., Solution]
+
+
+def by(module: ModuleType) -> Solver:
+    """A solver as a function of the rows and all else of a problem."""
+
+    def solve(
+        rows: Rows,
+        marginal_K: Tensor,
+        lamb: float,
+        tol: float,
+        max_iter: int,
+        init_K: Tensor | None = None,
+        **hooks: Any,
+    ) -> Solution:
+        return module.solve(Problem(rows, marginal_K, lamb, tol, max_iter, **hooks), init_K)
+
+    solve.__name__ = module.__name__.rpartition(".")[2]
+    return solve
+
+
+by_sinkhorn, by_newton, by_lbfgs = by(sinkhorn), by(newton), by(lbfgs)
+SOLVERS = [by_sinkhorn, by_newton, by_lbfgs]
 
 
 class ArrayRows:
@@ -25,11 +50,12 @@ class ArrayRows:
         self.scores_NK = scores_NK
         self.shape = scores_NK.shape
 
-    def tile(self, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(self.scores_NK[start:stop].astype(np.float64))
+    def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return self.take(np.arange(start, stop), dtype)
 
-    def take(self, rows_n: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.scores_NK[rows_n].astype(np.float64))
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+        scores_nK = torch.from_numpy(self.scores_NK[rows_n].astype(np.float64))
+        return (scores_nK - scores_nK.amax(1, keepdim=True)).to(dtype)
 
 
 def logits(count: int, clusters: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:
@@ -90,23 +116,67 @@ def test_potentials_minimise_the_semi_dual(solve: Solver) -> None:
         semi_dual, np.zeros(6), jac=True, method="L-BFGS-B", options={"gtol": 1e-12, "ftol": 1e-16}
     )
     solution = solve(ArrayRows(scores_NK), uniform(6), 5.0, 1e-11, 5000)
-    assert solution.trace[-1].objective <= best.fun + 1e-12
+    assert semi_dual(solution.potentials_K.numpy())[0] <= best.fun + 1e-12
     np.testing.assert_allclose(solution.potentials_K, best.x - best.x.mean(), atol=1e-5)
 
 
 def test_newton_finds_sinkhorns_optimum_in_fewer_reads() -> None:
     rows = ArrayRows(logits(2000, 40, scale=3.0))
-    slow = sinkhorn.solve(rows, uniform(40), 25.0, 1e-7, 20000)
-    quick = newton.solve(rows, uniform(40), 25.0, 1e-7, 200)
+    slow = by_sinkhorn(rows, uniform(40), 25.0, 1e-7, 20000)
+    quick = by_newton(rows, uniform(40), 25.0, 1e-7, 200)
     assert slow.converged and quick.converged
     np.testing.assert_allclose(quick.potentials_K, slow.potentials_K, atol=1e-3)
     assert quick.trace[-1].iteration < slow.trace[-1].iteration / 5
 
 
-def test_sinkhorn_never_raises_the_semi_dual() -> None:
-    solution = sinkhorn.solve(ArrayRows(logits(300, 20, scale=3.0)), uniform(20), 25.0, 1e-6, 300)
-    objectives = np.array([step.objective for step in solution.trace])
-    assert (np.diff(objectives) <= 1e-12).all()
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_no_solver_raises_the_semi_dual(solve: Solver) -> None:
+    """From a near start, so that no other lambda comes in between."""
+    scores_NK = logits(300, 20, scale=3.0)
+    rows = ArrayRows(scores_NK)
+    start_K = by_sinkhorn(rows, uniform(20), 25.0, 0.015, 9999).potentials_K
+    z_NK = 25.0 * (scores_NK - scores_NK.max(1, keepdims=True))
+    values = []
+    for reads in range(1, 30):
+        a = solve(rows, uniform(20), 25.0, 1e-9, reads, start_K).potentials_K.numpy()
+        values.append(logsumexp(z_NK + a, axis=1).mean() - a.mean())
+    assert values[-1] < values[0]
+    assert (np.diff(values) <= 1e-12).all()
+
+
+def test_the_laplacian_is_the_hessian_of_the_semi_dual() -> None:
+    """diag(s) - mean q q^T, in closed form; sparse, it leaves out what is negligible."""
+    scores_NK = logits(400, 9, scale=2.0)
+    a_K = torch.from_numpy(np.random.default_rng(3).normal(0, 1, 9))
+    q_NK = softmax(4.0 * scores_NK + a_K.numpy(), axis=1)
+    expected = np.diag(q_NK.mean(0)) - q_NK.T @ q_NK / 400
+    for sparse in (False, True):
+        found = laplacian(ArrayRows(scores_NK), 4.0, a_K, sparse).numpy()
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+        np.testing.assert_allclose(found.sum(1), 0, atol=1e-12)
+        assert np.linalg.eigvalsh(found).min() > -1e-9
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_single_precision_reads_end_at_the_same_optimum(solve: Solver) -> None:
+    """Large enough to be read in float32 first; the judge is float64 throughout."""
+    scores_NK = logits(30_000, 40, scale=3.0)
+    rows = ArrayRows(scores_NK)
+    solution = solve(InMemory.of(rows), uniform(40), 10.0, 1e-7, 5000)
+    assert solution.converged
+    off = np.abs(shares(scores_NK, 10.0, solution.potentials_K) - 1 / 40)
+    assert 0.5 * off.sum() <= 1.01e-7
+
+
+def test_a_sample_decides_only_where_to_start() -> None:
+    """So many rows that samples are drawn; every step of the last lambda is over all rows."""
+    scores_NK = logits(40_000, 16, scale=2.0)
+    rows = InMemory.of(ArrayRows(scores_NK))
+    quick = by_newton(rows, uniform(16), 25.0, 1e-6, 200)
+    slow = by_sinkhorn(rows, uniform(16), 25.0, 1e-6, 20_000)
+    assert quick.converged and slow.converged
+    assert len(quick.trace) < len(slow.trace) / 3
+    np.testing.assert_allclose(quick.potentials_K, slow.potentials_K, atol=1e-2)
 
 
 @pytest.mark.parametrize("solve", SOLVERS)
@@ -133,7 +203,7 @@ def test_half_and_single_precision_scores_agree_with_double(solve: Solver) -> No
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_newton_is_finite_for_any_lambda_and_magnitude(lamb: float, scale: float) -> None:
     rows = ArrayRows(logits(300, 12, scale=scale))
-    solution = newton.solve(rows, uniform(12), lamb, 1e-4, 300)
+    solution = by_newton(rows, uniform(12), lamb, 1e-4, 300)
     assert solution.potentials_K.isfinite().all()
     labels_N, _ = assignment.balanced(
         rows, solution.potentials_K / lamb, assignment.size_bounds(300, uniform(12).numpy())
@@ -186,7 +256,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            solution = newton.solve(rows, uniform(64), 10.0, 1e-6, 100)
+            solution = by_newton(rows, uniform(64), 10.0, 1e-6, 100)
             found.append(
                 (
                     solution.potentials_K,
@@ -218,7 +288,7 @@ def test_balanced_labels_are_optimal_and_proved_so(shape: tuple[int, int], start
     bounds = assignment.size_bounds(count, uniform(clusters).numpy())
     prices_K = torch.zeros(clusters, dtype=torch.float64)
     if start == "solved":
-        prices_K = newton.solve(rows, uniform(clusters), 10.0, 1e-6, 100).potentials_K / 10
+        prices_K = by_newton(rows, uniform(clusters), 10.0, 1e-6, 100).potentials_K / 10
     labels_N, prices_K = assignment.balanced(rows, prices_K, bounds)
     sizes_K = np.bincount(labels_N, minlength=clusters)
     assert (sizes_K >= bounds.low_K).all() and (sizes_K <= bounds.high_K).all()
@@ -244,7 +314,7 @@ def test_uneven_sizes_come_close_to_the_linear_programme() -> None:
         b_ub=np.concatenate([np.full(clusters, 10.0), np.full(clusters, -9.0)]),
     )
     bounds = assignment.size_bounds(count, uniform(clusters).numpy())
-    prices_K = newton.solve(rows, uniform(clusters), 100.0, 1e-6, 100).potentials_K / 100
+    prices_K = by_newton(rows, uniform(clusters), 100.0, 1e-6, 100).potentials_K / 100
     labels_N, prices_K = assignment.balanced(rows, prices_K, bounds)
     bound = assignment.lower_bound(rows, prices_K, bounds)
     objective = assignment.objective(rows, labels_N)
@@ -293,13 +363,14 @@ def test_slack_costs_at_most_what_it_says() -> None:
 def test_sharper_prices_leave_fewer_rows_to_move() -> None:
     rows = ArrayRows(logits(4000, 40, scale=0.05))
     bounds = assignment.size_bounds(4000, uniform(40).numpy())
-    potentials_K = newton.solve(rows, uniform(40), 10.0, 1e-6, 100).potentials_K
+    potentials_K = by_newton(rows, uniform(40), 10.0, 1e-6, 100).potentials_K
 
     def excess(prices_K: Tensor) -> int:
         sizes_K = np.bincount(assignment.argmax(rows, prices_K), minlength=40)
         return int((sizes_K - bounds.high_K).clip(0).sum())
 
-    sharp_K = assignment.sharpen(rows, uniform(40), potentials_K, 10.0, newton.solve)
+    problem = Problem(rows, uniform(40), 10.0, 1e-6, 100)
+    sharp_K = assignment.sharpen(rows, problem, potentials_K, newton.refine)
     assert excess(sharp_K) <= 0.01 * 4000 < excess(potentials_K / 10)
 
 

@@ -18,6 +18,7 @@ from sela_cli.options import (
     Output,
     Quiet,
     Seed,
+    SolverChoice,
     Tol,
     given,
     size_in_bytes,
@@ -56,6 +57,30 @@ def label(
         str | None,
         typer.Option("--init", metavar="FILE", help="Labels file whose potentials to start from."),
     ] = None,
+    fixed: Annotated[
+        bool,
+        typer.Option(
+            "--fixed",
+            help="Label by the potentials of --init as they are, without solving: for rows that "
+            "were not there when they were solved for.",
+        ),
+    ] = False,
+    min_size: Annotated[
+        int | None,
+        typer.Option("--min-size", min=0, help="Rows of a cluster at least, instead of equality."),
+    ] = None,
+    max_size: Annotated[
+        int | None,
+        typer.Option("--max-size", min=1, help="Rows of a cluster at most, instead of equality."),
+    ] = None,
+    solver: Annotated[
+        SolverChoice | None,
+        typer.Option(
+            "--solver",
+            help="newton: few reads of the scores. lbfgs: more, but no K x K matrix. sinkhorn: "
+            "the paper's iteration. auto (default): newton while its matrices fit.",
+        ),
+    ] = None,
     input_kind: Annotated[
         InputKindChoice | None,
         typer.Option(
@@ -67,8 +92,8 @@ def label(
         typer.Option(
             "--max-memory",
             metavar="SIZE",
-            help="Memory for matrices of K x K, such as 500M or 4G (default 4G). The N x K "
-            "scores are read in tiles and take none.",
+            help="Memory of the process at most, such as 900M or 4G (default 4G). Scores that "
+            "fit are kept; others are read again in each pass.",
         ),
     ] = None,
     seed: Seed = 0,
@@ -82,16 +107,22 @@ def label(
     Every row gets one of K clusters so that all clusters have the same size and the
     scores of the chosen cells are as high as they can be.
     """
+    from sela_cli.errors import UsageError
     from sela_cli.labels import LabelSettings, label_stage, plan, summary, warning
     from sela_cli.terminal import Terminal
 
+    if fixed and assign:
+        raise UsageError("--fixed takes no --assign: it gives each row what it prefers")
     settings = LabelSettings(
         **given(
             lamb=lamb,
             tol=tol,
             max_iter=max_iter,
             marginal=marginal,
-            assign=assign,
+            assign="fixed" if fixed else assign,
+            solver=solver,
+            min_size=min_size,
+            max_size=max_size,
             input_kind=input_kind,
             seed=seed,
             max_memory=size_in_bytes(max_memory),

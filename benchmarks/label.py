@@ -1,0 +1,341 @@
+"""`make bench-label`: the label solve beside its peers, to docs/benchmarks.md.
+
+    python benchmarks/label.py --inputs benchmarks/inputs --output docs/benchmarks.md
+
+Every solve runs in a process of its own, which measures its seconds (without imports,
+compilation and reading the input) and its peak memory; one after another, so that all
+have the whole machine. Residuals and objectives are computed afterwards, by one function
+in float64, from the potentials that each solver found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from sela_cli import lbfgs, newton, sinkhorn
+from sela_cli.labels import ScoreRows, marginal
+from sela_cli.scores import Matrix
+from sela_cli.semidual import Problem
+from sela_cli.tiles import InMemory, map_spans
+
+LAMB = 25.0
+OURS = {"newton": newton.solve, "lbfgs": lbfgs.solve, "sinkhorn": sinkhorn.solve}
+# Iterations at most: a peer that needs more than these would take minutes an input.
+CAPS = {"reference": 3000, "reference float32": 3000, "POT": 100, "OTT-JAX": 100, "sinkhorn": 400}
+NAMES = ["reference", "reference float32", "POT", "OTT-JAX", "sinkhorn", "lbfgs", "newton"]
+
+
+def peaked(count: int, clusters: int, seed: int = 0, width: int = 64) -> torch.Tensor:
+    """Log-probabilities of noisy features near one of K prototypes, of uneven popularity."""
+    generator = torch.Generator().manual_seed(seed)
+    centres_KD = torch.randn(clusters, width, generator=generator)
+    features_ND = centres_KD[torch.randint(0, clusters, (count,), generator=generator)]
+    features_ND = features_ND + 1.5 * torch.randn(count, width, generator=generator)
+    heads_KD = centres_KD + 0.3 * torch.randn(clusters, width, generator=generator)
+    bias_K = torch.randn(clusters, generator=generator)
+    return torch.log_softmax(features_ND @ heads_KD.T / 8 + bias_K, 1)
+
+
+def scores_of(name: str, inputs: Path) -> torch.Tensor:
+    """Log-probabilities, float32: `peaked:N:K`, or `fresh/0` of the inputs' files."""
+    kind, _, rest = name.partition(":")
+    if kind == "peaked":
+        count, clusters = map(int, rest.split(":"))
+        return peaked(count, clusters)
+    stage, head = name.split("/")
+    with h5py.File(inputs / f"{stage}.h5") as file:
+        logits_NK = torch.from_numpy(file[f"logits/{head}"][()].astype(np.float32))
+    return torch.log_softmax(logits_NK, 1)
+
+
+def rows_of(scores_NK: torch.Tensor) -> ScoreRows:
+    """As `sela label` sees them."""
+    array = scores_NK.numpy()
+    return ScoreRows(Matrix(array.shape, lambda rows: array[rows], "scores"), "memory")
+
+
+def judge(rows: ScoreRows, potentials_K: torch.Tensor) -> tuple[float, float]:
+    """Residual and semi-dual F at potentials, in float64."""
+    count, clusters = rows.shape
+    potentials_K = potentials_K - potentials_K.mean()
+
+    def work(tiles):  # type: ignore[no-untyped-def]
+        s_K, total = torch.zeros(clusters, dtype=torch.float64), 0.0
+        for _, tile_nK in tiles:
+            z_nK = LAMB * tile_nK + potentials_K
+            s_K += torch.softmax(z_nK, 1).sum(0)
+            total += float(torch.logsumexp(z_nK, 1).sum())
+        return s_K, total
+
+    parts = list(map_spans(rows, work))
+    s_K = sum(part[0] for part in parts) / count
+    return 0.5 * float((s_K - 1 / clusters).abs().sum()), sum(part[1] for part in parts) / count
+
+
+def child(name: str, solver: str, tol: float, repeats: int, inputs: Path) -> None:
+    """Solve once or several times; print what came of it as JSON."""
+    scores_NK = scores_of(name, inputs)
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(repeats):
+        if solver in OURS:
+            start = time.perf_counter()
+            rows = InMemory.of(rows_of(scores_NK))
+            problem = Problem(
+                rows, marginal("uniform", rows.shape[1]), LAMB, tol, CAPS.get(solver, 2000)
+            )
+            solution = OURS[solver](problem)
+            seconds.append(time.perf_counter() - start)
+            potentials_K, reads = solution.potentials_K, len(solution.trace)
+            done = solution.converged
+        else:
+            import peers
+
+            if solver.startswith("reference"):
+                dtype = torch.float32 if "32" in solver else torch.float64
+                found = peers.reference(scores_NK, LAMB, CAPS[solver], dtype)
+            else:
+                peer = peers.pot if solver == "POT" else peers.ott
+                found = peer(scores_NK, LAMB, tol, CAPS[solver])
+            seconds.append(found.seconds)
+            potentials_K, reads, done = found.potentials_K, found.reads, found.converged
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    residual, objective = judge(rows_of(scores_NK), potentials_K)
+    print(
+        json.dumps(
+            {
+                "seconds": statistics.median(seconds),
+                "reads": reads,
+                "peak": (peak - base) / 2**20,
+                "residual": residual,
+                "objective": objective,
+                "done": done,
+            }
+        )
+    )
+
+
+def measure(name: str, solver: str, tol: float, repeats: int, inputs: Path) -> dict | None:
+    """`child` in a process of its own; None where it failed."""
+    command = [sys.executable, __file__, "--inputs", str(inputs), "--child", name, solver]
+    command += [str(tol), str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stderr[-500:], file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def small(names: list[str], inputs: Path) -> list[str]:
+    """The table of the inputs that fit in memory."""
+    lines = [
+        "| input | N x K | solver | seconds | reads | memory GiB | residual | objective F "
+        "| reference / this |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        shape = " x ".join(f"{side:,}" for side in scores_of(name, inputs).shape)
+        first = measure(name, "reference", 0, 1, inputs)
+        assert first is not None
+        tol = first["residual"] if first["done"] else 1e-6
+        for solver in NAMES:
+            quick = solver in ("lbfgs", "newton")
+            found = (
+                first
+                if solver == "reference"
+                else measure(name, solver, tol, 3 if quick else 1, inputs)
+            )
+            if found is None:
+                lines.append(f"| {name} | {shape} | {solver} | failed | | | | | |")
+                continue
+            mark = "" if found["done"] else " (cap)"
+            lines.append(
+                f"| {name} | {shape} | {solver} | {found['seconds']:.2f}{mark} "
+                f"| {found['reads']} | {found['peak']:.2f} | {found['residual']:.1e} "
+                f"| {found['objective']:.6f} | {first['seconds'] / found['seconds']:.1f} |"
+            )
+            print(lines[-1], flush=True)
+    return lines
+
+
+def write_large(path: Path, count: int, clusters: int) -> None:
+    """Float16 logits with the structure of `peaked`, in pieces."""
+    generator = torch.Generator().manual_seed(0)
+    centres_KD = torch.randn(clusters, 64, generator=generator)
+    heads_KD = centres_KD + 0.3 * torch.randn(clusters, 64, generator=generator)
+    bias_K = torch.randn(clusters, generator=generator)
+    array = np.lib.format.open_memmap(path, "w+", np.float16, (count, clusters))
+    for start in range(0, count, 20_000):
+        size = min(20_000, count - start)
+        chosen_n = torch.randint(0, clusters, (size,), generator=generator)
+        features_nD = centres_KD[chosen_n] + 1.5 * torch.randn(size, 64, generator=generator)
+        array[start : start + size] = (features_nD @ heads_KD.T / 8 + bias_K).half().numpy()
+    array.flush()
+
+
+def command_run(path: Path, assign: str, memory: str) -> tuple[float, float, dict]:
+    """Seconds, peak GiB and result of a whole `sela label`."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = str(Path(folder) / "labels.h5")
+        command = [sys.executable, "-m", "sela_cli", "label", str(path), "-o", output]
+        command += ["--assign", assign, "--max-memory", memory, "--json", "--quiet"]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        text = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        assert status == 0, text
+        return seconds, usage.ru_maxrss / 2**20, json.loads(text)["heads"][0]
+
+
+def large(sizes: list[tuple[int, int]], folder: Path) -> list[str]:
+    """The table of whole commands on files."""
+    lines = [
+        "| N x K | file | assign | seconds | peak GiB | reads | residual | gap |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for count, clusters in sizes:
+        path = folder / f"large-{count}-{clusters}.npy"
+        write_large(path, count, clusters)
+        for assign in ("argmax", "balanced"):
+            seconds, peak, head = command_run(path, assign, "4G")
+            gap = head["objective"] - head["lower-bound"] if assign == "balanced" else float("nan")
+            lines.append(
+                f"| {count:,} x {clusters:,} | {path.stat().st_size / 2**30:.2f} GiB | {assign} "
+                f"| {seconds:.1f} | {peak:.2f} | {head['n-iters']} | {head['residual']:.1e} "
+                f"| {gap / head['objective']:.1e} |"
+            )
+            print(lines[-1], flush=True)
+        path.unlink()
+    return lines
+
+
+def floors() -> list[str]:
+    """How far a pass is from what the machine can do."""
+    scores_NK = torch.rand(20_000, 1000) - 1
+    rows = InMemory(rows_of(scores_NK), scores_NK, np.arange(20_000))
+    problem = Problem(rows, marginal("uniform", 1000), LAMB, 1e-4, 100)
+    tiles = scores_NK.split(128)
+
+    def seconds(work) -> float:  # type: ignore[no-untyped-def]
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    exponential = seconds(lambda: [tile.exp() for tile in tiles]) / threads
+    torch.set_num_threads(threads)
+    one = seconds(lambda: problem.read(torch.zeros(1000, dtype=torch.float64)))
+    return [
+        f"A pass over 20,000 x 1,000 float32 in memory takes {one * 1e3:.1f} ms; the exponentials "
+        f"alone, by torch in tiles of the same size, {exponential * 1e3:.1f} ms on {threads} "
+        f"threads (measured on one): a pass is {one / exponential:.1f} times that floor.",
+    ]
+
+
+def main() -> None:
+    """Measure everything and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=Path, default=Path("benchmarks/inputs"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--parts", default="small,large", help="small, large, or both")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--child", nargs=4)
+    options = parser.parse_args()
+    if options.child:
+        name, solver, tol, repeats = options.child
+        child(name, solver, float(tol), int(repeats), options.inputs)
+        return
+    stages = [
+        stage for stage in ("fresh", "half", "trained") if (options.inputs / f"{stage}.h5").exists()
+    ]
+    names = [f"{stage}/{head}" for head in (0, 1) for stage in stages] + ["peaked:100000:1000"]
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    import importlib.metadata as metadata
+
+    versions = ", ".join(
+        f"{package} {metadata.version(package)}" for package in ("torch", "numpy", "pot", "ott-jax")
+    )
+    lines = [
+        "# Benchmarks of the label solve",
+        "",
+        "Written by `python benchmarks/label.py` (`make bench-label`).",
+        "",
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {cpu}, {torch.get_num_threads()} "
+        f"threads, Python {platform.python_version()}, {versions}. Lambda {LAMB:g}, seed 0. The "
+        "machine is shared: compare within a run.",
+        "",
+    ]
+    if "small" in options.parts:
+        lines += [
+            "## In memory",
+            "",
+            "`fresh`, `half`, `trained`: logits of CIFAR-10's 50,000 training images by the "
+            "networks of `benchmarks/label_inputs.sh` (head 0: K = 128, head 1: K = 1,000). "
+            "`peaked`: synthetic. *reference*: the paper's algorithm in float64, to its own stop "
+            "test; the others are to reach the residual it has there, or 1e-6 where it never "
+            "stops. POT stops by the L2 norm of the marginal's error, taken as 2 tol / sqrt(K). "
+            "*(cap)*: not there after the iterations allowed "
+            f"({', '.join(f'{k} {v}' for k, v in CAPS.items())}). Seconds: one run, newton and "
+            "lbfgs the median of three. Reads: passes over the matrix; two an iteration where "
+            "there are two products. Memory: peak beyond the input. *objective F*: the "
+            "semi-dual, lower is better.",
+            "",
+            *small(names, options.inputs),
+            "",
+            "## Floor",
+            "",
+            *floors(),
+            "",
+        ]
+    if "large" in options.parts:
+        sizes = [
+            (10_000, 1000),
+            (100_000, 1000),
+            (1_000_000, 1000),
+            (100_000, 3000),
+            (1_281_167, 3000),
+        ]
+        lines += [
+            "## Whole commands on files",
+            "",
+            "`sela label FILE --max-memory 4G`, start to end, float16 logits in a .npy that was "
+            "written just before (so in the page cache as far as that holds it), tol 1e-4, one "
+            "run each. Peak: resident memory of the process. Gap: how far the objective can be "
+            "from that of the best labelling of these sizes, by the certificate.",
+            "",
+            *large(sizes, options.folder),
+            "",
+        ]
+    options.output.write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

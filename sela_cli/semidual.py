@@ -1,0 +1,279 @@
+"""The label solve's objective: entropic optimal transport of N rows to K clusters.
+
+N rows (images), K columns (clusters), n rows of one tile.
+
+With log-probabilities logp_NK, marginal r_K and lambda, the K potentials a minimise the
+convex F(a) = mean_i logsumexp_k(lambda logp_ik + a_k) - sum_k r_k a_k, whose gradient is
+s(a) - r with s_k = mean_i q_ik, q_i = softmax_k(lambda logp_i + a), and whose Hessian is
+diag(s) - mean_i q_i q_i^T. The transport plan is Q_ik = q_ik / N. One read of the matrix
+gives s. Sources: SeLa (Asano, Rupprecht, Vedaldi, ICLR 2020) eq. 5-6; Cuturi 2013;
+Genevay 2016.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from sela_cli import parallel
+from sela_cli.tiles import Rows, map_spans
+
+# Below this a mean of softmax entries may have lost terms to underflow.
+_UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
+# Smaller entries of a row's plan are left out of a sparse Hessian.
+NEGLIGIBLE = 1e-4
+# Rows that the breadth of the plan is taken from.
+_SOME = 512
+# From this many entries on, float32 is used for as long as it can tell.
+_LARGE = 1 << 20
+# A step is taken back where the slope at its end is still this share of the first, upwards.
+_WOLFE = 0.5
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16; elsewhere torch emulates it slowly."""
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+FAST_BFLOAT16 = _has_fast_bfloat16()
+
+
+class Step(NamedTuple):
+    """Where an iteration stands. `iteration` counts reads of the whole matrix."""
+
+    iteration: int
+    residual: float
+    seconds: float
+
+
+class Solution(NamedTuple):
+    """What a solver found: potentials of mean zero, and whether to trust them."""
+
+    potentials_K: Tensor
+    residual: float
+    converged: bool
+    trace: list[Step]
+
+
+class Point(NamedTuple):
+    """Potentials, and the logarithms of the soft sizes there, both float64 on the CPU."""
+
+    a_K: Tensor
+    log_s_K: Tensor
+
+    @property
+    def s_K(self) -> Tensor:
+        """Soft sizes."""
+        return self.log_s_K.exp()
+
+
+class Problem:
+    """A matrix, the wanted marginal, and the account of the reads that a solve makes.
+
+    `marginal_K`: positive, sums to 1, float64. `progress` hears of every read, `stop` is
+    asked after each. In a job of several processes each has a share of the rows, and all
+    see the same sums.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        marginal_K: Tensor,
+        lamb: float,
+        tol: float,
+        max_iter: int,
+        progress: Callable[[Step], None] = lambda step: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.rows, self.marginal_K, self.lamb = rows, marginal_K, lamb
+        self.tol, self.max_iter = tol, max_iter
+        self._progress, self._stop = progress, stop
+        self.count = total(rows)
+        large = self.count * rows.shape[1] >= _LARGE
+        self.dtype = torch.float32 if large else torch.float64
+        self.trace: list[Step] = []
+        self._start = time.monotonic()
+
+    def at(self, rows: Rows, lamb: float, tol: float, reads: int | None = None) -> Problem:
+        """The same problem of other rows, another lambda, another tolerance.
+
+        Its reads count here if the rows are these, unless it has `reads` of its own.
+        """
+        most = self.max_iter if reads is None else reads
+        other = Problem(rows, self.marginal_K, lamb, tol, most, stop=self._stop)
+        if rows is self.rows and reads is None:
+            other.trace, other._start, other._progress = self.trace, self._start, self._progress
+        return other
+
+    def read(self, a_K: Tensor) -> Point:
+        """One read of the matrix at potentials `a_K`.
+
+        Large matrices are read in float32 until its rounding could show in the residual,
+        from then on in float64.
+        """
+        point = self._read(a_K - a_K.mean())
+        if self.dtype == torch.float32:
+            # The relative error of a plan entry near the top of its row: a sum of two
+            # numbers that may both be as large as the range of the potentials.
+            noise = 2.0**-24 * (4 * float(point.a_K.abs().max()) + 64)
+            if noise > self.tol / 4 and self.residual(point) <= max(self.tol, noise):
+                self.dtype = torch.float64
+                point = self._read(point.a_K)
+        return point
+
+    def _read(self, a_K: Tensor) -> Point:
+        point = soft_sizes(self.rows, self.lamb, a_K, self.dtype)
+        seconds = time.monotonic() - self._start
+        self.trace.append(Step(len(self.trace) + 1, self.residual(point), seconds))
+        self._progress(self.trace[-1])
+        return point
+
+    def move(self, point: Point, change_K: Tensor) -> Point:
+        """The point that a step along `change_K` leads to, shortened where F would rise.
+
+        F is convex: it has not risen where it still slopes down. Returns `point` itself
+        where the reads are over first.
+        """
+        slope = float(self.gradient(point) @ change_K)
+        if slope >= 0:
+            return self.read(self.sinkhorn(point))
+        length = 1.0
+        while True:
+            reached = self.read(point.a_K + length * change_K)
+            end = float(self.gradient(reached) @ change_K)
+            if end <= -_WOLFE * slope:
+                return reached
+            if self.over():
+                return point
+            length *= min(max(slope / (slope - end), 0.1), 0.9)
+
+    def sinkhorn(self, point: Point) -> Tensor:
+        """Potentials after Sinkhorn's step, a + log r - log s: never raises F."""
+        return point.a_K + self.marginal_K.log() - point.log_s_K
+
+    def gradient(self, point: Point) -> Tensor:
+        """s - r."""
+        return point.s_K - self.marginal_K
+
+    def residual(self, point: Point) -> float:
+        """0.5 sum_k |s_k - r_k|, the total variation between the label marginals."""
+        return 0.5 * float(self.gradient(point).abs().sum())
+
+    def starved(self, point: Point, share: float) -> bool:
+        """Whether some cluster has less than a share of its due."""
+        return float((point.s_K / self.marginal_K).min()) < share
+
+    def over(self) -> bool:
+        """Whether no more reads are to be made."""
+        return len(self.trace) >= self.max_iter or parallel.any_of(self._stop())
+
+    def solution(self, point: Point) -> Solution:
+        """The result of a solve that ends at `point`."""
+        residual = self.residual(point)
+        return Solution(point.a_K, residual, residual <= self.tol, self.trace)
+
+
+def total(rows: Rows) -> int:
+    """Rows of all processes together."""
+    return int(parallel.sum_of(torch.tensor(rows.shape[0])))
+
+
+def soft_sizes(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype = torch.float64) -> Point:
+    """log s_K(a), in one read of the matrix.
+
+    A cluster that no row wants has an s below the smallest number; its logarithm is then
+    taken in the log domain in a second read, so that it is finite for finite scores and
+    the cluster can recover.
+    """
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+        s_K = torch.zeros_like(a_K)
+        for _, tile_nK in tiles:
+            s_K += column_sums(tile_nK, lamb, a_K).to(s_K)
+        return s_K
+
+    s_K = parallel.sum_of(sum(map_spans(rows, work, dtype), torch.zeros_like(a_K))) / total(rows)
+    log_s_K = s_K.log()
+    dead = (s_K < _UNDERFLOW[dtype]).nonzero()[:, 0]
+    if len(dead):
+        log_s_K[dead] = _log_sizes(rows, lamb, a_K, dead)
+    return Point(a_K, log_s_K)
+
+
+def column_sums(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
+    """sum_i softmax_k(lambda score_ik + a_k) of a tile, (K,)."""
+    return _plan(tile_nK, lamb, a_K).sum(0)
+
+
+def _plan(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
+    return torch.softmax(torch.add(a_K.to(tile_nK), tile_nK, alpha=lamb), 1)
+
+
+def _log_sizes(rows: Rows, lamb: float, a_K: Tensor, columns: Tensor) -> Tensor:
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+        logs = torch.full((len(columns),), -torch.inf, dtype=a_K.dtype)
+        for _, tile_nK in tiles:
+            z_nK = torch.add(a_K, tile_nK.to(a_K), alpha=lamb)
+            log_q = z_nK[:, columns] - torch.logsumexp(z_nK, 1, keepdim=True)
+            logs = torch.logaddexp(logs, torch.logsumexp(log_q, 0))
+        return logs
+
+    logs = torch.stack(list(map_spans(rows, work)))
+    return parallel.logsumexp_of(torch.logsumexp(logs, 0)) - math.log(total(rows))
+
+
+def laplacian(rows: Rows, lamb: float, a_K: Tensor, sparse: bool) -> Tensor:
+    """The Hessian of F over `rows`, (K, K) float64, from products in float32, or in
+    bfloat16 where that is faster: it only decides the direction of a step.
+
+    Its rows sum to zero, so the diagonal is taken from the rest of each row: s_k less
+    the mean of q_ik^2 would cancel where rows are all but decided. `sparse` leaves out
+    entries q_ik below `NEGLIGIBLE`; what is left is still positive semidefinite.
+    """
+    clusters = rows.shape[1]
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> Any:
+        q_nK = torch.cat([_plan(tile_nK, lamb, a_K) for _, tile_nK in tiles])
+        if not sparse:
+            if FAST_BFLOAT16:
+                q_nK = q_nK.bfloat16()
+            return q_nK.T @ q_nK
+        row_z, column_z = (q_nK > NEGLIGIBLE).nonzero(as_tuple=True)
+        kept = csr_array(
+            (q_nK[row_z, column_z].numpy(), (row_z.numpy(), column_z.numpy())), q_nK.shape
+        )
+        return kept.T @ kept
+
+    overlap_KK = torch.zeros(clusters, clusters, dtype=torch.float64)
+    for part_KK in map_spans(rows, work, torch.float32):
+        if sparse:
+            part_KK = part_KK.tocoo()
+            overlap_KK.numpy()[part_KK.row, part_KK.col] += part_KK.data
+        else:
+            overlap_KK += part_KK
+    parallel.sum_of(overlap_KK)
+    overlap_KK.fill_diagonal_(0.0).div_(-total(rows))
+    return overlap_KK.diagonal_scatter(-overlap_KK.sum(1))
+
+
+def breadth(rows: Rows, lamb: float, a_K: Tensor) -> float:
+    """Root mean square number of clusters with a share of a row that is not negligible.
+
+    Of some rows, evenly spread.
+    """
+    count = rows.shape[0]
+    some_n = np.unique(np.linspace(0, count - 1, min(count, _SOME)).astype(np.int64))
+    q_nK = _plan(rows.take(some_n, torch.float32), lamb, a_K)
+    square = (q_nK > NEGLIGIBLE).sum(1).double().square().mean()
+    return math.sqrt(float(parallel.sum_of(square)) / parallel.size())
