@@ -79,7 +79,7 @@ Momentum = Annotated[float | None, typer.Option("--momentum", help="SGD momentum
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="SGD weight decay.")]
 Aug = Annotated[
     str | None,
-    typer.Option("--aug", help="Augmentation: paper, imagenet, crop, crop-flip or none."),
+    typer.Option("--aug", help="Augmentation: paper, imagenet, strong, crop, crop-flip or none."),
 ]
 
 
