@@ -126,6 +126,13 @@ class RelabelChoice(StrEnum):
     linear = "linear"
 
 
+class RelabelHeadsChoice(StrEnum):
+    """Which heads a relabelling labels."""
+
+    all = "all"
+    cycle = "cycle"
+
+
 class MethodChoice(StrEnum):
     """Probes."""
 

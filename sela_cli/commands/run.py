@@ -35,6 +35,7 @@ from sela_cli.options import (
     PresetChoice,
     Quiet,
     RelabelChoice,
+    RelabelHeadsChoice,
     SkipBad,
     Store,
     Tol,
@@ -71,6 +72,13 @@ def run(
     relabel: Annotated[
         RelabelChoice | None,
         typer.Option("--relabel", help="Spacing of the relabelling positions."),
+    ] = None,
+    relabel_heads: Annotated[
+        RelabelHeadsChoice | None,
+        typer.Option(
+            "--relabel-heads",
+            help="Heads that a relabelling labels: all (default), or one in turn (cycle).",
+        ),
     ] = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
@@ -117,6 +125,7 @@ def run(
         heads=heads,
         opts=opts,
         relabel=relabel,
+        relabel_heads=relabel_heads,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,

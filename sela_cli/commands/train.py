@@ -116,7 +116,8 @@ def train(
     shown = job.plan()
     steps = f"steps {shown['from_step']}..{shown['to_step']} of {job.network.arch}"
     if dry_run:
-        terminal.result(shown, f"would write {output}: {steps}")
+        settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
+        terminal.result(shown, f"would write {output}: {steps}\n{settings}")
         return
     with terminal.progress("train") as progress:
         trained = job.run(device_name(device), progress)

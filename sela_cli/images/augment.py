@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,9 @@ class Draws:
     def of(self, rows: slice) -> Draws:
         """Those of some of the images."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        part = {n: v[rows] if isinstance(v, Tensor) else v for n, v in values.items()}
+        part: dict[str, Any] = {
+            n: v[rows] if isinstance(v, Tensor) else v for n, v in values.items()
+        }
         return Draws(**part)
 
 
