@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -66,15 +67,22 @@ for _module in (run, embed, label, train, retrain, probe, metrics, info, schedul
 
 def main() -> None:
     """Run the command line; never returns."""
-    from sela_cli import interrupt
+    from sela_cli import interrupt, job
 
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if job.number() and verb not in job.VERBS:
+        sys.exit(0)
     interrupt.listen()
+    who = f"sela, process {job.number()}" if job.number() else "sela"
     try:
-        app()
+        with job.joined() if verb in job.VERBS else nullcontext():
+            app()
+    except job.FailedElsewhere as error:
+        sys.exit(error.exit_code)
     except SelaError as error:
         if _debug:
             raise
-        print(f"sela: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -82,7 +90,7 @@ def main() -> None:
         if _debug:
             raise
         print(
-            f"sela: a bug: {type(error).__name__}: {error}; run `sela --debug ...` for where",
+            f"{who}: a bug: {type(error).__name__}: {error}; run `sela --debug ...` for where",
             file=sys.stderr,
         )
         sys.exit(70)

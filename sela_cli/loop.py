@@ -15,22 +15,34 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sela_cli import collapse, formats, interrupt, metrics, presets, probes, schedule
+from sela_cli import (
+    collapse,
+    formats,
+    interrupt,
+    job,
+    metrics,
+    parallel,
+    presets,
+    probes,
+    schedule,
+)
 from sela_cli.errors import BadData, CannotCreate, SelaError, StoppedEarly
 from sela_cli.formats import Checkpoint, Provenance
-from sela_cli.images.augment import ViewOf
+from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, label_stage, warning
 from sela_cli.logits import embed_stage
 from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import Network, build, parse_heads
+from sela_cli.precision import faster
 from sela_cli.relabel import relabel_stage
 from sela_cli.training import Recipe, label_view, network_of, settle, train_stage
 
@@ -171,14 +183,33 @@ def run(
     Raises CannotCreate where the folder holds a finished run or one with other settings
     and `force` is off; StoppedEarly after a signal.
     """
-    with _locked(folder):
-        try:
-            _claim(images, folder, settings, force, resume)
-        except SelaError:
-            if not (folder / "run.json").exists():
-                (folder / ".lock").unlink()
-            raise
+    with _locked(folder) if parallel.rank() == 0 else nullcontext():
+
+        def claim() -> None:
+            try:
+                _claim(images, folder, settings, force, resume)
+            except SelaError:
+                if not (folder / "run.json").exists():
+                    (folder / ".lock").unlink()
+                raise
+
+        settings = _measured(images, folder, settings, device)
+        job.once(claim)
         return _Run(images, folder, settings, watcher, device).to_the_end()
+
+
+def _measured(images: Images, folder: Path, settings: RunSettings, device: str) -> RunSettings:
+    """`--precision auto` decided: as the run in the folder has it, or by measuring."""
+    recipe = settings.recipe
+    if recipe.precision != "auto":
+        return settings
+    try:
+        chosen = json.loads((folder / "run.json").read_text())["settings"]["recipe"]["precision"]
+    except (OSError, ValueError, LookupError, TypeError):
+        network = build(settings.arch, settings.image_size, list(settings.heads), recipe.seed)
+        batch_size = min(recipe.batch_size, len(images))
+        chosen = faster(network, batch_size, device, training=True)
+    return replace(settings, recipe=replace(recipe, precision=chosen))
 
 
 @contextmanager
@@ -223,8 +254,8 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
             raise CannotCreate(f"{folder} holds {state} run", "choose another --out, or --force")
     elif old:
         raise CannotCreate(f"{folder} holds other files", "choose another --out, or --force")
-    with formats.replacing(str(path), force=True) as partial:
-        partial.write_text(json.dumps(identity, indent=1))
+    with formats.replacing(str(path), force=True) as file:
+        file.write_text(json.dumps(identity, indent=1))
 
 
 @dataclass
@@ -254,16 +285,21 @@ class _Run:
         last = len(positions)
         if not (self.folder / "checkpoint.h5").exists():
             self._go_on(last, "checkpoint.h5", None)
-        with formats.replacing(self.path("labels.h5"), force=True) as partial:
-            shutil.copyfile(self.path(f"labels-{last:03d}.h5"), partial)
+        job.once(partial(self._copy_labels, last))
         if self.images.truth_N is not None:
             self._knn("probe.h5", "checkpoint.h5")
         rounds = self._rounds()
-        _write_rounds(self.path("rounds.csv"), rounds)
-        for leftover in self.folder.glob("checkpoint-*.h5"):
-            leftover.unlink()
-        (self.folder / _PREDICTIONS).unlink(missing_ok=True)
+        job.once(partial(self._finish, rounds))
         return self._summary(rounds)
+
+    def _copy_labels(self, number: int) -> None:
+        with formats.replacing(self.path("labels.h5"), force=True) as copy:
+            shutil.copyfile(self.path(f"labels-{number:03d}.h5"), copy)
+
+    def _finish(self, rounds: list[dict[str, Any]]) -> None:
+        _write_rounds(self.path("rounds.csv"), rounds)
+        for leftover in [*self.folder.glob("checkpoint-*.h5"), self.folder / _PREDICTIONS]:
+            leftover.unlink(missing_ok=True)
 
     def _fresh(self) -> Network:
         settings = self.settings
@@ -294,7 +330,7 @@ class _Run:
             f"embed, round {number}",
             network,
             provenance.reading("checkpoint", state.header),
-            label_view(settings.view, network, settings.recipe, state.step),
+            label_view(settings.view, settings.recipe, state.step),
         )
         self._keep_predictions(number)
         logits, head = self.path("logits.h5"), settings.head_of(number)
@@ -307,9 +343,9 @@ class _Run:
                 solved = relabel_stage(
                     logits, labels, settings.labels, head, before, progress=progress
                 )
-        if interrupt.requested():
+        if parallel.any_of(interrupt.requested()):
             # Not what an uninterrupted solve gives: the next call solves it again.
-            Path(labels).unlink()
+            job.once(Path(labels).unlink)
             raise StoppedEarly(f"{self.folder}: stopped in round {number}", "run it again")
         if problem := warning(solved, labels):
             self.watcher.say(f"warning: {problem.args[0]}")
@@ -322,7 +358,7 @@ class _Run:
         self._forget(number - 1)
 
     def _embed(
-        self, title: str, network: Network, provenance: Provenance, augment: ViewOf | None
+        self, title: str, network: Network, provenance: Provenance, augment: DrawOf | None
     ) -> None:
         settings = self.settings
         with self.watcher.stage(title) as progress:
@@ -371,7 +407,8 @@ class _Run:
 
     def _forget(self, number: int) -> None:
         """Labels are small and stay; of the checkpoints the newest is enough to go on from."""
-        (self.folder / f"checkpoint-{number:03d}.h5").unlink(missing_ok=True)
+        path = self.folder / f"checkpoint-{number:03d}.h5"
+        job.once(partial(path.unlink, missing_ok=True))
 
     def _knn(self, output: str, checkpoint: str) -> None:
         if (self.folder / output).exists():
@@ -427,9 +464,13 @@ class _Run:
 
     def _keep_predictions(self, number: int) -> None:
         """Note what logits.h5 says, which the next round replaces."""
-        kept = self._predictions() | {str(number): collapse.predictions(self.path("logits.h5"))}
-        with formats.replacing(self.path(_PREDICTIONS), force=True) as partial:
-            partial.write_text(json.dumps(kept, indent=1))
+
+        def write() -> None:
+            kept = self._predictions() | {str(number): collapse.predictions(self.path("logits.h5"))}
+            with formats.replacing(self.path(_PREDICTIONS), force=True) as file:
+                file.write_text(json.dumps(kept, indent=1))
+
+        job.once(write)
 
     def _problems(self, row: dict[str, Any], losses: np.ndarray) -> dict[str, str]:
         """What looks wrong in a round that begins after these losses."""
@@ -490,7 +531,7 @@ def _round_line(row: dict[str, Any], rounds: int) -> str:
 
 
 def _write_rounds(path: str, rounds: list[dict[str, Any]]) -> None:
-    with formats.replacing(path, force=True) as partial, partial.open("w", newline="") as stream:
+    with formats.replacing(path, force=True) as file, file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rounds[-1]))
         writer.writeheader()
         writer.writerows(rounds)

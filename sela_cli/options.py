@@ -88,6 +88,7 @@ class PrecisionChoice(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    auto = "auto"
 
 
 class DtypeChoice(StrEnum):
@@ -171,8 +172,15 @@ Precision = Annotated[
     PrecisionChoice | None,
     typer.Option(
         "--precision",
-        help="Arithmetic of the network, float32 or the often faster bfloat16; default: the "
-        "checkpoint's, else float32.",
+        help="Arithmetic of the network: float32, the often faster bfloat16, or auto, the faster "
+        "one, measured at the start; default: the checkpoint's, else float32.",
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the training step with torch.compile: a minute at the start, then faster.",
     ),
 ]
 Dtype = Annotated[
@@ -252,8 +260,10 @@ def device_name(device: str) -> str:
     """A torch device for `auto`, cpu, cuda, cuda:N; a usage error where there is none such."""
     import torch
 
+    from sela_cli import job
+
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return job.device() if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 
-from sela_cli import formats
+from sela_cli import formats, job
 from sela_cli.errors import BadData
 from sela_cli.formats import Labels, Provenance
 from sela_cli.labels import LabelSettings, label
@@ -41,5 +42,5 @@ def relabel_stage(
     heads = [*kept.heads]
     heads[head] = solved.heads[0]
     labels = Labels(kept.keys, kept.index_N, heads)
-    formats.write_labels(output, labels, provenance, force=True)
+    job.once(partial(formats.write_labels, output, labels, provenance, force=True))
     return labels

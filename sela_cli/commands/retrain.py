@@ -9,6 +9,7 @@ import typer
 from sela_cli.options import (
     Aug,
     BatchSize,
+    Compile,
     Data,
     Device,
     Download,
@@ -68,6 +69,7 @@ def retrain(
     weight_decay: WeightDecay = None,
     aug: Aug = None,
     precision: Precision = None,
+    compile: Compile = None,
     seed: Seed = 0,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -97,6 +99,7 @@ def retrain(
         weight_decay=weight_decay,
         aug=aug,
         precision=precision,
+        compile=compile,
         seed=seed,
         rotation=rotation,
     )

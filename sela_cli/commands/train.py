@@ -10,6 +10,7 @@ from sela_cli.options import (
     Arch,
     Aug,
     BatchSize,
+    Compile,
     Data,
     Device,
     Download,
@@ -62,6 +63,7 @@ def train(
     weight_decay: WeightDecay = None,
     aug: Aug = None,
     precision: Precision = None,
+    compile: Compile = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.")] = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -92,6 +94,7 @@ def train(
         weight_decay=weight_decay,
         aug=aug,
         precision=precision,
+        compile=compile,
         seed=seed,
     )
     if not dry_run:

@@ -18,9 +18,6 @@ from torch.nn import functional
 
 from sela_cli.images.batches import SMALL
 
-# Makes a batch of the network's input from stored images.
-ViewOf = Callable[[Tensor], Tensor]
-
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 _GREY = (0.299, 0.587, 0.114)
@@ -105,6 +102,10 @@ class Draws:
             n: v[rows] if isinstance(v, Tensor) else v for n, v in values.items()
         }
         return Draws(**part)
+
+
+# Draws the views of the next so many images, of so many pixels.
+DrawOf = Callable[[int, int], Draws]
 
 
 def draw(count: int, side: int, augmentation: Augmentation, generator: torch.Generator) -> Draws:
