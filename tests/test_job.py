@@ -27,6 +27,10 @@ from sela_cli.probes import LinearProbe
 from sela_cli.training import Recipe, Trainer, settle
 
 PROCESSES = 2
+TINY_RUN = (
+    "run --data digits --limit 60 --arch alexnet-small --image-size 16 --heads 5x2 --epochs 2 "
+    "--opts 3 --batch-size 20 --device cpu --json"
+)
 # 25 images a batch: the parts of two processes differ.
 RECIPE = Recipe(epochs=2, batch_size=25, lr=0.05, aug="strong", rotation=True)
 
@@ -177,45 +181,20 @@ def test_shares_are_all_of_it() -> None:
     assert job.share(7) == slice(0, 7)
 
 
-@pytest.mark.parametrize(
-    ("environment", "number"), [({"RANK": "3", "WORLD_SIZE": "4"}, 0), ({}, 0)]
-)
-def test_only_torchrun_starts_a_job(
-    environment: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_torchrun_starts_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch system's RANK and WORLD_SIZE alone are none."""
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert job.number() == number
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     with job.joined():
-        assert parallel.size() == 1
+        assert job.number() == 0 and parallel.size() == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert job.number() == 3
 
 
 @pytest.mark.slow
 def test_torchrun_runs_the_loop(sela: Callable[..., Any], tmp_path: Path) -> None:
     """The whole of `sela run`, by two processes and by one: equal labels, one voice."""
-    line = [
-        "run",
-        "--data",
-        "digits",
-        "--limit",
-        "60",
-        "--arch",
-        "alexnet-small",
-        "--image-size",
-        "16",
-        "--heads",
-        "5x2",
-        "--epochs",
-        "2",
-        "--opts",
-        "3",
-        "--batch-size",
-        "20",
-        "--device",
-        "cpu",
-        "--json",
-    ]
+    line = TINY_RUN.split()
     sela(*line, "--out", "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
