@@ -94,19 +94,21 @@ def test_a_training_keeps_the_arithmetic_it_began_in(
     embed_stage(images, network, logits, Provenance("embed", {}, dataset_id=images.dataset_id))
     label_stage(logits, labels, LabelSettings(assign="random"))
 
-    def train(**more: Any) -> dict[str, Any]:
+    def prepared(**more: Any) -> training.Job:
         options = {"epochs": 1.0, "batch_size": 10, "precision": "auto"}
-        job = training.prepare("train", "digits", labels, output, options, limit=40, **more)
-        return job.run("cpu", lambda *_: None).recipe
+        return training.prepare("train", "digits", labels, output, options, limit=40, **more)
+
+    def train(job: training.Job) -> str:
+        return str(job.run("cpu", lambda *_: None).recipe["precision"])
 
     monkeypatch.setattr(training, "faster", lambda *_, **__: "bfloat16")
-    monkeypatch.setattr(interrupt, "requested", lambda: True)
-    with pytest.raises(StoppedEarly):
-        train(arch="alexnet-small", image_size=16)
-    monkeypatch.setattr(interrupt, "requested", lambda: False)
+    first = prepared(arch="alexnet-small", image_size=16)
+    with monkeypatch.context() as stopping, pytest.raises(StoppedEarly):
+        stopping.setattr(interrupt, "requested", lambda: True)
+        train(first)
     monkeypatch.setattr(training, "faster", lambda *_, **__: "float32")
-    assert train(arch="alexnet-small", image_size=16)["precision"] == "bfloat16"
-    assert train(checkpoint=output, force=True)["precision"] == "bfloat16"
+    assert train(prepared(arch="alexnet-small", image_size=16)) == "bfloat16"
+    assert train(prepared(checkpoint=output, force=True)) == "bfloat16"
 
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
