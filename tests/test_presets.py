@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from sela_cli import loop
+from sela_cli import formats, loop
 from sela_cli.cli import app
 from sela_cli.images.augment import AUGMENTATIONS, Augmentation
+from sela_cli.images.batches import open_images
 from sela_cli.presets import PRESETS
+from sela_cli.training import Recipe
 
 IMAGENET: dict[str, Any] = {
     "image_size": 224, "lamb": 25, "epochs": 400, "opts": 100, "relabel": "quadratic",
@@ -57,7 +62,7 @@ def planned(*options: str) -> tuple[dict[str, Any], str]:
 @pytest.mark.parametrize("name", WANTED)
 def test_constants_are_those_of_the_paper(name: str) -> None:
     settings = loop.settings_of(name, None, {})
-    shown = flat(loop.formats.through_json(loop.asdict(settings)))
+    shown = flat(formats.through_json(asdict(settings)))
     assert {option: shown[option] for option in WANTED[name]} == WANTED[name]
     kind = "imagenet" if "imagenet" in name else "cifar"
     for epoch, rate in RATES[kind].items():
@@ -110,7 +115,7 @@ def test_any_constant_can_be_overridden(name: str) -> None:
         other = OTHER[option]
         value = other[before] if isinstance(other, dict) else other
         settings = loop.settings_of(name, None, {option: value})
-        shown = flat(loop.asdict(settings))
+        shown = flat(asdict(settings))
         expected = (7, 7) if option == "heads" else value
         assert shown[option] == expected != before
 
@@ -123,3 +128,25 @@ def test_the_papers_ablations_are_options() -> None:
         assert settings.heads == (int(heads.split("x")[0]),)
         assert len(settings.positions) == max(opts - 1, 0)
         assert all(position < 160 for position in settings.positions)
+
+
+@pytest.mark.parametrize(("options", "batch_size"), [([], 256), (["--rotation"], 64)])
+def test_retraining_is_the_papers(options: list[str], batch_size: int, tmp_path: Path) -> None:
+    """Table 5: any labels, here of no network at all, 90 epochs, a tenth of the rate every 30."""
+    images, _ = open_images("digits", 16, limit=20)
+    attributes = dict.fromkeys(formats.LABEL_ATTRIBUTES, 0)
+    head = formats.HeadLabels(np.arange(20) % 3, np.zeros(3), attributes)
+    path = str(tmp_path / "labels.h5")
+    formats.write_labels(
+        path,
+        formats.Labels(images.keys, images.index_N, [head]),
+        formats.Provenance("test", {}, dataset_id=images.dataset_id),
+    )
+    line = ["retrain", "--data", "digits", "--limit", "20", "--labels", path, "-o", "absent.h5"]
+    line += ["--arch", "alexnet-small", "--image-size", "16", "--dry-run", "--json", *options]
+    shown = json.loads(CliRunner().invoke(app, line).stdout)
+    recipe = Recipe.of(shown["recipe"])
+    assert (recipe.epochs, recipe.batch_size, recipe.weight_decay) == (90, batch_size, 1e-5)
+    assert recipe.rotation == bool(options)
+    for epoch, rate in {0: 0.05, 29: 0.05, 30: 5e-3, 59: 5e-3, 60: 5e-4, 89: 5e-4}.items():
+        assert recipe.lr_at(epoch, batch_size) == pytest.approx(rate)
