@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-fast check docs clean
+.PHONY: help demo test test-fast check bench-train docs clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ check: .venv/installed ## Lint, formatting, types and import walls
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_walls.py
+
+bench-train: .venv/installed ## Measure embedding and training: docs/benchmarks-train.md
+	$(BIN)/python benchmarks/train.py
 
 docs: .venv/installed ## Write docs/cli.md from the help
 	$(BIN)/python docs/make_cli.py

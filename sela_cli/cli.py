@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
 from sela_cli import __version__
-from sela_cli.commands import embed, info, label, metrics, probe, retrain, run, schedule, train
+from sela_cli.commands import (
+    embed,
+    info,
+    label,
+    metrics,
+    pack,
+    probe,
+    retrain,
+    run,
+    schedule,
+    train,
+)
 from sela_cli.errors import SelaError
 
 EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
@@ -48,22 +60,29 @@ def _options(
     _debug = debug
 
 
-for _module in (run, embed, label, train, retrain, probe, metrics, info, schedule):
+for _module in (run, embed, label, train, retrain, probe, metrics, info, schedule, pack):
     _name = _module.__name__.rsplit(".", 1)[-1]
     app.command(_name, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
 
 
 def main() -> None:
     """Run the command line; never returns."""
-    from sela_cli import interrupt
+    from sela_cli import interrupt, job
 
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if job.number() and verb not in job.VERBS:
+        sys.exit(0)
     interrupt.listen()
+    who = f"sela, process {job.number()}" if job.number() else "sela"
     try:
-        app()
+        with job.joined() if verb in job.VERBS else nullcontext():
+            app()
+    except job.FailedElsewhere as error:
+        sys.exit(error.exit_code)
     except SelaError as error:
         if _debug:
             raise
-        print(f"sela: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -71,7 +90,7 @@ def main() -> None:
         if _debug:
             raise
         print(
-            f"sela: a bug: {type(error).__name__}: {error}; run `sela --debug ...` for where",
+            f"{who}: a bug: {type(error).__name__}: {error}; run `sela --debug ...` for where",
             file=sys.stderr,
         )
         sys.exit(70)

@@ -28,7 +28,7 @@ from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
 
 FORMAT = "HDF5::SeLa"
 VERSION = 1
-KINDS = ("logits", "labels", "checkpoint", "probe")
+KINDS = ("logits", "labels", "checkpoint", "probe", "images")
 ENVELOPE = (
     "format",
     "kind",
@@ -330,9 +330,38 @@ def _reason(error: OSError) -> str:
 
 def _write_images(file: h5py.File, keys: Sequence[str], index_N: np.ndarray) -> None:
     file["index"] = np.asarray(index_N, dtype=np.int64)
-    encoded = np.array([_key_bytes(key) for key in keys])
+    _write_texts(file, "keys", keys)
+
+
+def _write_texts(file: h5py.File, name: str, texts: Sequence[str]) -> None:
+    encoded = np.array([_key_bytes(text) for text in texts])
     utf8 = h5py.string_dtype("utf-8", encoded.dtype.itemsize)
-    file.create_dataset("keys", data=encoded.astype(utf8))
+    file.create_dataset(name, data=encoded.astype(utf8))
+
+
+@contextmanager
+def create_images(
+    path: str,
+    keys: Sequence[str],
+    index_N: np.ndarray,
+    provenance: Provenance,
+    *,
+    side: int,
+    truth_N: np.ndarray | None = None,
+    classes: Sequence[str] = (),
+    force: bool = False,
+) -> Iterator[h5py.Dataset]:
+    """Write a file of images; yields its (N, 3, side, side) dataset, to be filled by rows.
+
+    Contiguous and uncompressed, so that it can be memory-mapped.
+    """
+    with create(path, "images", provenance, force) as file:
+        _write_images(file, keys, index_N)
+        if truth_N is not None:
+            file["labels"] = truth_N.astype(np.int64)
+        if truth_N is not None and classes:
+            _write_texts(file, "classes", classes)
+        yield file.create_dataset("images", (len(keys), 3, side, side), dtype=np.uint8)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 A run's folder holds, for round k = 1..n: checkpoint-k.h5 (trained up to that round's
 position; only the newest is kept), logits.h5 (of that checkpoint) and labels-k.h5. Round
-0 is the fresh network and random balanced labels. At the end: checkpoint.h5, labels.h5
-(those of round n), probe.h5 and rounds.csv. What is there is not made again, so that the
-same call goes on after an interruption.
+0 is the fresh network and random balanced labels. predictions.json says of each round what
+the network predicted. At the end: checkpoint.h5, labels.h5 (those of round n), probe.h5 and
+rounds.csv. What is there is not made again, so that the same call goes on after an
+interruption.
 """
 
 from __future__ import annotations
@@ -14,26 +15,42 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sela_cli import formats, interrupt, metrics, presets, probes, schedule
+from sela_cli import (
+    collapse,
+    formats,
+    interrupt,
+    job,
+    metrics,
+    parallel,
+    presets,
+    probes,
+    schedule,
+)
 from sela_cli.errors import BadData, CannotCreate, SelaError, StoppedEarly
 from sela_cli.formats import Checkpoint, Provenance
-from sela_cli.images.augment import ViewOf
+from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, label_stage, warning
 from sela_cli.logits import embed_stage
 from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import Network, build, parse_heads
+from sela_cli.precision import faster
+from sela_cli.relabel import relabel_stage
 from sela_cli.training import Recipe, label_view, network_of, settle, train_stage
 
 Progress = Callable[[int, int, str], None]
 HOLDOUT = 0.2
+_PREDICTIONS = "predictions.json"
+# Fields of RunSettings that are settings in themselves, or are said in words in a plan.
+_PARTS = ("recipe", "labels", "heads", "arch", "image_size")
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,11 @@ class RunSettings:
     store: str = "logits"
     dtype: str = "float32"
     view: str = "centre"
+    relabel_heads: str = "all"
+
+    def head_of(self, number: int) -> int | None:
+        """The head that round `number` labels; None for all of them."""
+        return (number - 1) % len(self.heads) if self.relabel_heads == "cycle" else None
 
     @property
     def positions(self) -> list[float]:
@@ -94,6 +116,7 @@ def settings_of(
         store=merged.get("store", "logits"),
         dtype=merged.get("dtype", "float32"),
         view=merged.get("view", "centre"),
+        relabel_heads=merged.get("relabel_heads", "all"),
     )
 
 
@@ -115,8 +138,9 @@ def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
         + (", ..." if len(settings.positions) > 20 else ""),
         f"{shown['megabytes']:.1f} MB of {settings.store} a round",
     ]
-    lines += [f"{name} = {value}" for name, value in asdict(settings.recipe).items()]
-    lines += [f"{name} = {value}" for name, value in asdict(settings.labels).items()]
+    flat = {name: value for name, value in asdict(settings).items() if name not in _PARTS}
+    flat |= asdict(settings.recipe) | asdict(settings.labels)
+    lines += [f"{name} = {value}" for name, value in flat.items()]
     return shown, "\n".join(lines)
 
 
@@ -159,14 +183,33 @@ def run(
     Raises CannotCreate where the folder holds a finished run or one with other settings
     and `force` is off; StoppedEarly after a signal.
     """
-    with _locked(folder):
-        try:
-            _claim(images, folder, settings, force, resume)
-        except SelaError:
-            if not (folder / "run.json").exists():
-                (folder / ".lock").unlink()
-            raise
+    with _locked(folder) if parallel.rank() == 0 else nullcontext():
+
+        def claim() -> None:
+            try:
+                _claim(images, folder, settings, force, resume)
+            except SelaError:
+                if not (folder / "run.json").exists():
+                    (folder / ".lock").unlink()
+                raise
+
+        settings = _measured(images, folder, settings, device)
+        job.once(claim)
         return _Run(images, folder, settings, watcher, device).to_the_end()
+
+
+def _measured(images: Images, folder: Path, settings: RunSettings, device: str) -> RunSettings:
+    """`--precision auto` decided: as the run in the folder has it, or by measuring."""
+    recipe = settings.recipe
+    if recipe.precision != "auto":
+        return settings
+    try:
+        chosen = json.loads((folder / "run.json").read_text())["settings"]["recipe"]["precision"]
+    except (OSError, ValueError, LookupError, TypeError):
+        network = build(settings.arch, settings.image_size, list(settings.heads), recipe.seed)
+        batch_size = min(recipe.batch_size, len(images))
+        chosen = faster(network, batch_size, device, training=True)
+    return replace(settings, recipe=replace(recipe, precision=chosen))
 
 
 @contextmanager
@@ -191,7 +234,8 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
     """Make sure that what lies in the folder is a beginning of this very run."""
     path = folder / "run.json"
     identity = formats.through_json({"dataset-id": images.dataset_id, "settings": asdict(settings)})
-    old = [*folder.glob("*.h5"), *folder.glob("*.unfinished"), *folder.glob("*.csv")]
+    patterns = ("*.h5", "*.unfinished", "*.csv", _PREDICTIONS)
+    old = [item for pattern in patterns for item in folder.glob(pattern)]
     if force:
         for leftover in [path, *old]:
             leftover.unlink(missing_ok=True)
@@ -210,8 +254,8 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
             raise CannotCreate(f"{folder} holds {state} run", "choose another --out, or --force")
     elif old:
         raise CannotCreate(f"{folder} holds other files", "choose another --out, or --force")
-    with formats.replacing(str(path), force=True) as partial:
-        partial.write_text(json.dumps(identity, indent=1))
+    with formats.replacing(str(path), force=True) as file:
+        file.write_text(json.dumps(identity, indent=1))
 
 
 @dataclass
@@ -221,6 +265,8 @@ class _Run:
     settings: RunSettings
     watcher: Watcher
     device: str
+    # Problems of the last round: each is told when it begins.
+    told: set[str] = field(default_factory=set)
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
@@ -239,15 +285,21 @@ class _Run:
         last = len(positions)
         if not (self.folder / "checkpoint.h5").exists():
             self._go_on(last, "checkpoint.h5", None)
-        with formats.replacing(self.path("labels.h5"), force=True) as partial:
-            shutil.copyfile(self.path(f"labels-{last:03d}.h5"), partial)
+        job.once(partial(self._copy_labels, last))
         if self.images.truth_N is not None:
             self._knn("probe.h5", "checkpoint.h5")
         rounds = self._rounds()
-        _write_rounds(self.path("rounds.csv"), rounds)
-        for leftover in self.folder.glob("checkpoint-*.h5"):
-            leftover.unlink()
+        job.once(partial(self._finish, rounds))
         return self._summary(rounds)
+
+    def _copy_labels(self, number: int) -> None:
+        with formats.replacing(self.path("labels.h5"), force=True) as copy:
+            shutil.copyfile(self.path(f"labels-{number:03d}.h5"), copy)
+
+    def _finish(self, rounds: list[dict[str, Any]]) -> None:
+        _write_rounds(self.path("rounds.csv"), rounds)
+        for leftover in [*self.folder.glob("checkpoint-*.h5"), self.folder / _PREDICTIONS]:
+            leftover.unlink(missing_ok=True)
 
     def _fresh(self) -> Network:
         settings = self.settings
@@ -259,6 +311,7 @@ class _Run:
         settle(network, self.images, settings.recipe)
         provenance = Provenance("embed", {"arch": settings.arch})
         self._embed("embed, fresh network", network, provenance, None)
+        self._keep_predictions(0)
         random = replace(settings.labels, assign="random")
         label_stage(self.path("logits.h5"), self.path("labels-000.h5"), random, force=True)
 
@@ -277,28 +330,35 @@ class _Run:
             f"embed, round {number}",
             network,
             provenance.reading("checkpoint", state.header),
-            label_view(settings.view, network, settings.recipe, state.step),
+            label_view(settings.view, settings.recipe, state.step),
         )
+        self._keep_predictions(number)
+        logits, head = self.path("logits.h5"), settings.head_of(number)
         with self.watcher.stage(f"label, round {number}") as progress:
-            solved = label_stage(
-                self.path("logits.h5"),
-                labels,
-                settings.labels,
-                init=before,
-                force=True,
-                progress=progress,
-            )
-        if interrupt.requested():
+            if head is None:
+                solved = label_stage(
+                    logits, labels, settings.labels, init=before, force=True, progress=progress
+                )
+            else:
+                solved = relabel_stage(
+                    logits, labels, settings.labels, head, before, progress=progress
+                )
+        if parallel.any_of(interrupt.requested()):
             # Not what an uninterrupted solve gives: the next call solves it again.
-            Path(labels).unlink()
+            job.once(Path(labels).unlink)
             raise StoppedEarly(f"{self.folder}: stopped in round {number}", "run it again")
         if problem := warning(solved, labels):
             self.watcher.say(f"warning: {problem.args[0]}")
-        self.watcher.say(_round_line(self._describe(number), len(settings.positions)))
+        row = self._describe(number)
+        self.watcher.say(_round_line(row, len(settings.positions)))
+        for name, advice in self._problems(row, state.losses).items():
+            if name not in self.told:
+                self.watcher.say(f"warning: {advice}")
+        self.told = set(self._problems(row, state.losses))
         self._forget(number - 1)
 
     def _embed(
-        self, title: str, network: Network, provenance: Provenance, augment: ViewOf | None
+        self, title: str, network: Network, provenance: Provenance, augment: DrawOf | None
     ) -> None:
         settings = self.settings
         with self.watcher.stage(title) as progress:
@@ -347,7 +407,8 @@ class _Run:
 
     def _forget(self, number: int) -> None:
         """Labels are small and stay; of the checkpoints the newest is enough to go on from."""
-        (self.folder / f"checkpoint-{number:03d}.h5").unlink(missing_ok=True)
+        path = self.folder / f"checkpoint-{number:03d}.h5"
+        job.once(partial(path.unlink, missing_ok=True))
 
     def _knn(self, output: str, checkpoint: str) -> None:
         if (self.folder / output).exists():
@@ -384,8 +445,11 @@ class _Run:
             row["churn"] = metrics.churn(before.heads, labels.heads)
         for name in ("residual", "objective", "n-iters"):
             row[name] = float(np.mean([head.attributes[name] for head in labels.heads]))
-        row["smallest"] = min(metrics.sizes(head)["smallest"] for head in labels.heads)
-        row["largest"] = max(metrics.sizes(head)["largest"] for head in labels.heads)
+        sizes = [metrics.sizes(head) for head in labels.heads]
+        row["smallest"] = min(size["smallest"] for size in sizes)
+        row["largest"] = max(size["largest"] for size in sizes)
+        row["empty"] = sum(size["empty"] for size in sizes)
+        row |= self._predictions()[str(number)]
         if self.images.truth_N is not None:
             scores = [
                 metrics.agreement(head.labels_N, self.images.truth_N) for head in labels.heads
@@ -393,6 +457,29 @@ class _Run:
             for name in ("nmi", "ari"):
                 row[name] = float(np.mean([score[name] for score in scores]))
         return row
+
+    def _predictions(self) -> dict[str, dict[str, float]]:
+        path = self.folder / _PREDICTIONS
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _keep_predictions(self, number: int) -> None:
+        """Note what logits.h5 says, which the next round replaces."""
+
+        def write() -> None:
+            kept = self._predictions() | {str(number): collapse.predictions(self.path("logits.h5"))}
+            with formats.replacing(self.path(_PREDICTIONS), force=True) as file:
+                file.write_text(json.dumps(kept, indent=1))
+
+        job.once(write)
+
+    def _problems(self, row: dict[str, Any], losses: np.ndarray) -> dict[str, str]:
+        """What looks wrong in a round that begins after these losses."""
+        recipe, count = self.settings.recipe, len(self.images)
+        end = recipe.steps(row["epoch"], count)
+        epoch = losses[max(0, end - recipe.steps_per_epoch(count)) : end]
+        loss = float(epoch.mean()) if epoch.size else float("nan")
+        chance = float(np.mean(np.log(self.settings.heads)))
+        return collapse.problems(row, loss, chance, row["epoch"] / max(recipe.epochs, 1e-9))
 
     def _rounds(self) -> list[dict[str, Any]]:
         """All rows of rounds.csv; `loss` is the mean from that round to the next."""
@@ -403,6 +490,7 @@ class _Run:
         for row, start, end in zip(rows, goals[:-1], goals[1:], strict=True):
             part = losses[recipe.steps(start, count) : recipe.steps(end, count)]
             row["loss"] = float(part.mean()) if part.size else float("nan")
+            row["problems"] = "; ".join(self._problems(row, losses))
         return rows
 
     def _summary(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -436,13 +524,14 @@ def _round_line(row: dict[str, Any], rounds: int) -> str:
     parts.append(f"labels changed {row['churn']:.1%}")
     parts.append(f"residual {row['residual']:.1e} in {row['n-iters']:.0f} passes")
     parts.append(f"sizes {row['smallest']}..{row['largest']}")
+    parts.append(f"entropy {row['entropy']:.2f}")
     if "nmi" in row:
         parts.append(f"NMI {row['nmi']:.3f}")
     return ", ".join(parts)
 
 
 def _write_rounds(path: str, rounds: list[dict[str, Any]]) -> None:
-    with formats.replacing(path, force=True) as partial, partial.open("w", newline="") as stream:
+    with formats.replacing(path, force=True) as file, file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rounds[-1]))
         writer.writeheader()
         writer.writerows(rounds)

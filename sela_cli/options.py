@@ -79,7 +79,7 @@ Momentum = Annotated[float | None, typer.Option("--momentum", help="SGD momentum
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="SGD weight decay.")]
 Aug = Annotated[
     str | None,
-    typer.Option("--aug", help="Augmentation: paper, imagenet, crop, crop-flip or none."),
+    typer.Option("--aug", help="Augmentation: paper, imagenet, strong, crop, crop-flip or none."),
 ]
 
 
@@ -88,6 +88,7 @@ class PrecisionChoice(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    auto = "auto"
 
 
 class DtypeChoice(StrEnum):
@@ -124,6 +125,13 @@ class RelabelChoice(StrEnum):
 
     quadratic = "quadratic"
     linear = "linear"
+
+
+class RelabelHeadsChoice(StrEnum):
+    """Which heads a relabelling labels."""
+
+    all = "all"
+    cycle = "cycle"
 
 
 class MethodChoice(StrEnum):
@@ -164,8 +172,15 @@ Precision = Annotated[
     PrecisionChoice | None,
     typer.Option(
         "--precision",
-        help="Arithmetic of the network, float32 or the often faster bfloat16; default: the "
-        "checkpoint's, else float32.",
+        help="Arithmetic of the network: float32, the often faster bfloat16, or auto, the faster "
+        "one, measured at the start; default: the checkpoint's, else float32.",
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the training step with torch.compile: a minute at the start, then faster.",
     ),
 ]
 Dtype = Annotated[
@@ -245,8 +260,10 @@ def device_name(device: str) -> str:
     """A torch device for `auto`, cpu, cuda, cuda:N; a usage error where there is none such."""
     import torch
 
+    from sela_cli import job
+
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return job.device() if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

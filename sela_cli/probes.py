@@ -7,6 +7,7 @@ eval mode throughout. Nothing is chosen on the images that are reported on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from sela_cli import formats, interrupt
+from sela_cli import formats, interrupt, job, parallel, passes
+from sela_cli.batchwide import BatchNorm1d
 from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.formats import Provenance
-from sela_cli.images.augment import AUGMENTATIONS, centre_view, random_view
+from sela_cli.images.augment import AUGMENTATIONS, draw, drawn_view
 from sela_cli.images.batches import SMALL, Images
-from sela_cli.logits import autocast, forward
+from sela_cli.logits import forward
 from sela_cli.networks import Network
+from sela_cli.precision import autocast
 
 METHODS = ("linear", "knn", "both")
 Progress = Callable[[int, int, str], None]
@@ -71,6 +74,7 @@ def probe_stage(
 ) -> list[dict[str, Any]]:
     """Measure kNN and linear accuracy on `test` and write a probe file. Both need `truth`."""
     formats.check_output(output, force)
+    job.meet()
     for option, value, known in (
         ("--method", method, METHODS),
         ("--aug", aug, tuple(AUGMENTATIONS)),
@@ -99,7 +103,7 @@ def probe_stage(
                 _row(name, "linear", "", split, len(test), top1, top5)
                 | {"lr": lr, "epoch": epochs, "loss": loss[name]}
             )
-    formats.write_probe(output, rows, provenance, force)
+    job.once(partial(formats.write_probe, output, rows, provenance, force))
     return rows
 
 
@@ -144,11 +148,11 @@ def features(
     """The trunk's output for every image, (N, D) float32."""
     blocks: list[Tensor] = []
     done = 0
-    for block in forward(network.trunk, network, images, 256, device, precision):
+    for (block,) in forward(network.trunk, network, images, 256, device, precision):
         blocks.append(block)
         done += len(block)
         progress(done, len(images), note)
-        if interrupt.requested():
+        if parallel.any_of(interrupt.requested()):
             raise StoppedEarly("probe stopped", "run it again")
     return torch.cat(blocks)
 
@@ -218,7 +222,7 @@ class LinearProbe:
         self, network: Network, layers: Sequence[str], classes: int, device: str, precision: str
     ) -> None:
         self.network = network.eval().to(device)
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.classes = device, precision, classes
         self._maps: dict[str, Tensor] = {}
         self._pools: dict[str, nn.Module] = {}
         self._hooks: list[RemovableHandle] = []
@@ -233,7 +237,7 @@ class LinearProbe:
             self._pools[name] = _pooling(network, name, self._maps[name].shape)
             width = self._pools[name](self._maps[name]).flatten(1).shape[1]
             self.classifiers[name] = nn.Sequential(
-                nn.BatchNorm1d(width, affine=False), nn.Linear(width, classes)
+                BatchNorm1d(width, affine=False), nn.Linear(width, classes)
             )
         self.classifiers.to(device)
 
@@ -286,6 +290,9 @@ class LinearProbe:
         # BatchNorm needs two rows: a last batch of one is left out.
         batch_size = min(batch_size, len(images))
         steps = max(1, len(images) // batch_size)
+        # This process's part of each batch, and of the mean over it.
+        mine = job.share(batch_size)
+        weight = (mine.stop - mine.start) / batch_size
         losses: dict[str, float] = {}
         for epoch in range(epochs):
             self.classifiers.train()
@@ -293,22 +300,27 @@ class LinearProbe:
             totals = dict.fromkeys(self.classifiers, 0.0)
             for step in range(steps):
                 rows = order[step * batch_size : (step + 1) * batch_size]
-                view = random_view(
-                    images.batch(rows).to(self.device),
-                    self.network.image_size,
-                    AUGMENTATIONS[aug],
-                    generator,
+                draws = draw(len(rows), images.side, AUGMENTATIONS[aug], generator).of(mine)
+                rows = rows[mine]
+                view = drawn_view(
+                    images.batch(rows).to(self.device), self.network.image_size, draws
                 )
                 truth_n = truth_N[rows].to(self.device)
                 logits = self._logits(view)
-                each = {name: functional.cross_entropy(logits[name], truth_n) for name in logits}
+                each = {
+                    name: weight * functional.cross_entropy(logits[name], truth_n)
+                    for name in logits
+                }
                 optimizer.zero_grad()
                 torch.stack(list(each.values())).sum().backward()  # type: ignore[no-untyped-call]
+                for parameter in self.classifiers.parameters():
+                    assert parameter.grad is not None
+                    parallel.sum_of(parameter.grad)
                 optimizer.step()
                 for name, loss in each.items():
-                    totals[name] += float(loss.detach())
+                    totals[name] += float(parallel.sum_of(loss.detach()))
                 progress(epoch * steps + step + 1, epochs * steps, "linear classifiers")
-                if interrupt.requested():
+                if parallel.any_of(interrupt.requested()):
                     raise StoppedEarly("probe stopped", "run it again")
             scheduler.step()
             losses = {name: total / steps for name, total in totals.items()}
@@ -320,11 +332,18 @@ class LinearProbe:
         assert images.truth_N is not None
         self.classifiers.eval()
         scores: dict[str, list[Tensor]] = {name: [] for name in self.classifiers}
-        for start in range(0, len(images), batch_size):
-            rows = torch.arange(start, min(start + batch_size, len(images)))
-            view = centre_view(images.batch(rows).to(self.device), self.network.image_size)
-            for name, logits in self._logits(view).items():
-                scores[name].append(logits.cpu())
+        names = list(self.classifiers)
+        outputs = passes.in_order(
+            images,
+            self.network.image_size,
+            lambda view: list(self._logits(view).values()),
+            [self.classes] * len(names),
+            batch_size,
+            self.device,
+        )
+        for batch in outputs:
+            for name, logits in zip(names, batch, strict=True):
+                scores[name].append(logits)
         truth_N = torch.from_numpy(images.truth_N)
         return {name: top_accuracies(torch.cat(parts), truth_N) for name, parts in scores.items()}
 

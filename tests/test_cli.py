@@ -30,7 +30,9 @@ from safetensors.numpy import save_file
 from sela_cli import __version__, cli, errors, formats, interrupt
 from sela_cli.formats import Checkpoint, Provenance
 
-COMMANDS = ["run", "embed", "label", "train", "retrain", "probe", "metrics", "info", "schedule"]
+COMMANDS = [
+    "run", "embed", "label", "train", "retrain", "probe", "metrics", "info", "schedule", "pack",
+]  # fmt: skip
 TINY = "--arch alexnet-small --image-size 16 --device cpu --batch-size 4"
 PHOTOS = 4
 
@@ -487,6 +489,7 @@ def stages(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
         call("metrics @labels.h5 --truth photos")
         call("info @first.h5")
         call("schedule --epochs 160 --opts 80")
+        call("pack photos -o @images.h5 --size 16")
         call("run --data photos --out @run --heads 2 --epochs 1 --opts 1", *words(TINY))
     return shown
 

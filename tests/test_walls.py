@@ -98,7 +98,7 @@ def test_files_are_read_without_torch(name: str) -> None:
 @pytest.mark.parametrize("name", ["logits", "training", "probes"])
 def test_stages_meet_in_files_only(name: str) -> None:
     others = {"logits", "training", "probes", "labels", "loop"} - {name}
-    allowed = {"logits.forward", "logits.autocast"} if name == "probes" else set()
+    allowed = {"logits.forward"} if name == "probes" else set()
     met = {item for item in siblings(name) if item.split(".")[0] in others}
     assert met <= allowed
 

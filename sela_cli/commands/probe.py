@@ -78,6 +78,7 @@ def probe(
     from sela_cli import formats, probes
     from sela_cli.images.batches import open_images
     from sela_cli.options import numbers, whole_numbers
+    from sela_cli.precision import faster
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
 
@@ -115,6 +116,9 @@ def probe(
     }
     provenance = formats.Provenance("probe", parameters, dataset_id=train.dataset_id)
     assert state.header is not None
+    arithmetic = precision.value if precision else state.recipe.get("precision", "float32")
+    if arithmetic == "auto":
+        arithmetic = faster(network, batch_size, device_name(device), training=False)
     with terminal.progress("probe") as progress:
         rows = probes.probe_stage(
             train,
@@ -132,7 +136,7 @@ def probe(
             aug=aug,
             seed=seed,
             device=device_name(device),
-            precision=precision.value if precision else state.recipe.get("precision", "float32"),
+            precision=arithmetic,
             split=split,
             force=force,
             progress=progress,

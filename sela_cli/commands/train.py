@@ -10,6 +10,7 @@ from sela_cli.options import (
     Arch,
     Aug,
     BatchSize,
+    Compile,
     Data,
     Device,
     Download,
@@ -62,6 +63,7 @@ def train(
     weight_decay: WeightDecay = None,
     aug: Aug = None,
     precision: Precision = None,
+    compile: Compile = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.")] = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -92,6 +94,7 @@ def train(
         weight_decay=weight_decay,
         aug=aug,
         precision=precision,
+        compile=compile,
         seed=seed,
     )
     if not dry_run:
@@ -116,7 +119,8 @@ def train(
     shown = job.plan()
     steps = f"steps {shown['from_step']}..{shown['to_step']} of {job.network.arch}"
     if dry_run:
-        terminal.result(shown, f"would write {output}: {steps}")
+        settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
+        terminal.result(shown, f"would write {output}: {steps}\n{settings}")
         return
     with terminal.progress("train") as progress:
         trained = job.run(device_name(device), progress)

@@ -1,0 +1,41 @@
+"""Sums over the processes of one job; each process alone when there is no job."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+
+def _job() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return distributed.get_rank() if _job() else 0
+
+
+def size() -> int:
+    """Number of processes."""
+    return distributed.get_world_size() if _job() else 1
+
+
+def sum_of(value: Tensor) -> Tensor:
+    """The sum of every process's `value`, the same bits in each of them."""
+    if _job():
+        distributed.all_reduce(value)
+    return value
+
+
+def logsumexp_of(value: Tensor) -> Tensor:
+    """log sum exp of every process's `value`."""
+    if not _job():
+        return value
+    parts = [torch.empty_like(value) for _ in range(size())]
+    distributed.all_gather(parts, value)
+    return torch.logsumexp(torch.stack(parts), 0)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether `flag` is set in any process."""
+    return bool(sum_of(torch.tensor(int(flag)))) if _job() else flag
