@@ -268,6 +268,7 @@ _TORCHVISION: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"trainval": "trainval", "train": "train", "val": "val", "test": "test"},
     ),
     "imagenet": ("ImageNet", "split", {"train": "train", "val": "val"}),
+    "places365": ("Places365", "split", {"train": "train-standard", "val": "val"}),
 }
 
 
@@ -286,6 +287,9 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
         options["year"] = "2007-test" if split == "test" else "2007"
     if name != "imagenet":
         options["download"] = download
+    if name == "places365":
+        # The 256-pixel copies: networks see 224 of them.
+        options["small"] = True
     try:
         data = getattr(datasets, class_name)(base, **options)
     except (RuntimeError, OSError, ValueError) as error:
@@ -294,6 +298,8 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
         raise NoInput(f"{spec}: {reason}", mend) from error
     if name == "imagenet":
         keys = [Path(path).relative_to(data.root).as_posix() for path, _ in data.samples]
+    elif name == "places365":
+        keys = [Path(path).relative_to(data.images_dir).as_posix() for path, _ in data.imgs]
     elif name == "voc2007":
         keys = [f"{split}/{Path(path).name}" for path in data.images]
     else:
