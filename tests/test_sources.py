@@ -273,7 +273,7 @@ def test_places365_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         datasets.places365, "check_integrity", lambda file, md5: Path(file).exists()
     )
     names = [
-        f"/{'abc'[label]}/place {label}/{name}" for label, name in zip(TRUTH, NAMES, strict=True)
+        f"/{'abc'[label]}/place_{label}/{name}" for label, name in zip(TRUTH, NAMES, strict=True)
     ]
     lines = [f"{name} {label}" for name, label in zip(names, TRUTH, strict=True)]
     (tmp_path / "categories_places365.txt").write_text("/a/place_0 0\n/b/place_1 1\n/c/place_2 2")
