@@ -8,7 +8,10 @@ from typer.testing import CliRunner
 
 from sela_cli.cli import app
 
-COMMANDS = ("run", "embed", "label", "train", "retrain", "probe", "metrics", "info", "schedule")
+COMMANDS = (
+    *("run", "embed", "label", "train", "retrain", "probe", "finetune"),
+    *("metrics", "export", "import", "info", "schedule"),
+)
 TARGET = Path(__file__).with_name("cli.md")
 
 

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from sela_cli import __version__
-from sela_cli.commands import embed, info, label, metrics, probe, retrain, run, schedule, train
+from sela_cli.commands import (
+    embed,
+    export,
+    finetune,
+    import_weights,
+    info,
+    label,
+    metrics,
+    probe,
+    retrain,
+    run,
+    schedule,
+    train,
+)
 from sela_cli.errors import SelaError
 
 EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
@@ -48,9 +61,15 @@ def _options(
     _debug = debug
 
 
-for _module in (run, embed, label, train, retrain, probe, metrics, info, schedule):
+_COMMANDS = (
+    *(run, embed, label, train, retrain, probe, finetune),
+    *(metrics, export, import_weights, info, schedule),
+)
+for _module in _COMMANDS:
     _name = _module.__name__.rsplit(".", 1)[-1]
-    app.command(_name, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
+    # `import` is no name that a module can have.
+    _verb = getattr(_module, "NAME", _name)
+    app.command(_verb, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
 
 
 def main() -> None:

@@ -138,6 +138,20 @@ class MethodChoice(StrEnum):
     both = "both"
 
 
+class TaskChoice(StrEnum):
+    """What fine-tuning learns."""
+
+    classification = "classification"
+    detection = "detection"
+
+
+class PartChoice(StrEnum):
+    """What of a network is trained."""
+
+    fc = "fc"
+    all = "all"
+
+
 class ProtocolChoice(StrEnum):
     """Named settings of probes; see sela_cli/presets.py."""
 

@@ -307,12 +307,14 @@ def test_voc2007_folder(tmp_path: Path) -> None:
         (base / "Annotations" / f"{number}.xml").write_text("<annotation></annotation>")
     (base / "ImageSets/Main/trainval.txt").write_text("\n".join(numbers))
     (base / "ImageSets/Main/val.txt").write_text("\n".join(numbers[2:4]))
+    (base / "ImageSets/Main/test.txt").write_text(numbers[4])
     source = open_source(f"voc2007:{tmp_path}")
     assert source.keys == [f"trainval/{number}.jpg" for number in numbers]
     assert source.truth_N is None
     np.testing.assert_array_equal([source.image(number) for number in range(5)], PIXELS)
     part = open_source(f"voc2007:{tmp_path}@val")
     np.testing.assert_array_equal([part.image(number) for number in range(2)], PIXELS[2:4])
+    assert open_source(f"voc2007:{tmp_path}@test").keys == ["test/000004.jpg"]
 
 
 @pytest.mark.parametrize("name", sorted(set(sources._TORCHVISION) - {"imagenet"}))

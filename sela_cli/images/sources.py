@@ -284,7 +284,7 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
             raise UsageError(f"{spec}: split is one of {', '.join(splits)}")
     options = {keyword: splits[split]}
     if name == "voc2007":
-        options["year"] = "2007-test" if split == "test" else "2007"
+        options["year"] = "2007"
     if name != "imagenet":
         options["download"] = download
     if name == "places365":
