@@ -46,8 +46,10 @@ def require_torchmetrics() -> None:
         raise UsageError(f"detection needs {error.name}", "pip install 'sela[voc]'") from None
 
 
-def open_voc(spec: str, download: bool = False) -> tuple[Source, list[Objects]]:
-    """The images of `voc2007:ROOT[@SPLIT]` and what each shows.
+def open_voc(
+    spec: str, download: bool = False, limit: int | None = None
+) -> tuple[Source, list[Objects]]:
+    """The images of `voc2007:ROOT[@SPLIT]`, at most `limit` of them, and what each shows.
 
     Raises UsageError for another data set, BadData naming an annotation that can't be read.
     """
@@ -55,6 +57,8 @@ def open_voc(spec: str, download: bool = False) -> tuple[Source, list[Objects]]:
     if name != "voc2007":
         raise UsageError(f"{spec} has no boxes", "fine-tuning takes voc2007:ROOT")
     source = open_source(spec, download)
+    if limit is not None and limit < len(source):
+        source = source.part(np.linspace(0, len(source) - 1, limit).round().astype(np.int64))
     split = source.keys[0].partition("/")[0]
     folder = Path(root.removesuffix(f"@{split}"), "VOCdevkit", "VOC2007", "Annotations")
     return source, [_objects(folder / f"{Path(key).stem}.xml") for key in source.keys]

@@ -78,6 +78,16 @@ def test_annotations_count_pixels_from_zero(tree: Path) -> None:
     assert (shown_NC == 1).sum() == 12 and (shown_NC == -1).sum() == 1
 
 
+def test_limit_keeps_annotations_with_their_images(tree: Path) -> None:
+    source, objects = voc.open_voc(f"voc2007:{tree}")
+    part, kept = voc.open_voc(f"voc2007:{tree}", limit=3)
+    rows = [source.keys.index(key) for key in part.keys]
+    assert len(rows) == len(kept) == 3 and (rows[0], rows[-1]) == (0, 11)
+    for number, row in enumerate(rows):
+        np.testing.assert_array_equal(part.image(number), source.image(row))
+        np.testing.assert_array_equal(kept[number].boxes_n4, objects[row].boxes_n4)
+
+
 @pytest.mark.parametrize(
     "text", ["<annotation>", "<a><object><name>unicorn</name></object></a>", "<a><object/></a>"]
 )

@@ -12,6 +12,7 @@ from sela_cli.options import (
     DryRun,
     Force,
     Json,
+    Limit,
     Output,
     PartChoice,
     Quiet,
@@ -62,6 +63,7 @@ def finetune(
         int, typer.Option("--min-size", min=32, help="Shorter side of an image for detection.")
     ] = 600,
     seed: Seed = 0,
+    limit: Limit = None,
     download: Download = False,
     device: Device = "auto",
     force: Force = False,
@@ -95,8 +97,8 @@ def finetune(
     )
     recipe.check()
     state = formats.read_checkpoint(checkpoint)
-    learned = voc.open_voc(data, download)
-    tested = voc.open_voc(test or f"{data.partition('@')[0]}@test", download)
+    learned = voc.open_voc(data, download, limit)
+    tested = voc.open_voc(test or f"{data.partition('@')[0]}@test", download, limit)
     steps, batch, rate = recipe.resolved()
     resolved = asdict(recipe) | {"iterations": steps, "batch_size": batch, "lr": rate}
     counts = {"train": len(learned[0]), "test": len(tested[0])}
@@ -108,7 +110,7 @@ def finetune(
         )
         return
     assert state.header is not None
-    parameters = {"data": data, "test": test} | resolved
+    parameters = {"data": data, "test": test, "limit": limit} | resolved
     provenance = formats.Provenance(
         "finetune", parameters, dataset_id=formats.dataset_id(learned[0].keys)
     )

@@ -43,6 +43,15 @@ class Source:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def part(self, rows: np.ndarray) -> Source:
+        """Some of the images, in the given order."""
+        return replace(
+            self,
+            keys=[self.keys[row] for row in rows],
+            decode=lambda number: self.decode(int(rows[number])),
+            truth_N=None if self.truth_N is None else self.truth_N[rows],
+        )
+
     def image(self, number: int) -> np.ndarray:
         """One image; raises BadData naming its key where it can't be read."""
         try:
