@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import typer
 from typer.testing import CliRunner
 
 from sela_cli.cli import app
 
-COMMANDS = (
-    "run", "embed", "label", "train", "retrain", "probe", "metrics", "info", "schedule", "pack",
-)  # fmt: skip
+COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 TARGET = Path(__file__).with_name("cli.md")
 
 

@@ -11,6 +11,9 @@ import typer
 from sela_cli import __version__
 from sela_cli.commands import (
     embed,
+    export,
+    finetune,
+    import_weights,
     info,
     label,
     metrics,
@@ -60,9 +63,15 @@ def _options(
     _debug = debug
 
 
-for _module in (run, embed, label, train, retrain, probe, metrics, info, schedule, pack):
+_COMMANDS = (
+    *(run, embed, label, train, retrain, probe, finetune),
+    *(metrics, export, import_weights, info, schedule, pack),
+)
+for _module in _COMMANDS:
     _name = _module.__name__.rsplit(".", 1)[-1]
-    app.command(_name, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
+    # `import` is no name that a module can have.
+    _verb = getattr(_module, "NAME", _name)
+    app.command(_verb, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
 
 
 def main() -> None:

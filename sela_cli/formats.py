@@ -28,7 +28,7 @@ from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
 
 FORMAT = "HDF5::SeLa"
 VERSION = 1
-KINDS = ("logits", "labels", "checkpoint", "probe", "images")
+KINDS = ("logits", "labels", "checkpoint", "probe", "finetune", "images")
 ENVELOPE = (
     "format",
     "kind",
@@ -157,6 +157,8 @@ PROBE_DTYPE = np.dtype(
         ("loss", "f8"),
     ]
 )
+
+PRECISION_DTYPE = np.dtype([("class", "S32"), ("positives", "i8"), ("ap11", "f8"), ("ap", "f8")])
 
 
 # ---- identity ---------------------------------------------------------------
@@ -434,12 +436,27 @@ def write_probe(
     path: str, rows: Sequence[Mapping[str, Any]], provenance: Provenance, force: bool = False
 ) -> None:
     """Write a probe file, one row a measurement."""
-    assert PROBE_DTYPE.names is not None
-    table = np.array(
-        [tuple(row[name] for name in PROBE_DTYPE.names) for row in rows], dtype=PROBE_DTYPE
-    )
+    table = _table(rows, PROBE_DTYPE)
     with create(path, "probe", provenance, force) as file:
         file["results"] = table
+
+
+def write_precisions(
+    path: str,
+    task: str,
+    rows: Sequence[Mapping[str, Any]],
+    provenance: Provenance,
+    force: bool = False,
+) -> None:
+    """Write a finetune file, one row a class."""
+    table = _table(rows, PRECISION_DTYPE)
+    with create(path, "finetune", provenance, force) as file:
+        file["results"] = table
+        file.attrs["task"] = task
+
+
+def _table(rows: Sequence[Mapping[str, Any]], dtype: np.dtype) -> np.ndarray:
+    return np.array([tuple(row[name] for name in dtype.names or ()) for row in rows], dtype)
 
 
 # ---- reading ----------------------------------------------------------------
@@ -684,10 +701,19 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 def read_probe(path: str) -> list[dict[str, Any]]:
     """Read a probe file as one dictionary a row."""
-    with open_file(path, "probe") as (file, _):
+    return _read_table(path, "probe", PROBE_DTYPE)
+
+
+def read_precisions(path: str) -> list[dict[str, Any]]:
+    """Read a finetune file as one dictionary a class."""
+    return _read_table(path, "finetune", PRECISION_DTYPE)
+
+
+def _read_table(path: str, kind: str, dtype: np.dtype) -> list[dict[str, Any]]:
+    with open_file(path, kind) as (file, _):
         table = _array(path, file, "results", (None,), "V")
     names = table.dtype.names or ()
-    missing = [name for name in PROBE_DTYPE.names or () if name not in names]
+    missing = [name for name in dtype.names or () if name not in names]
     if missing:
         raise BadData(f"{path}: dataset 'results' lacks columns {', '.join(missing)}")
     rows = [dict(zip(names, (_plain(value) for value in row), strict=True)) for row in table]

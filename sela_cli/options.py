@@ -14,7 +14,8 @@ Data = Annotated[
         metavar="SPEC",
         help="Images: 'digits' (embedded), a folder (with or without class subfolders), a .tar, "
         "a text list (.txt), an HDF5 of images (FILE or FILE::/DATASET), or NAME:ROOT[@SPLIT] "
-        "with NAME one of cifar10, cifar100, mnist, fashion-mnist, svhn, stl10, voc2007, imagenet.",
+        "with NAME one of cifar10, cifar100, mnist, fashion-mnist, svhn, stl10, voc2007, imagenet, "
+        "places365.",
     ),
 ]
 Output = Annotated[
@@ -79,7 +80,10 @@ Momentum = Annotated[float | None, typer.Option("--momentum", help="SGD momentum
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="SGD weight decay.")]
 Aug = Annotated[
     str | None,
-    typer.Option("--aug", help="Augmentation: paper, imagenet, strong, crop, crop-flip or none."),
+    typer.Option(
+        "--aug",
+        help="Augmentation: paper, imagenet, strong, crop, crop-flip, imagenet-crop-flip or none.",
+    ),
 ]
 
 
@@ -140,6 +144,29 @@ class MethodChoice(StrEnum):
     linear = "linear"
     knn = "knn"
     both = "both"
+
+
+class TaskChoice(StrEnum):
+    """What fine-tuning learns."""
+
+    classification = "classification"
+    detection = "detection"
+
+
+class PartChoice(StrEnum):
+    """What of a network is trained."""
+
+    fc = "fc"
+    all = "all"
+
+
+class ProtocolChoice(StrEnum):
+    """Named settings of probes; see sela_cli/presets.py."""
+
+    imagenet_linear = "imagenet-linear"
+    places_linear = "places-linear"
+    small_linear = "small-linear"
+    knn = "knn"
 
 
 class PresetChoice(StrEnum):

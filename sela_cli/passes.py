@@ -21,11 +21,13 @@ def in_order(
     batch_size: int,
     device: str = "cpu",
     augment: DrawOf | None = None,
+    view_of: Callable[[Tensor, int, Draws], Tensor] = drawn_view,
 ) -> Iterator[list[Tensor]]:
     """What `compute` makes of each batch's view of `size` pixels, float32 on the CPU.
 
     One (n, columns) tensor for each of `columns`. Every process gets all of them, and
     computes every P-th. `augment` draws the views; the default is the plain centre view.
+    `view_of` makes them, perhaps several of each image.
     """
     processes, rank = parallel.size(), parallel.rank()
     starts = range(0, len(images), batch_size)
@@ -39,7 +41,7 @@ def in_order(
             # Drawn for every batch, so that the views do not depend on who computes them.
             draws = augment(count, images.side) if augment else Draws()
             if owner == rank:
-                view = drawn_view(next(batches).to(device), size, draws)
+                view = view_of(next(batches).to(device), size, draws)
                 view = view.contiguous(memory_format=torch.channels_last)
                 outputs = [output.float().cpu() for output in compute(view)]
         for owner, count in enumerate(group):

@@ -23,7 +23,7 @@ from sela_cli.images.augment import AUGMENTATIONS, draw
 from sela_cli.images.batches import open_images
 from sela_cli.logits import forward
 from sela_cli.networks import build
-from sela_cli.probes import LinearProbe
+from sela_cli.probes import LinearProbe, LinearRecipe
 from sela_cli.training import Recipe, Trainer, settle
 
 PROCESSES = 2
@@ -73,10 +73,11 @@ def everything() -> dict[str, Any]:
         torch.cat(blocks)
         for blocks in zip(*forward(network, network, images, 13, augment=augment), strict=True)
     ]
-    with LinearProbe(network, ["conv2", "conv5"], 10, "cpu", "float32") as probe:
-        loss = probe.fit(images, 2, 0.01, 25, "crop-flip", 0, lambda *_: None)
+    recipe = LinearRecipe(epochs=2, lrs=(0.01, 0.1), batch_size=25)
+    with LinearProbe(network, ["conv2", "conv5"], 10, recipe, "cpu", "float32") as probe:
+        loss = probe.fit(images, lambda *_: None)
         classifier = probe.classifiers["conv5"][1].weight.detach().clone()  # type: ignore[index]
-        accuracies = probe.accuracies(images, 25)
+        accuracies = probe.accuracies(images, {"conv2": [0.01, 0.1], "conv5": [0.1]})
     return {
         "losses": trainer.losses,
         "settled": settled,

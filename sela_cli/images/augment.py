@@ -52,6 +52,7 @@ AUGMENTATIONS = {
     "strong": Augmentation(hue=0.1, jitter_share=0.8, blur=0.5),
     "crop": Augmentation(scale=(0.5, 1.0), jitter=0.0, hue=0.0, grey=0.0, flip=0.0),
     "crop-flip": Augmentation(jitter=0.0, hue=0.0, grey=0.0),
+    "imagenet-crop-flip": Augmentation(scale=(0.08, 1.0), jitter=0.0, hue=0.0, grey=0.0),
     "none": Augmentation(scale=None, jitter=0.0, hue=0.0, grey=0.0, flip=0.0),
 }
 
@@ -65,11 +66,25 @@ def centre_view(batch: Tensor, size: int) -> Tensor:
         keep = round(side * 7 / 8)
         start = (side - keep) // 2
         view = view[:, :, start : start + keep, start : start + keep]
-    if view.shape[-1] != size:
-        view = functional.interpolate(
-            view, (size, size), mode="bilinear", align_corners=False, antialias=True
-        )
-    return _normalised(view)
+    return _normalised(_resized(view, size))
+
+
+def ten_views(batch: Tensor, size: int) -> Tensor:
+    """(n, 3, S, S) uint8 -> (10 n, 3, R, R) float, normalised: four corners and the centre of
+    7/8 of the side, then their mirror images; the n images of one crop after another."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    view = batch.float() / 255
+    keep = round(batch.shape[-1] * 7 / 8)
+    return _normalised(_resized(torch.cat(transforms.ten_crop(view, [keep, keep])), size))
+
+
+def _resized(view: Tensor, size: int) -> Tensor:
+    if view.shape[-1] == size:
+        return view
+    return functional.interpolate(
+        view, (size, size), mode="bilinear", align_corners=False, antialias=True
+    )
 
 
 def random_view(

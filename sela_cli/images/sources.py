@@ -50,6 +50,18 @@ class Source:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def part(self, rows: np.ndarray) -> Source:
+        """Some of the images, in the given order."""
+        reduced, pixels_N3SS = self.reduced, self.pixels
+        return replace(
+            self,
+            keys=[self.keys[row] for row in rows],
+            decode=lambda number: self.decode(int(rows[number])),
+            truth_N=None if self.truth_N is None else self.truth_N[rows],
+            reduced=reduced and (lambda number, side: reduced(int(rows[number]), side)),
+            pixels=None if pixels_N3SS is None else pixels_N3SS[rows],
+        )
+
     def image(self, number: int, side: int = 0) -> np.ndarray:
         """One image, or (`side`) perhaps a reduced one; BadData naming its key otherwise."""
         try:
@@ -308,6 +320,7 @@ _TORCHVISION: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"trainval": "trainval", "train": "train", "val": "val", "test": "test"},
     ),
     "imagenet": ("ImageNet", "split", {"train": "train", "val": "val"}),
+    "places365": ("Places365", "split", {"train": "train-standard", "val": "val"}),
 }
 
 
@@ -323,9 +336,12 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
             raise UsageError(f"{spec}: split is one of {', '.join(splits)}")
     options = {keyword: splits[split]}
     if name == "voc2007":
-        options["year"] = "2007-test" if split == "test" else "2007"
+        options["year"] = "2007"
     if name != "imagenet":
         options["download"] = download
+    if name == "places365":
+        # The 256-pixel copies: networks see 224 of them.
+        options["small"] = True
     try:
         data = getattr(datasets, class_name)(base, **options)
     except (RuntimeError, OSError, ValueError) as error:
@@ -334,6 +350,8 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
         raise NoInput(f"{spec}: {reason}", mend) from error
     if name == "imagenet":
         keys = [Path(path).relative_to(data.root).as_posix() for path, _ in data.samples]
+    elif name == "places365":
+        keys = [Path(path).relative_to(data.images_dir).as_posix() for path, _ in data.imgs]
     elif name == "voc2007":
         keys = [f"{split}/{Path(path).name}" for path in data.images]
     else:
