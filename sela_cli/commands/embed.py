@@ -91,7 +91,7 @@ def embed(
     }
     provenance = formats.Provenance("embed", parameters)
     state = formats.read_checkpoint(checkpoint) if checkpoint else None
-    with terminal.progress("decode") as progress:
+    with terminal.progress("decode", "images") as progress:
         images, size = open_images(
             data,
             state.image_size if state else image_size,
@@ -112,7 +112,7 @@ def embed(
     if not dry_run:
         if not state:
             settle(network, images, recipe)
-        with terminal.progress("embed") as progress:
+        with terminal.progress("embed", "images") as progress:
             embed_stage(
                 images,
                 network,
