@@ -8,12 +8,25 @@ from typing import Annotated
 import typer
 
 from sela_cli import __version__
-from sela_cli.commands import embed, info, label, metrics, probe, retrain, run, schedule, train
+from sela_cli.commands import (
+    embed,
+    export_labels,
+    export_logits,
+    info,
+    label,
+    metrics,
+    probe,
+    report,
+    retrain,
+    run,
+    schedule,
+    train,
+)
 from sela_cli.errors import SelaError
 
 EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
-65 bad data; 66 no input; 70 a bug in sela; 73 can't create output; 75 stopped early,
-state saved: run again; 130 Ctrl-C."""
+65 bad data; 66 no input; 69 an optional package is missing; 70 a bug in sela; 73 can't
+create output; 75 stopped early, state saved: run again; 130 Ctrl-C."""
 
 app = typer.Typer(
     name="sela",
@@ -48,9 +61,24 @@ def _options(
     _debug = debug
 
 
-for _module in (run, embed, label, train, retrain, probe, metrics, info, schedule):
+for _module in (
+    run,
+    embed,
+    label,
+    train,
+    retrain,
+    probe,
+    metrics,
+    report,
+    export_labels,
+    export_logits,
+    info,
+    schedule,
+):
     _name = _module.__name__.rsplit(".", 1)[-1]
-    app.command(_name, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
+    app.command(_name.replace("_", "-"), epilog=getattr(_module, "EXAMPLES", None))(
+        getattr(_module, _name)
+    )
 
 
 def main() -> None:

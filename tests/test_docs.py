@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -31,12 +32,32 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-def test_the_command_line_page_is_current() -> None:
+def make_cli() -> Any:
     spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "cli.md").read_text() == module.text(), "run `make docs`"
+    return module
+
+
+@pytest.mark.parametrize("page", ["cli.md", "sela.1"])
+def test_pages_written_from_the_help_are_current(page: str) -> None:
+    assert (ROOT / "docs" / page).read_text() == make_cli().PAGES[page](), "run `make docs`"
+
+
+@pytest.mark.skipif(not shutil.which("mandoc"), reason="no mandoc to read the man page with")
+def test_the_man_page_is_one() -> None:
+    page = str(ROOT / "docs" / "sela.1")
+    lint = subprocess.run(["mandoc", "-T", "lint", "-W", "warning", page], capture_output=True)
+    complaints = [line for line in lint.stdout.decode().splitlines() if "missing date" not in line]
+    assert complaints == []
+    shown = subprocess.run(["mandoc", "-T", "utf8", page], capture_output=True, check=True)
+    text = re.sub(".\x08", "", shown.stdout.decode())
+    module = make_cli()
+    for name in module.COMMANDS:
+        assert f"sela {name}" in text
+        for option in module.GROUP.commands[name].params:
+            assert all(opt in text for opt in option.opts if opt.startswith("-"))
 
 
 def test_links_lead_to_files() -> None:
