@@ -375,9 +375,8 @@ class _Run:
         to: float | None,
     ) -> None:
         """Train on the labels of round `source`."""
-        recipe = self.settings.recipe
-        goal = recipe.epochs if to is None else to
-        with self.watcher.stage(f"train to epoch {goal:.1f} of {recipe.epochs:g}") as progress:
+        goal = self.settings.recipe.epochs if to is None else to
+        with self.watcher.stage(f"to epoch {goal:.1f}") as progress:
             train_stage(
                 self.images,
                 formats.read_labels(self.path(f"labels-{source:03d}.h5")),

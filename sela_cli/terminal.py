@@ -80,7 +80,7 @@ def _bar(title: str, unit: str) -> Iterator[Progress]:
 
     with bars.Progress(
         bars.TextColumn("{task.description}"),
-        bars.BarColumn(bar_width=16),
+        bars.BarColumn(bar_width=12),
         Status(),
         console=Console(stderr=True),
         transient=True,
@@ -108,9 +108,9 @@ def _lines(title: str, unit: str) -> Progress:
 def _status(
     done: int, total: int, unit: str, speed: float | None, elapsed: float, note: str
 ) -> str:
-    """`384/1797 images, 410 images/s, 0:00:03 left, loss 2.1`; without a total, what is known."""
+    """`384/1797, 410 images/s, 0:00:03 left, loss 2.1`; without a total, what is known."""
     if total:
-        parts = [f"{done}/{total} {unit}".rstrip()]
+        parts = [f"{done}/{total}"]
         if speed:
             left = timedelta(seconds=round((total - done) / speed))
             parts += [f"{speed:.0f} {unit}".rstrip() + "/s", f"{left} left"]
