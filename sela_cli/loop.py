@@ -294,14 +294,13 @@ class _Run:
             label_view(settings.view, network, settings.recipe, state.step),
         )
         with self.watcher.stage(f"label, round {number}") as progress:
-            # The cap on the iterations is no goal: no time is left until then.
             solved = label_stage(
                 self.path("logits.h5"),
                 labels,
                 settings.labels,
                 init=before,
                 force=True,
-                progress=lambda done, total, note: progress(done, 0, note),
+                progress=progress,
             )
         if interrupt.requested():
             # Not what an uninterrupted solve gives: the next call solves it again.

@@ -53,12 +53,14 @@ def loss(contents: Contents) -> Figure:
         epochs = np.arange(1, len(losses) + 1) / contents.steps_per_epoch
         axes.plot(epochs, losses, lw=0.5, alpha=0.35, color="C0", label="step")
         width = min(len(losses), max(1, round(contents.steps_per_epoch)))
-        mean = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        # Differences of sums: an epoch may have thousands of steps.
+        sums = np.cumsum(np.concatenate([[0.0], losses]))
+        mean = (sums[width:] - sums[:-width]) / width
         axes.plot(epochs[width - 1 :], mean, lw=1.5, color="C0", label="mean of an epoch")
         for number, row in enumerate(contents.rounds[1:]):
             label = "new labels" if number == 0 else None
             axes.axvline(row["epoch"], ymax=0.04, lw=0.8, color="C3", label=label)
-        axes.legend()
+        axes.legend(loc="upper right")
     return figure
 
 
