@@ -63,7 +63,7 @@ class Images:
         held = torch.empty((len(self), 3, self.side, self.side), dtype=torch.uint8)
         for start in range(0, len(self), 1024):
             held[start : start + 1024] = self._decode(self.index_N[start : start + 1024])
-            progress(min(start + 1024, len(self)), len(self), "decoding")
+            progress(min(start + 1024, len(self)), len(self), "")
             if interrupt.requested():
                 raise StoppedEarly(f"{self.spec}: stopped while decoding", "run it again")
         self._held = held

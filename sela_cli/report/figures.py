@@ -106,6 +106,7 @@ def residuals(contents: Contents) -> Figure:
                 color=colours.to_rgba(np.array(number)),
             )
     _residual_axis(axes, contents.labels.heads[0].attributes["tol"])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     ticks = MaxNLocator(6, integer=True)
     figure.colorbar(colours, ax=axes, label="round", ticks=ticks)
     return figure
@@ -120,10 +121,12 @@ def trace(traces: Sequence[Trace], tol: float) -> Figure:
             axes.plot(head[name], head["residual"], "o-", ms=2, lw=1, label=f"head {number}")
     left.set(xlabel="iteration", ylabel="residual")
     right.set(xlabel="seconds")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, right):
         _residual_axis(axes, tol)
     if len(traces) <= 10:
-        right.legend()
+        lines, names = right.get_legend_handles_labels()
+        figure.legend(lines, names, loc="outside right upper")
     return figure
 
 

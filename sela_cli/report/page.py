@@ -145,7 +145,8 @@ def _number(value: Any) -> str:
         return escape(str(value))
     if math.isnan(value):
         return ""
-    return f"{value:.4f}" if abs(value) >= 0.001 and value % 1 else f"{value:g}"
+    # Whole numbers, and rates too small for four decimals, as they are.
+    return f"{value:.4f}" if abs(value) >= 5e-5 and value % 1 else f"{value:g}"
 
 
 def _pairs(values: dict[str, Any]) -> str:
