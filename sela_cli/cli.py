@@ -12,6 +12,8 @@ from sela_cli import __version__
 from sela_cli.commands import (
     embed,
     export,
+    export_labels,
+    export_logits,
     finetune,
     import_weights,
     info,
@@ -19,6 +21,7 @@ from sela_cli.commands import (
     metrics,
     pack,
     probe,
+    report,
     retrain,
     run,
     schedule,
@@ -27,8 +30,8 @@ from sela_cli.commands import (
 from sela_cli.errors import SelaError
 
 EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
-65 bad data; 66 no input; 70 a bug in sela; 73 can't create output; 75 stopped early,
-state saved: run again; 130 Ctrl-C."""
+65 bad data; 66 no input; 69 an optional package is missing; 70 a bug in sela; 73 can't
+create output; 75 stopped early, state saved: run again; 130 Ctrl-C."""
 
 app = typer.Typer(
     name="sela",
@@ -64,13 +67,13 @@ def _options(
 
 
 _COMMANDS = (
-    *(run, embed, label, train, retrain, probe, finetune),
-    *(metrics, export, import_weights, info, schedule, pack),
+    *(run, embed, label, train, retrain, probe, finetune, metrics, report),
+    *(export_labels, export_logits, export, import_weights, info, schedule, pack),
 )
 for _module in _COMMANDS:
     _name = _module.__name__.rsplit(".", 1)[-1]
     # `import` is no name that a module can have.
-    _verb = getattr(_module, "NAME", _name)
+    _verb = getattr(_module, "NAME", _name.replace("_", "-"))
     app.command(_verb, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
 
 

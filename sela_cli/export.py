@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sela_cli import formats
+from sela_cli import extras, formats
 from sela_cli.errors import UsageError
 from sela_cli.formats import Checkpoint
 from sela_cli.images.augment import MEAN, STD
@@ -30,7 +30,7 @@ def export_stage(
 
     `.safetensors` holds the state dict: a ResNet's has torchvision's names without `fc`.
     `.onnx` maps `image` (n, 3, R, R), normalised, to `features` (n, D), for any n.
-    Raises UsageError for another ending or where the extra `onnx` is missing.
+    Raises UsageError for another ending, MissingExtra where the extra `onnx` is missing.
     """
     formats.check_output(output, force)
     network.eval()
@@ -67,11 +67,9 @@ def _facts(network: Network, checkpoint: Checkpoint) -> dict[str, str]:
 
 def _onnx_of(network: Network) -> Any:
     """The trunk as a checked ONNX model."""
-    try:
-        import onnx
-        import onnxscript  # noqa: F401 (torch.onnx needs it and says so late)
-    except ImportError as error:
-        raise UsageError(f"ONNX needs {error.name}", "pip install 'sela[onnx]'") from None
+    extras.require("onnx")
+    import onnx
+
     view = torch.zeros(2, 3, network.image_size, network.image_size)
     program = torch.onnx.export(
         _with_fixed_pooling(network.trunk, view),

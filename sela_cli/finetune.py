@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sela_cli import formats, interrupt, voc
+from sela_cli import extras, formats, interrupt, voc
 from sela_cli.errors import SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Provenance
 from sela_cli.images.augment import AUGMENTATIONS, MEAN, STD, random_view, ten_views
@@ -52,14 +52,14 @@ class FinetuneRecipe:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises UsageError where an option has no meaning or an extra is missing."""
+        """Raises UsageError where an option has no meaning, MissingExtra without its packages."""
         for option, value, known in (("--task", self.task, TASKS), ("--train", self.part, PARTS)):
             if value not in known:
                 raise UsageError(f"{option} {value} is none of {', '.join(known)}")
         if self.lr is not None and not self.lr > 0:
             raise UsageError("--lr must be positive")
         if self.task == "detection":
-            voc.require_torchmetrics()
+            extras.require("voc")
 
     def resolved(self) -> tuple[int, int, float]:
         """Iterations, images a batch, learning rate."""

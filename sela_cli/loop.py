@@ -14,9 +14,11 @@ import csv
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,10 +165,15 @@ def text_of(summary: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Watcher:
-    """How the loop is watched: a progress context for each stage, and a line a round."""
+    """How the loop is watched: a progress context for each stage, and a line a round.
+
+    `record` gets (name, value, step): the loss and learning rate of every step once its
+    round is done, and the columns of rounds.csv.
+    """
 
     stage: Callable[[str], AbstractContextManager[Progress]]
     say: Callable[[str], None]
+    record: Callable[[str, float, int], None] = lambda name, value, step: None
 
 
 def run(
@@ -234,15 +241,17 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
     """Make sure that what lies in the folder is a beginning of this very run."""
     path = folder / "run.json"
     identity = formats.through_json({"dataset-id": images.dataset_id, "settings": asdict(settings)})
-    patterns = ("*.h5", "*.unfinished", "*.csv", _PREDICTIONS)
+    # The report finds the images by `data`; a run may go on with them in another place.
+    told = identity | {"data": images.spec}
+    patterns = ("*.h5", "*.unfinished", "*.csv", "tensorboard/events.*", _PREDICTIONS)
     old = [item for pattern in patterns for item in folder.glob(pattern)]
     if force:
         for leftover in [path, *old]:
             leftover.unlink(missing_ok=True)
     elif path.exists():
         try:
-            same = json.loads(path.read_text()) == identity
-        except ValueError as error:
+            same = identity.items() <= json.loads(path.read_text()).items()
+        except (ValueError, AttributeError) as error:
             raise BadData(f"{path}: damaged ({error})", "start over with --force") from error
         if not same:
             raise CannotCreate(
@@ -255,7 +264,7 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
     elif old:
         raise CannotCreate(f"{folder} holds other files", "choose another --out, or --force")
     with formats.replacing(str(path), force=True) as file:
-        file.write_text(json.dumps(identity, indent=1))
+        file.write_text(json.dumps(told, indent=1))
 
 
 @dataclass
@@ -267,6 +276,8 @@ class _Run:
     device: str
     # Problems of the last round: each is told when it begins.
     told: set[str] = field(default_factory=set)
+    # When this call ended its first round, and at which position.
+    mark: tuple[float, float] | None = None
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
@@ -285,6 +296,8 @@ class _Run:
         last = len(positions)
         if not (self.folder / "checkpoint.h5").exists():
             self._go_on(last, "checkpoint.h5", None)
+            losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
+            self._record_training(losses, last)
         job.once(partial(self._copy_labels, last))
         if self.images.truth_N is not None:
             self._knn("probe.h5", "checkpoint.h5")
@@ -350,12 +363,42 @@ class _Run:
         if problem := warning(solved, labels):
             self.watcher.say(f"warning: {problem.args[0]}")
         row = self._describe(number)
-        self.watcher.say(_round_line(row, len(settings.positions)))
-        for name, advice in self._problems(row, state.losses).items():
+        losses = state.losses[slice(*self._steps(number - 1))]
+        if losses.size:
+            row["loss"] = float(losses.mean())
+        self.watcher.say(_round_line(row, len(settings.positions)) + self._time_left(position))
+        problems = self._problems(row, state.losses)
+        for name, advice in problems.items():
             if name not in self.told:
                 self.watcher.say(f"warning: {advice}")
-        self.told = set(self._problems(row, state.losses))
+        self.told = set(problems)
+        self._record_training(state.losses, number - 1)
+        for name, value in row.items():
+            self.watcher.record(f"round/{name}", value, state.step)
         self._forget(number - 1)
+
+    def _time_left(self, position: float) -> str:
+        """At the pace of whole rounds; a call's first one may have been half done before."""
+        now = time.monotonic()
+        if self.mark is None:
+            self.mark = (now, position)
+            return ""
+        began, start = self.mark
+        seconds = (now - began) / (position - start) * (self.settings.recipe.epochs - position)
+        return f", {timedelta(seconds=round(seconds))} left"
+
+    def _record_training(self, losses: np.ndarray, number: int) -> None:
+        """The steps from round `number` to the next."""
+        recipe, count = self.settings.recipe, len(self.images)
+        for step in range(*self._steps(number)):
+            self.watcher.record("train/loss", float(losses[step]), step)
+            self.watcher.record("train/lr", recipe.lr_at(step, count), step)
+
+    def _steps(self, number: int) -> tuple[int, int]:
+        """First step on the labels of round `number`, and that of the next round."""
+        recipe, count = self.settings.recipe, len(self.images)
+        goals = [0.0, *self.settings.positions, recipe.epochs]
+        return recipe.steps(goals[number], count), recipe.steps(goals[number + 1], count)
 
     def _embed(
         self, title: str, network: Network, provenance: Provenance, augment: DrawOf | None
@@ -391,7 +434,7 @@ class _Run:
     ) -> None:
         """Train on the labels of round `source`."""
         goal = self.settings.recipe.epochs if to is None else to
-        with self.watcher.stage(f"train to epoch {goal:.2f}") as progress:
+        with self.watcher.stage(f"to epoch {goal:.1f}") as progress:
             train_stage(
                 self.images,
                 formats.read_labels(self.path(f"labels-{source:03d}.h5")),
@@ -485,10 +528,8 @@ class _Run:
         """All rows of rounds.csv; `loss` is the mean from that round to the next."""
         rows = [self._describe(number) for number in range(len(self.settings.positions) + 1)]
         losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
-        recipe, count = self.settings.recipe, len(self.images)
-        goals = [0.0, *self.settings.positions, recipe.epochs]
-        for row, start, end in zip(rows, goals[:-1], goals[1:], strict=True):
-            part = losses[recipe.steps(start, count) : recipe.steps(end, count)]
+        for number, row in enumerate(rows):
+            part = losses[slice(*self._steps(number))]
             row["loss"] = float(part.mean()) if part.size else float("nan")
             row["problems"] = "; ".join(self._problems(row, losses))
         return rows
@@ -521,12 +562,14 @@ class _Run:
 
 def _round_line(row: dict[str, Any], rounds: int) -> str:
     parts = [f"round {row['round']}/{rounds}", f"epoch {row['epoch']:.2f}"]
-    parts.append(f"labels changed {row['churn']:.1%}")
-    parts.append(f"residual {row['residual']:.1e} in {row['n-iters']:.0f} passes")
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.3f}")
+    parts.append(f"{row['churn']:.1%} relabelled")
     parts.append(f"sizes {row['smallest']}..{row['largest']}")
     parts.append(f"entropy {row['entropy']:.2f}")
     if "nmi" in row:
         parts.append(f"NMI {row['nmi']:.3f}")
+    parts.append(f"residual {row['residual']:.1e}")
     return ", ".join(parts)
 
 

@@ -376,10 +376,12 @@ def train_stage(
             f"--to {to} lies before the checkpoint's epoch {start.epoch if start else 0}"
         )
     last_save = time.monotonic()
+    batch = min(recipe.batch_size, len(images))
 
     def after() -> None:
         nonlocal last_save
-        progress(trainer.step - first, last - first, f"loss {trainer.losses[-1]:.3f}")
+        done, total = (trainer.step - first) * batch, (last - first) * batch
+        progress(done, total, f"loss {trainer.losses[-1]:.3f}")
         stop = parallel.any_of(interrupt.requested()) and trainer.step < last
         if parallel.rank() == 0 and (stop or time.monotonic() - last_save > _SAVE_SECONDS):
             saved.write(trainer.checkpoint(len(images)))

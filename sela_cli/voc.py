@@ -37,15 +37,6 @@ class Objects:
     difficult_n: np.ndarray
 
 
-def require_torchmetrics() -> None:
-    """Raises UsageError where the extra that measures detection is missing."""
-    try:
-        import pycocotools  # noqa: F401 (torchmetrics needs it and says so late)
-        import torchmetrics  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"detection needs {error.name}", "pip install 'sela[voc]'") from None
-
-
 def open_voc(
     spec: str, download: bool = False, limit: int | None = None
 ) -> tuple[Source, list[Objects]]:

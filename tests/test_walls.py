@@ -119,5 +119,17 @@ def test_nothing_unpickles(name: str) -> None:
             assert given.get("allow_pickle") == "False"
 
 
+@pytest.mark.parametrize(
+    ("package", "modules"),
+    [
+        ("matplotlib", {"report.figures", "report.page"}),
+        ("pyarrow", {"exports"}),
+        ("tensorboard", set()),
+    ],
+)
+def test_optional_packages_are_asked_for_in_one_place(package: str, modules: set[str]) -> None:
+    assert {name for name in TREES if package in packages(name)} == modules
+
+
 def test_init_imports_nothing() -> None:
     assert list(imported(TREES["__init__"])) == []

@@ -92,7 +92,7 @@ def embed(
     }
     provenance = formats.Provenance("embed", parameters)
     state = formats.read_checkpoint(checkpoint) if checkpoint else None
-    with terminal.progress("decode") as progress:
+    with terminal.progress("decode", "images") as progress:
         images, size = open_images(
             data,
             state.image_size if state else image_size,
@@ -117,7 +117,7 @@ def embed(
         if options.get("precision") == "auto":
             size = min(options.get("batch_size", 256), len(images))
             options["precision"] = faster(network, size, where, training=False)
-        with terminal.progress("embed") as progress:
+        with terminal.progress("embed", "images") as progress:
             embed_stage(
                 images,
                 network,

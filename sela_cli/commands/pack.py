@@ -61,7 +61,7 @@ def pack(
     shown = plan(images)
     if not dry_run:
         provenance = formats.Provenance("pack", {"data": data, "size": images.side})
-        with terminal.progress("pack") as progress:
+        with terminal.progress("pack", "images") as progress:
             pack_stage(images, output, provenance, force=force, progress=progress)
     verb = "would write" if dry_run else "wrote"
     side = f"{images.side} x {images.side} pixels"

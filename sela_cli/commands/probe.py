@@ -143,7 +143,7 @@ def probe(
     state = formats.read_checkpoint(checkpoint)
     network = network_of(state, checkpoint)
     opening: dict[str, Any] = {"download": download, "skip_bad": skip_bad, "limit": limit}
-    with terminal.progress("decode") as progress:
+    with terminal.progress("decode", "images") as progress:
         train, _ = open_images(data, state.image_size, progress=progress, **opening)
         if test:
             tested, _ = open_images(test, state.image_size, progress=progress, **opening)

@@ -105,7 +105,7 @@ def retrain(
     )
     if not dry_run:
         formats.check_output(output, force)
-    with terminal.progress("decode") as progress:
+    with terminal.progress("decode", "images") as progress:
         job = training.prepare(
             "retrain",
             data,
@@ -127,7 +127,7 @@ def retrain(
             shown, f"would write {output}: {shown['to_step']} steps of {arch}\n{settings}"
         )
         return
-    with terminal.progress("retrain") as progress:
+    with terminal.progress("retrain", "images") as progress:
         trained = job.run(device_name(device), progress)
     loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
     terminal.result(

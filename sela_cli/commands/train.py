@@ -99,7 +99,7 @@ def train(
     )
     if not dry_run:
         formats.check_output(output, force)
-    with terminal.progress("decode") as progress:
+    with terminal.progress("decode", "images") as progress:
         job = training.prepare(
             "train",
             data,
@@ -122,7 +122,7 @@ def train(
         settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
         terminal.result(shown, f"would write {output}: {steps}\n{settings}")
         return
-    with terminal.progress("train") as progress:
+    with terminal.progress("train", "images") as progress:
         trained = job.run(device_name(device), progress)
     loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
     terminal.result(shown | {"loss": loss}, f"wrote {output}: {steps}, loss {loss:.3f}")

@@ -91,7 +91,7 @@ class Images:
         held = torch.empty((len(self), 3, self.side, self.side), dtype=torch.uint8)
         for start, batch in self.in_order(1024):
             held[start : start + len(batch)] = batch
-            progress(start + len(batch), len(self), "decoding")
+            progress(start + len(batch), len(self), "")
             if interrupt.requested():
                 raise StoppedEarly(f"{self.spec}: stopped while decoding", "run it again")
         self._held = held
