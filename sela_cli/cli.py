@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import faulthandler
+import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sela_cli import __version__
 from sela_cli.commands import embed, info, label, metrics, probe, retrain, run, schedule, train
-from sela_cli.errors import SelaError
+from sela_cli.errors import CannotCreate, NoInput, SelaError
 
 EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
 65 bad data; 66 no input; 70 a bug in sela; 73 can't create output; 75 stopped early,
@@ -57,6 +61,9 @@ def main() -> None:
     """Run the command line; never returns."""
     from sela_cli import interrupt
 
+    _open_standard_streams()
+    # A crash in a library then says where it was, instead of nothing.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     interrupt.listen()
     try:
         app()
@@ -70,8 +77,35 @@ def main() -> None:
     except Exception as error:
         if _debug:
             raise
-        print(
-            f"sela: a bug: {type(error).__name__}: {error}; run `sela --debug ...` for where",
-            file=sys.stderr,
-        )
-        sys.exit(70)
+        message, code = _unforeseen(error)
+        print(f"sela: {message}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Where a daemon's child has none: the first file to be opened would take its place."""
+    while True:
+        handle = os.open(os.devnull, os.O_RDWR)
+        if handle > 2:
+            os.close(handle)
+            break
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def _unforeseen(error: Exception) -> tuple[str, int]:
+    """The line and the exit code for what no stage has a message for."""
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); use less data, or a machine with more", 70
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", NoInput.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        _drop_stdout()
+        return f"standard output: {error.strerror}", CannotCreate.exit_code
+    return f"a bug: {type(error).__name__}: {error}; run `sela --debug ...` for where", 70
+
+
+def _drop_stdout() -> None:
+    """Else the interpreter would try once more to write what has no room, and say so."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -10,11 +10,11 @@ same call goes on after an interruption.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from sela_cli import formats, interrupt, metrics, presets, probes, schedule
-from sela_cli.errors import BadData, CannotCreate, SelaError, StoppedEarly
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly
 from sela_cli.formats import Checkpoint, Provenance
 from sela_cli.images.augment import ViewOf
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, label_stage, warning
+from sela_cli.locks import locked
 from sela_cli.logits import embed_stage
 from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import Network, build, parse_heads
@@ -160,30 +161,23 @@ def run(
     and `force` is off; StoppedEarly after a signal.
     """
     with _locked(folder):
-        try:
-            _claim(images, folder, settings, force, resume)
-        except SelaError:
-            if not (folder / "run.json").exists():
-                (folder / ".lock").unlink()
-            raise
+        _claim(images, folder, settings, force, resume)
         return _Run(images, folder, settings, watcher, device).to_the_end()
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise CannotCreate(f"{folder}: {error.strerror}", "choose another --out") from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / ".lock"))
+        except BlockingIOError:
             raise CannotCreate(
                 f"{folder}: another `sela run` is at work there",
                 "wait for it, or choose another --out",
             ) from None
+        except OSError as error:
+            raise CannotCreate(f"{folder}: {error.strerror}", "choose another --out") from error
         yield
 
 
@@ -244,9 +238,10 @@ class _Run:
         if self.images.truth_N is not None:
             self._knn("probe.h5", "checkpoint.h5")
         rounds = self._rounds()
-        _write_rounds(self.path("rounds.csv"), rounds)
-        for leftover in self.folder.glob("checkpoint-*.h5"):
+        for leftover in (*self.folder.glob("checkpoint-*.h5"), *self.folder.glob("*.unfinished")):
             leftover.unlink()
+        # The last of all: a folder that has it is not gone on with.
+        _write_rounds(self.path("rounds.csv"), rounds)
         return self._summary(rounds)
 
     def _fresh(self) -> Network:
@@ -279,19 +274,21 @@ class _Run:
             provenance.reading("checkpoint", state.header),
             label_view(settings.view, network, settings.recipe, state.step),
         )
+        # Labels of a solve that a signal cut short must never lie there as those of the round.
+        pending = f"{labels}.unfinished"
         with self.watcher.stage(f"label, round {number}") as progress:
             solved = label_stage(
                 self.path("logits.h5"),
-                labels,
+                pending,
                 settings.labels,
                 init=before,
                 force=True,
                 progress=progress,
             )
         if interrupt.requested():
-            # Not what an uninterrupted solve gives: the next call solves it again.
-            Path(labels).unlink()
+            Path(pending).unlink()
             raise StoppedEarly(f"{self.folder}: stopped in round {number}", "run it again")
+        os.replace(pending, labels)
         if problem := warning(solved, labels):
             self.watcher.say(f"warning: {problem.args[0]}")
         self.watcher.say(_round_line(self._describe(number), len(settings.positions)))

@@ -10,7 +10,7 @@ import os
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -25,6 +25,8 @@ from sela_cli.errors import BadData, NoInput, UsageError
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
+# Pillow knows more, some of which start other programs: EPS calls Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _HDF5_SUFFIXES = (".h5", ".hdf5")
 _LIST_SUFFIXES = (".txt", ".lst", ".tsv")
@@ -94,12 +96,18 @@ def _open(spec: str, download: bool) -> Source:
 def _rgb(file: Any) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(file) as image:
+    with Image.open(file, formats=_FORMATS) as image:
         if image.mode.startswith("I;16"):
             # Pillow's own conversion cuts at 255 instead of scaling.
             grey = np.round(np.asarray(image) / 257).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
         return np.asarray(image.convert("RGB"))
+
+
+def _rgb_file(path: Path) -> np.ndarray:
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    return _rgb(path)
 
 
 def _classes_of(names: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -136,24 +144,38 @@ def _digits() -> Source:
 
 def _folder(spec: str) -> Source:
     root = Path(spec)
-    keys = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders.sort()
-        base = Path(folder).relative_to(root)
-        keys += [
-            (base / name).as_posix() for name in files if Path(name).suffix.lower() in SUFFIXES
-        ]
-    keys.sort()
-    return _with_folder_classes(Source(spec, keys, lambda number: _rgb(root / keys[number])))
+    keys = sorted(_files(spec))
+    return _with_folder_classes(Source(spec, keys, lambda number: _rgb_file(root / keys[number])))
+
+
+def _files(folder: str) -> Iterator[str]:
+    """Image files below a folder, as paths from there; linked folders are not followed."""
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        try:
+            with os.scandir(os.path.join(folder, prefix)) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(f"{prefix}{name}/")
+                    # Of a pipe or a device the end may never come.
+                    elif os.path.splitext(name)[1].lower() in SUFFIXES and entry.is_file():
+                        yield prefix + name
+        except OSError as error:
+            raise NoInput(f"{error.filename}: {error.strerror}", "make it readable") from error
 
 
 def _list(spec: str) -> Source:
     """A path a line, relative to the list; a tab and a class may follow."""
-    text = Path(spec).read_text(encoding="utf-8", errors="surrogateescape")
+    try:
+        text = Path(spec).read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise NoInput(f"{spec}: {error.strerror}") from error
     entries = [line.split("\t") for line in text.splitlines() if line.strip() and line[0] != "#"]
     keys = [entry[0].strip() for entry in entries]
     root = Path(spec).parent
-    source = Source(spec, keys, lambda number: _rgb(root / keys[number]))
+    source = Source(spec, keys, lambda number: _rgb_file(root / keys[number]))
     if entries and all(len(entry) > 1 for entry in entries):
         truth_N, classes = _classes_of([entry[1].strip() for entry in entries])
         return replace(source, truth_N=truth_N, classes=classes)
@@ -167,7 +189,9 @@ def _tar(spec: str) -> Source:
             members = [
                 member
                 for member in archive
-                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES
+                if member.isfile()
+                and not member.issparse()
+                and Path(member.name).suffix.lower() in SUFFIXES
             ]
             # tarfile takes a damaged header for the end; a real end is a block of zeros.
             stream: Any = archive.fileobj
@@ -177,9 +201,21 @@ def _tar(spec: str) -> Source:
             members.sort(key=lambda member: member.name)
             # Only an uncompressed tar can be read at random; others are held as they are, encoded.
             plain = spec.lower().endswith(".tar")
+            unpacked = sum(member.size for member in members)
+            formats.check_expansion(spec, "images", unpacked, os.path.getsize(spec))
             held = [] if plain else [_member_bytes(archive, member) for member in members]
-    except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise BadData(f"{spec}: not a readable tar ({str(error).splitlines()[0]})") from error
+    except PermissionError as error:
+        raise NoInput(f"{spec}: permission denied", f"chmod u+r {spec}") from error
+    except (
+        tarfile.TarError,
+        OSError,
+        EOFError,
+        ValueError,
+        MemoryError,
+        lzma.LZMAError,
+        zlib.error,
+    ) as error:
+        raise BadData(f"{spec}: not a readable tar ({_first_line(error)})") from error
     handle = Path(spec).open("rb") if plain else None  # noqa: SIM115 (open as long as the source)
     lock = threading.Lock()
 
@@ -195,6 +231,10 @@ def _tar(spec: str) -> Source:
     return _with_folder_classes(Source(spec, keys, decode))
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     stream = archive.extractfile(member)
     assert stream is not None
@@ -203,23 +243,23 @@ def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _hdf5(spec: str, path: str, inner: str) -> Source:
     """uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W); `keys` and `labels` (N,) beside it count."""
-    with formats.open_hdf5(path) as file:
+    with formats.open_hdf5(path) as file, formats.damage_named(path):
         names = [inner.lstrip("/")] if inner else _image_datasets(file)
         if len(names) != 1:
             raise BadData(
                 f"{spec}: {len(names)} datasets could be images ({', '.join(names[:5])})",
                 f"name one: {path}::DATASET",
             )
-        item = file.get(names[0])
-        if not _could_be_images(item):
+        if not _could_be_images(file.get(names[0])):
             raise BadData(f"{spec}: dataset '{names[0]}' is not uint8 images")
-        shape = item.shape
+        rank = file[names[0]].ndim
+        shape = formats.dataset(path, file, names[0], (None,) * rank, "u").shape
         keys = [f"{names[0]}/{number:07d}" for number in range(shape[0])]
-        if "keys" in file and file["keys"].shape == (shape[0],):
+        if _is_column(file.get("keys"), shape[0], "SO"):
             keys = [bytes(key).decode("utf-8", "surrogateescape") for key in file["keys"][()]]
         truth_N: np.ndarray | None = None
         classes: tuple[str, ...] = ()
-        if "labels" in file and file["labels"].shape == (shape[0],):
+        if _is_column(file.get("labels"), shape[0], "iuSO"):
             values, truth_N = np.unique(file["labels"][()], return_inverse=True)
             classes = tuple(str(value) for value in values)
     handle = h5py.File(path, "r")
@@ -234,6 +274,10 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
         return image if shape[-1] == 3 else image.transpose(1, 2, 0)
 
     return Source(spec, keys, decode, truth_N, classes)
+
+
+def _is_column(item: Any, rows: int, kinds: str) -> bool:
+    return isinstance(item, h5py.Dataset) and item.shape == (rows,) and item.dtype.kind in kinds
 
 
 def _could_be_images(item: Any) -> bool:
