@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -303,10 +304,32 @@ def create(
     assert kind in KINDS
     created = _now()
     with replacing(path, force) as partial:
-        with h5py.File(partial, "w") as file:
+        with _Output(partial, "w+") as stream, h5py.File(stream, "w") as file:
             yield file
             _seal(file, kind, provenance, created)
         _tried.add(_identity(str(partial)))
+
+
+class _Output(io.FileIO):
+    """What libhdf5 writes into. The first failure is told, what follows goes nowhere.
+
+    By itself libhdf5 can't close a file that the disk has no room for: it tries again at
+    exit, and complains there beside the error that was told.
+    """
+
+    _failed = False
+
+    def write(self, data: Any) -> int:
+        if not self._failed:
+            self._failed = True
+            view = memoryview(data).cast("B")
+            while view:
+                view = view[super().write(view) :]
+            self._failed = False
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        return 0 if self._failed else super().truncate(size)
 
 
 def _seal(file: h5py.File, kind: str, provenance: Provenance, created: str) -> None:
