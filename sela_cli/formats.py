@@ -470,23 +470,22 @@ def spool(stream: Any) -> str:
 
     Raises StoppedEarly after a signal, CannotCreate where the file has no room.
     """
-    with tempfile.NamedTemporaryFile(prefix="sela-stdin-", delete=False) as copy:
-        try:
-            with interrupt.waiting():
-                shutil.copyfileobj(stream, copy)
-            copy.flush()
-        except BaseException as error:
-            os.unlink(copy.name)
-            if isinstance(error, InterruptedError):
-                raise StoppedEarly("stopped while reading standard input", "run it again") from None
-            if isinstance(error, OSError):
-                raise CannotCreate(
-                    f"{copy.name}: {_reason(error)}", "free space, or set TMPDIR"
-                ) from error
-            raise
-    return copy.name
+    handle, name = tempfile.mkstemp(prefix="sela-stdin-")
+    try:
+        with _Output(handle, "w") as copy, interrupt.waiting():
+            shutil.copyfileobj(stream, copy)
+    except BaseException as error:
+        os.unlink(name)
+        if isinstance(error, InterruptedError):
+            raise StoppedEarly("stopped while reading standard input", "run it again") from None
+        if isinstance(error, OSError):
+            raise CannotCreate(f"{name}: {_reason(error)}", "free space, or set TMPDIR") from error
+        raise
+    return name
 
 
+# Processor time that the structure of any file may take.
+_LEAST_SECONDS = 2.0
 # Files that this process has written or tried: a fork beside torch takes some 30 ms.
 _tried: set[tuple[int, ...]] = set()
 
@@ -512,7 +511,7 @@ def open_hdf5(path: str, shown: str = "") -> Iterator[h5py.File]:
     # Some damage sends libhdf5 into an endless loop that nothing in this process can end.
     identity = _identity(path)
     # A thousand datasets, half a megabyte at least, take a tenth of a second.
-    seconds = min(2 + os.path.getsize(path) / 1e6, 60)
+    seconds = min(_LEAST_SECONDS + os.path.getsize(path) / 1e6, 60)
     if identity not in _tried and not survives(lambda: _walk(path), seconds):
         raise BadData(f"{shown}: damaged, libhdf5 does not come back from it", "write it again")
     _tried.add(identity)
