@@ -81,7 +81,7 @@ def test_full_disk_keeps_the_file_that_was_to_be_replaced(tmp_path: Path) -> Non
 
 def test_place_where_nothing_can_be_written_is_refused() -> None:
     # Of /proc not even root can make a file.
-    with pytest.raises(CannotCreate, match="/proc/labels.h5"):
+    with pytest.raises(CannotCreate, match="/proc/labels"):
         made("labels", Path("/proc"))
 
 

@@ -87,7 +87,7 @@ def test_a_job_that_is_signalled_is_queued_again_and_ends_with_the_same_digests(
     # SIGUSR1 after the labels of round 0, SIGTERM after those of round 1.
     assert submit(tmp_path) == [75, 75, 0]
     with (
-        mock.patch.object(sys, "argv", ["sela", *OPTIONS, "--out", str(tmp_path / "whole")]),
+        mock.patch.object(sys, "argv", ["sela", "run", *OPTIONS, "--out", str(tmp_path / "whole")]),
         pytest.raises(SystemExit) as ended,
     ):
         cli.main()
