@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import faulthandler
+import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,7 +31,7 @@ from sela_cli.commands import (
     schedule,
     train,
 )
-from sela_cli.errors import SelaError
+from sela_cli.errors import CannotCreate, NoInput, SelaError
 
 EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
 65 bad data; 66 no input; 69 an optional package is missing; 70 a bug in sela; 73 can't
@@ -81,6 +85,9 @@ def main() -> None:
     """Run the command line; never returns."""
     from sela_cli import interrupt, job
 
+    _open_standard_streams()
+    # A crash in a library then says where it was, instead of nothing.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     if job.number() and verb not in job.VERBS:
         sys.exit(0)
@@ -101,8 +108,35 @@ def main() -> None:
     except Exception as error:
         if _debug:
             raise
-        print(
-            f"{who}: a bug: {type(error).__name__}: {error}; run `sela --debug ...` for where",
-            file=sys.stderr,
-        )
-        sys.exit(70)
+        message, code = _unforeseen(error)
+        print(f"{who}: {message}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Where a daemon's child has none: the first file to be opened would take its place."""
+    while True:
+        handle = os.open(os.devnull, os.O_RDWR)
+        if handle > 2:
+            os.close(handle)
+            break
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def _unforeseen(error: Exception) -> tuple[str, int]:
+    """The line and the exit code for what no stage has a message for."""
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); use less data, or a machine with more", 70
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", NoInput.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        _drop_stdout()
+        return f"standard output: {error.strerror}", CannotCreate.exit_code
+    return f"a bug: {type(error).__name__}: {error}; run `sela --debug ...` for where", 70
+
+
+def _drop_stdout() -> None:
+    """Else the interpreter would try once more to write what has no room, and say so."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -11,12 +11,12 @@ interruption.
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -36,11 +36,12 @@ from sela_cli import (
     probes,
     schedule,
 )
-from sela_cli.errors import BadData, CannotCreate, SelaError, StoppedEarly
-from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly
+from sela_cli.formats import Checkpoint, Labels, Provenance
 from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, label_stage, warning
+from sela_cli.locks import locked
 from sela_cli.logits import embed_stage
 from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import Network, build, parse_heads
@@ -191,17 +192,8 @@ def run(
     and `force` is off; StoppedEarly after a signal.
     """
     with _locked(folder) if parallel.rank() == 0 else nullcontext():
-
-        def claim() -> None:
-            try:
-                _claim(images, folder, settings, force, resume)
-            except SelaError:
-                if not (folder / "run.json").exists():
-                    (folder / ".lock").unlink()
-                raise
-
         settings = _measured(images, folder, settings, device)
-        job.once(claim)
+        job.once(partial(_claim, images, folder, settings, force, resume))
         return _Run(images, folder, settings, watcher, device).to_the_end()
 
 
@@ -221,19 +213,17 @@ def _measured(images: Images, folder: Path, settings: RunSettings, device: str) 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise CannotCreate(f"{folder}: {error.strerror}", "choose another --out") from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / ".lock"))
+        except BlockingIOError:
             raise CannotCreate(
                 f"{folder}: another `sela run` is at work there",
                 "wait for it, or choose another --out",
             ) from None
+        except OSError as error:
+            raise CannotCreate(f"{folder}: {error.strerror}", "choose another --out") from error
         yield
 
 
@@ -310,9 +300,11 @@ class _Run:
             shutil.copyfile(self.path(f"labels-{number:03d}.h5"), copy)
 
     def _finish(self, rounds: list[dict[str, Any]]) -> None:
+        for leftover in (*self.folder.glob("checkpoint-*.h5"), *self.folder.glob("*.unfinished")):
+            leftover.unlink()
+        # A folder that has it is not gone on with; without it the predictions are needed.
         _write_rounds(self.path("rounds.csv"), rounds)
-        for leftover in [*self.folder.glob("checkpoint-*.h5"), self.folder / _PREDICTIONS]:
-            leftover.unlink(missing_ok=True)
+        (self.folder / _PREDICTIONS).unlink(missing_ok=True)
 
     def _fresh(self) -> Network:
         settings = self.settings
@@ -326,7 +318,26 @@ class _Run:
         self._embed("embed, fresh network", network, provenance, None)
         self._keep_predictions(0)
         random = replace(settings.labels, assign="random")
-        label_stage(self.path("logits.h5"), self.path("labels-000.h5"), random, force=True)
+        self._label(
+            self.path("labels-000.h5"),
+            lambda output: label_stage(self.path("logits.h5"), output, random, force=True),
+        )
+
+    def _label(self, labels: str, solve: Callable[[str], Labels]) -> Labels:
+        """What `solve` writes to the path that it is given, in `labels` once it is whole.
+
+        Labels of a solve that a signal cut short never lie there. Every process of a job
+        solves; the first one's file counts.
+        """
+        own = f"{labels}.{parallel.rank()}.unfinished"
+        solved = solve(own)
+        stopped = parallel.any_of(interrupt.requested())
+        if not stopped:
+            job.once(partial(os.replace, own, labels))
+        Path(own).unlink(missing_ok=True)
+        if stopped:
+            raise StoppedEarly(f"{self.folder}: stopped while labelling", "run it again")
+        return solved
 
     def _round(self, number: int, position: float) -> None:
         settings = self.settings
@@ -348,18 +359,17 @@ class _Run:
         self._keep_predictions(number)
         logits, head = self.path("logits.h5"), settings.head_of(number)
         with self.watcher.stage(f"label, round {number}") as progress:
-            if head is None:
-                solved = label_stage(
-                    logits, labels, settings.labels, init=before, force=True, progress=progress
+
+            def solve(output: str) -> Labels:
+                if head is None:
+                    return label_stage(
+                        logits, output, settings.labels, init=before, force=True, progress=progress
+                    )
+                return relabel_stage(
+                    logits, output, settings.labels, head, before, progress=progress
                 )
-            else:
-                solved = relabel_stage(
-                    logits, labels, settings.labels, head, before, progress=progress
-                )
-        if parallel.any_of(interrupt.requested()):
-            # Not what an uninterrupted solve gives: the next call solves it again.
-            job.once(Path(labels).unlink)
-            raise StoppedEarly(f"{self.folder}: stopped in round {number}", "run it again")
+
+            solved = self._label(labels, solve)
         if problem := warning(solved, labels):
             self.watcher.say(f"warning: {problem.args[0]}")
         row = self._describe(number)

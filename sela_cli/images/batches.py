@@ -177,6 +177,8 @@ def open_images(
 
 
 def _readable(source: Source, row: int) -> bool:
+    if interrupt.requested():
+        raise StoppedEarly(f"{source.spec}: stopped while reading images", "run it again")
     try:
         source.image(row)
     except BadData:
