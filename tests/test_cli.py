@@ -489,7 +489,8 @@ def stages(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
         call("schedule --epochs 160 --opts 80")
         call("pack photos -o @images.h5 --size 16")
         call("export @first.h5 -o @backbone.safetensors")
-        call("import @backbone.safetensors --arch alexnet-small --image-size 16 -o @start.h5")
+        network = "--arch alexnet-small --image-size 16 --heads 2"
+        call(f"import @backbone.safetensors {network} -o @start.h5")
         call("run --data photos --out @run --heads 2 --epochs 1 --opts 1", *words(TINY))
         call("report @run -o @report.html")
         call("export-labels @labels.h5 -o @labels.csv --links @links --data photos")
