@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-fast check docs bench-label clean
+.PHONY: help demo test test-fast check bench-label bench-train docs dist clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -27,12 +27,21 @@ check: .venv/installed ## Lint, formatting, types and import walls
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_walls.py
 
-docs: .venv/installed ## Write docs/cli.md from the help
+bench-train: .venv/installed ## Measure embedding and training: docs/benchmarks-train.md
+	$(BIN)/python benchmarks/train.py
+
+docs: .venv/installed ## Write docs/cli.md and docs/sela.1 from the help
 	$(BIN)/python docs/make_cli.py
 
 bench-label: .venv/installed ## Measure the label solve beside its peers: docs/benchmarks.md
 	$(BIN)/python -m pip install --quiet '.[bench]'
 	$(BIN)/python benchmarks/label.py
 
+dist: .venv/installed ## Build the wheel and the source archive, and check them: dist
+	$(BIN)/python -m pip install --quiet build twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean: ## Remove the virtual environment and what runs wrote
-	rm -rf .venv runs
+	rm -rf .venv runs dist

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import errno
+import faulthandler
+import os
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sela_cli import __version__
-from sela_cli.commands import embed, info, label, metrics, probe, retrain, run, schedule, train
-from sela_cli.errors import SelaError
+from sela_cli.commands import (
+    embed,
+    export,
+    export_labels,
+    export_logits,
+    finetune,
+    import_weights,
+    info,
+    label,
+    metrics,
+    pack,
+    probe,
+    report,
+    retrain,
+    run,
+    schedule,
+    train,
+)
+from sela_cli.errors import CannotCreate, NoInput, SelaError
 
 EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
-65 bad data; 66 no input; 70 a bug in sela; 73 can't create output; 75 stopped early,
-state saved: run again; 130 Ctrl-C."""
+65 bad data; 66 no input; 69 an optional package is missing; 70 a bug in sela; 73 can't
+create output; 75 stopped early, state saved: run again; 130 Ctrl-C."""
 
 app = typer.Typer(
     name="sela",
@@ -48,30 +70,73 @@ def _options(
     _debug = debug
 
 
-for _module in (run, embed, label, train, retrain, probe, metrics, info, schedule):
+_COMMANDS = (
+    *(run, embed, label, train, retrain, probe, finetune, metrics, report),
+    *(export_labels, export_logits, export, import_weights, info, schedule, pack),
+)
+for _module in _COMMANDS:
     _name = _module.__name__.rsplit(".", 1)[-1]
-    app.command(_name, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
+    # `import` is no name that a module can have.
+    _verb = getattr(_module, "NAME", _name.replace("_", "-"))
+    app.command(_verb, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
 
 
 def main() -> None:
     """Run the command line; never returns."""
-    from sela_cli import interrupt
+    from sela_cli import interrupt, job
 
+    _open_standard_streams()
+    # A crash in a library then says where it was, instead of nothing.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if job.number() and verb not in job.VERBS:
+        sys.exit(0)
     interrupt.listen()
+    who = f"sela, process {job.number()}" if job.number() else "sela"
     try:
-        app()
+        with job.joined() if verb in job.VERBS else nullcontext():
+            app()
+    except job.FailedElsewhere as error:
+        sys.exit(error.exit_code)
     except SelaError as error:
         if _debug:
             raise
-        print(f"sela: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if _debug:
             raise
-        print(
-            f"sela: a bug: {type(error).__name__}: {error}; run `sela --debug ...` for where",
-            file=sys.stderr,
-        )
-        sys.exit(70)
+        message, code = _unforeseen(error)
+        print(f"{who}: {message}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _open_standard_streams() -> None:
+    """Where a daemon's child has none: the first file to be opened would take its place."""
+    while True:
+        handle = os.open(os.devnull, os.O_RDWR)
+        if handle > 2:
+            os.close(handle)
+            break
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def _unforeseen(error: Exception) -> tuple[str, int]:
+    """The line and the exit code for what no stage has a message for."""
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); use less data, or a machine with more", 70
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", NoInput.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        _drop_stdout()
+        return f"standard output: {error.strerror}", CannotCreate.exit_code
+    return f"a bug: {type(error).__name__}: {error}; run `sela --debug ...` for where", 70
+
+
+def _drop_stdout() -> None:
+    """Else the interpreter would try once more to write what has no room, and say so."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -35,6 +35,12 @@ class NoInput(SelaError):
     exit_code = 66
 
 
+class MissingExtra(SelaError):
+    """An optional package that this needs is not installed."""
+
+    exit_code = 69
+
+
 class CannotCreate(SelaError):
     """Output that can't be written, or must not be overwritten."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,12 +24,14 @@ from typing import Any
 import h5py
 import numpy as np
 
-from sela_cli import __version__
-from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
+from sela_cli import __version__, interrupt
+from sela_cli.errors import BadData, CannotCreate, NoInput, StoppedEarly, UsageError
+from sela_cli.locks import locked
+from sela_cli.watchdog import survives
 
 FORMAT = "HDF5::SeLa"
 VERSION = 1
-KINDS = ("logits", "labels", "checkpoint", "probe")
+KINDS = ("logits", "labels", "checkpoint", "probe", "finetune", "images")
 ENVELOPE = (
     "format",
     "kind",
@@ -158,6 +161,8 @@ PROBE_DTYPE = np.dtype(
     ]
 )
 
+PRECISION_DTYPE = np.dtype([("class", "S32"), ("positives", "i8"), ("ap11", "f8"), ("ap", "f8")])
+
 
 # ---- identity ---------------------------------------------------------------
 
@@ -247,28 +252,50 @@ def check_output(path: str, force: bool) -> None:
 def replacing(path: str, force: bool = False) -> Iterator[Path]:
     """Write a file whole or not at all: yields where to write, then moves it to `path`.
 
-    `-` sends it to standard output instead. Raises CannotCreate.
+    `-` sends it to standard output instead. Raises CannotCreate, also where another
+    process is writing that file.
     """
     check_output(path, force)
-    # Of a link, the file that it leads to is replaced.
-    target = Path(tempfile.gettempdir(), "stdout") if path == "-" else Path(path).resolve()
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-            if path == "-":
-                shutil.copyfileobj(stream, sys.stdout.buffer)
-                sys.stdout.buffer.flush()
-        if path != "-":
-            os.replace(partial, target)
-            _sync_folder(target.parent)
+        with _written_to_stdout() if path == "-" else _written_beside(path) as partial:
+            yield partial
     except BrokenPipeError:
         raise
     except OSError as error:
         raise CannotCreate(f"{path}: {_reason(error)}", "free space, or write elsewhere") from error
+
+
+@contextmanager
+def _written_beside(path: str) -> Iterator[Path]:
+    # Of a link, the file that it leads to is replaced.
+    target = Path(path).resolve()
+    # One name for all processes: what a killed one left behind, the next one overwrites.
+    partial = target.with_name(f".{target.name}.partial")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(target.with_name(f".{target.name}.lock")))
+        except BlockingIOError:
+            raise CannotCreate(
+                f"{path}: another process is writing it", "wait for it, or choose another name"
+            ) from None
+        stack.callback(partial.unlink, missing_ok=True)
+        yield partial
+        _sync(partial)
+        os.replace(partial, target)
+        _sync(target.parent)
+
+
+@contextmanager
+def _written_to_stdout() -> Iterator[Path]:
+    handle, name = tempfile.mkstemp(prefix="sela-stdout-")
+    os.close(handle)
+    try:
+        yield Path(name)
+        with Path(name).open("rb") as stream:
+            shutil.copyfileobj(stream, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
     finally:
-        partial.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -278,9 +305,33 @@ def create(
     """Write one of our files, with its provenance and digest, whole or not at all."""
     assert kind in KINDS
     created = _now()
-    with replacing(path, force) as partial, h5py.File(partial, "w") as file:
-        yield file
-        _seal(file, kind, provenance, created)
+    with replacing(path, force) as partial:
+        with _Output(partial, "w+") as stream, h5py.File(stream, "w") as file:
+            yield file
+            _seal(file, kind, provenance, created)
+        _tried.add(_identity(str(partial)))
+
+
+class _Output(io.FileIO):
+    """What libhdf5 writes into. The first failure is told, what follows goes nowhere.
+
+    By itself libhdf5 can't close a file that the disk has no room for: it tries again at
+    exit, and complains there beside the error that was told.
+    """
+
+    _failed = False
+
+    def write(self, data: Any) -> int:
+        if not self._failed:
+            self._failed = True
+            view = memoryview(data).cast("B")
+            while view:
+                view = view[super().write(view) :]
+            self._failed = False
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        return 0 if self._failed else super().truncate(size)
 
 
 def _seal(file: h5py.File, kind: str, provenance: Provenance, created: str) -> None:
@@ -316,8 +367,8 @@ def _now() -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -330,9 +381,38 @@ def _reason(error: OSError) -> str:
 
 def _write_images(file: h5py.File, keys: Sequence[str], index_N: np.ndarray) -> None:
     file["index"] = np.asarray(index_N, dtype=np.int64)
-    encoded = np.array([_key_bytes(key) for key in keys])
+    _write_texts(file, "keys", keys)
+
+
+def _write_texts(file: h5py.File, name: str, texts: Sequence[str]) -> None:
+    encoded = np.array([_key_bytes(text) for text in texts])
     utf8 = h5py.string_dtype("utf-8", encoded.dtype.itemsize)
-    file.create_dataset("keys", data=encoded.astype(utf8))
+    file.create_dataset(name, data=encoded.astype(utf8))
+
+
+@contextmanager
+def create_images(
+    path: str,
+    keys: Sequence[str],
+    index_N: np.ndarray,
+    provenance: Provenance,
+    *,
+    side: int,
+    truth_N: np.ndarray | None = None,
+    classes: Sequence[str] = (),
+    force: bool = False,
+) -> Iterator[h5py.Dataset]:
+    """Write a file of images; yields its (N, 3, side, side) dataset, to be filled by rows.
+
+    Contiguous and uncompressed, so that it can be memory-mapped.
+    """
+    with create(path, "images", provenance, force) as file:
+        _write_images(file, keys, index_N)
+        if truth_N is not None:
+            file["labels"] = truth_N.astype(np.int64)
+        if truth_N is not None and classes:
+            _write_texts(file, "classes", classes)
+        yield file.create_dataset("images", (len(keys), 3, side, side), dtype=np.uint8)
 
 
 @contextmanager
@@ -405,43 +485,109 @@ def write_probe(
     path: str, rows: Sequence[Mapping[str, Any]], provenance: Provenance, force: bool = False
 ) -> None:
     """Write a probe file, one row a measurement."""
-    assert PROBE_DTYPE.names is not None
-    table = np.array(
-        [tuple(row[name] for name in PROBE_DTYPE.names) for row in rows], dtype=PROBE_DTYPE
-    )
+    table = _table(rows, PROBE_DTYPE)
     with create(path, "probe", provenance, force) as file:
         file["results"] = table
+
+
+def write_precisions(
+    path: str,
+    task: str,
+    rows: Sequence[Mapping[str, Any]],
+    provenance: Provenance,
+    force: bool = False,
+) -> None:
+    """Write a finetune file, one row a class."""
+    table = _table(rows, PRECISION_DTYPE)
+    with create(path, "finetune", provenance, force) as file:
+        file["results"] = table
+        file.attrs["task"] = task
+
+
+def _table(rows: Sequence[Mapping[str, Any]], dtype: np.dtype) -> np.ndarray:
+    return np.array([tuple(row[name] for name in dtype.names or ()) for row in rows], dtype)
 
 
 # ---- reading ----------------------------------------------------------------
 
 
 def spool(stream: Any) -> str:
-    """Copy a pipe into a temporary file, since HDF5 has to seek. Returns its path."""
-    with tempfile.NamedTemporaryFile(prefix="sela-stdin-", delete=False) as copy:
-        shutil.copyfileobj(stream, copy)
-    return copy.name
+    """Copy a pipe into a temporary file, since HDF5 has to seek. Returns its path.
+
+    Raises StoppedEarly after a signal, CannotCreate where the file has no room.
+    """
+    handle, name = tempfile.mkstemp(prefix="sela-stdin-")
+    try:
+        with _Output(handle, "w") as copy, interrupt.waiting():
+            shutil.copyfileobj(stream, copy)
+    except BaseException as error:
+        os.unlink(name)
+        if isinstance(error, InterruptedError):
+            raise StoppedEarly("stopped while reading standard input", "run it again") from None
+        if isinstance(error, OSError):
+            raise CannotCreate(f"{name}: {_reason(error)}", "free space, or set TMPDIR") from error
+        raise
+    return name
+
+
+# Processor time that the structure of any file may take.
+_LEAST_SECONDS = 2.0
+# Files that this process has written or tried: a fork beside torch takes some 30 ms.
+_tried: set[tuple[int, ...]] = set()
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextmanager
 def open_hdf5(path: str, shown: str = "") -> Iterator[h5py.File]:
     """Open any HDF5 file for reading; errors name it `shown`.
 
-    Raises NoInput where it is missing, BadData where it is damaged or something else.
+    Raises NoInput where it is missing or in use, BadData where it is damaged or something
+    else.
     """
     shown = shown or path
     if not os.path.exists(path):
         raise NoInput(f"{shown}: no such file")
-    if os.path.isdir(path):
-        raise BadData(f"{shown} is a folder, not an HDF5 file")
+    if not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        raise BadData(f"{shown} is {kind}, not an HDF5 file")
+    # Some damage sends libhdf5 into an endless loop that nothing in this process can end.
+    identity = _identity(path)
+    # A thousand datasets, half a megabyte at least, take a tenth of a second.
+    seconds = min(_LEAST_SECONDS + os.path.getsize(path) / 1e6, 60)
+    if identity not in _tried and not survives(lambda: _walk(path), seconds):
+        raise BadData(f"{shown}: damaged, libhdf5 does not come back from it", "write it again")
+    _tried.add(identity)
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         if error.errno == errno.EACCES:
             raise NoInput(f"{shown}: permission denied", f"chmod u+r {shown}") from error
+        if error.errno == errno.EAGAIN:
+            raise NoInput(f"{shown}: another process is writing it", "wait for it") from error
         raise _damaged(shown, error) from error
     with file:
         yield file
+
+
+def _walk(path: str) -> None:
+    """Read whatever libhdf5 has to follow addresses for: all but the numbers of datasets."""
+
+    def visit(item: h5py.Group | h5py.Dataset) -> None:
+        for name in item.attrs:
+            item.attrs[name]
+        if isinstance(item, h5py.Dataset) and item.dtype.hasobject:
+            for _ in _blocks(item):
+                pass
+        elif isinstance(item, h5py.Dataset) and item.chunks:
+            item.id.get_num_chunks()
+
+    with h5py.File(path, "r") as file:
+        visit(file)
+        file.visititems(lambda name, item: visit(item))
 
 
 def _damaged(path: str, error: Exception) -> BadData:
@@ -454,7 +600,7 @@ def damage_named(path: str) -> Iterator[None]:
     """What HDF5 raises in this block, which does nothing but read `path`, is BadData."""
     try:
         yield
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         raise _damaged(path, error) from error
 
 
@@ -467,7 +613,8 @@ def open_file(path: str, *kinds: str) -> Iterator[tuple[h5py.File, Header]]:
     actual = spool(sys.stdin.buffer) if path == "-" else path
     try:
         with open_hdf5(actual, path) as file:
-            header = read_header_of(path, file)
+            with damage_named(path):
+                header = read_header_of(path, file)
             if kinds and header.kind not in kinds:
                 wanted = " or ".join(kinds)
                 raise BadData(f"{path} holds {header.kind}, but {wanted} is needed here")
@@ -528,6 +675,7 @@ def _datasets(path: str, file: h5py.File, group: str) -> dict[str, np.ndarray]:
     for name, item in items.items():
         if not isinstance(item, h5py.Dataset):
             raise BadData(f"{path}: '{group}/{name}' is not a dataset")
+        _check_size(path, item)
     return {name: item[()] for name, item in items.items()}
 
 
@@ -549,7 +697,36 @@ def dataset(
     if not fits:
         wanted = tuple("any" if extent is None else extent for extent in shape)
         raise BadData(f"{path}: dataset '{name}' has shape {item.shape}, not {wanted}")
+    _check_size(path, item)
     return item
+
+
+# Honest data may be compressed a hundredfold; a bomb is by many thousands.
+_EXPANSION = 100
+_SMALL_BYTES = 1 << 26
+
+
+def check_expansion(path: str, name: str, declared: int, stored: int) -> None:
+    """Refuse `declared` bytes (or rows) that are said to lie in `stored` bytes of a file.
+
+    A shape is a few bytes, and may claim any amount of memory. Raises BadData.
+    """
+    if declared > _SMALL_BYTES + _EXPANSION * stored:
+        raise BadData(f"{path}: '{name}' claims {declared:.1e} bytes and has {stored}")
+
+
+def _check_size(path: str, item: h5py.Dataset) -> None:
+    if item.shape is None:
+        raise BadData(f"{path}: dataset '{item.name}' is empty")
+    stored = os.path.getsize(item.file.filename)
+    if item.is_virtual:
+        folder = Path(item.file.filename).parent
+        sources = {folder / source.file_name for source in item.virtual_sources()}
+        stored += sum(source.stat().st_size for source in sources if source.is_file())
+    check_expansion(path, item.name, max(item.nbytes, *item.shape, 0), stored)
+    offset = item.id.get_offset() if item.chunks is None else None
+    if offset is not None and item.size and offset + item.nbytes > stored:
+        raise BadData(f"{path}: dataset '{item.name}' goes beyond the end of the file")
 
 
 def _array(
@@ -655,10 +832,19 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 def read_probe(path: str) -> list[dict[str, Any]]:
     """Read a probe file as one dictionary a row."""
-    with open_file(path, "probe") as (file, _):
+    return _read_table(path, "probe", PROBE_DTYPE)
+
+
+def read_precisions(path: str) -> list[dict[str, Any]]:
+    """Read a finetune file as one dictionary a class."""
+    return _read_table(path, "finetune", PRECISION_DTYPE)
+
+
+def _read_table(path: str, kind: str, dtype: np.dtype) -> list[dict[str, Any]]:
+    with open_file(path, kind) as (file, _):
         table = _array(path, file, "results", (None,), "V")
     names = table.dtype.names or ()
-    missing = [name for name in PROBE_DTYPE.names or () if name not in names]
+    missing = [name for name in dtype.names or () if name not in names]
     if missing:
         raise BadData(f"{path}: dataset 'results' lacks columns {', '.join(missing)}")
     rows = [dict(zip(names, (_plain(value) for value in row), strict=True)) for row in table]

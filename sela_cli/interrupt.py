@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _requested = False
+_waiting = False
 
 
 def _request(signum: int, frame: FrameType | None) -> None:
     global _requested
     _requested = True
+    if _waiting:
+        raise InterruptedError
 
 
 def listen() -> None:
@@ -23,3 +28,16 @@ def listen() -> None:
 def requested() -> bool:
     """Whether a stop was asked for."""
     return _requested
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """A block that waits for something and can't poll: there a request is an InterruptedError."""
+    global _waiting
+    _waiting = True
+    try:
+        if _requested:
+            raise InterruptedError
+        yield
+    finally:
+        _waiting = False

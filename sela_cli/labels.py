@@ -17,16 +17,18 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from sela_cli import assignment, formats, interrupt, lbfgs, metrics, newton, parallel, sinkhorn
+from sela_cli import assignment, formats, interrupt, job, lbfgs, metrics, newton, parallel, sinkhorn
 from sela_cli.assignment import Bounds
 from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels, Provenance
+from sela_cli.kmeans import kmeans_labels
 from sela_cli.scores import Matrix, Scores, open_scores
 from sela_cli.semidual import Problem, Solution, Step
 from sela_cli.tiles import InMemory, Part, Rows, tile_rows
 
 ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
 INPUT_KINDS = ("logits", "probabilities")
+METHODS = ("sela", "kmeans")
 SOLVERS = ("auto", "newton", "lbfgs", "sinkhorn")
 
 # Python and torch without a matrix, in bytes.
@@ -43,6 +45,7 @@ _LEAST_PROBABILITY = float(np.finfo(np.float64).tiny)
 class LabelSettings:
     """Options of the label solve; see `sela label --help`.
 
+    `clusters` are those of `kmeans`; default: the columns of each head.
     `max_memory` is in bytes. `min_size` and `max_size` bound the clusters of balanced
     labels in place of the marginal.
     """
@@ -54,6 +57,8 @@ class LabelSettings:
     assign: str = "balanced"
     input_kind: str = "logits"
     seed: int = 0
+    method: str = "sela"
+    clusters: tuple[int, ...] | None = None
     solver: str = "auto"
     min_size: int | None = None
     max_size: int | None = None
@@ -68,6 +73,10 @@ class LabelSettings:
             raise UsageError(f"--max-iter {self.max_iter} must be at least 1")
         if self.assign not in ASSIGN_KINDS:
             raise UsageError(f"--assign {self.assign} is none of {', '.join(ASSIGN_KINDS)}")
+        if self.method not in METHODS:
+            raise UsageError(f"--method {self.method} is none of {', '.join(METHODS)}")
+        if self.clusters and self.method != "kmeans":
+            raise UsageError("--clusters is for --method kmeans: scores have a column a cluster")
         if self.solver not in SOLVERS:
             raise UsageError(f"--solver {self.solver} is none of {', '.join(SOLVERS)}")
         if (self.min_size, self.max_size) != (None, None) and (
@@ -198,24 +207,38 @@ def label_stage(
         start = formats.read_labels(init) if init else None
         if start and start.header:
             provenance = provenance.reading("init", start.header)
-        labels = label(scores, spec, settings, start, progress)
+        if settings.method == "kmeans":
+            labels = kmeans_labels(
+                scores,
+                spec,
+                settings.clusters,
+                seed=settings.seed,
+                before=start,
+                progress=progress,
+            )
+        else:
+            labels = label(scores, spec, settings, start, progress)
         provenance = provenance.of(scores.dataset_id)
-    formats.write_labels(output, labels, provenance, force)
-    if csv_path:
-        write_csv(csv_path, labels, force)
+
+    def write() -> None:
+        formats.write_labels(output, labels, provenance, force)
+        if csv_path:
+            write_csv(csv_path, labels, force)
+
+    job.once(write)
     return labels
 
 
 def warning(labels: Labels, output: str) -> StoppedEarly | None:
     """What to raise or to say if a head did not converge."""
-    residuals = [
-        head.attributes["residual"] for head in labels.heads if not head.attributes["converged"]
-    ]
-    if not residuals:
+    failed = [head.attributes for head in labels.heads if not head.attributes["converged"]]
+    if not failed:
         return None
+    worst = max(attributes["residual"] for attributes in failed)
+    # Labels by k-means have no residual.
+    how = f" (residual {worst:.2g}, asked for {failed[0]['tol']:g})" if math.isfinite(worst) else ""
     return StoppedEarly(
-        f"{output}: {len(residuals)} of {len(labels.heads)} heads did not converge "
-        f"(residual {max(residuals):.2g}, asked for {labels.heads[0].attributes['tol']:g}); "
+        f"{output}: {len(failed)} of {len(labels.heads)} heads did not converge{how}; "
         "labels are written",
         f"go on with --init {output}, or a larger --max-iter or --tol",
     )

@@ -6,18 +6,19 @@ N images, n of a batch, K clusters, T heads, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from sela_cli import formats, interrupt
+from sela_cli import formats, interrupt, job, parallel, passes
 from sela_cli.errors import StoppedEarly
 from sela_cli.formats import Provenance
-from sela_cli.images.augment import ViewOf, centre_view
+from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
 from sela_cli.networks import Network
+from sela_cli.precision import autocast
 
 
 def embed_stage(
@@ -31,43 +32,49 @@ def embed_stage(
     batch_size: int = 256,
     device: str = "cpu",
     precision: str = "float32",
-    augment: ViewOf | None = None,
+    augment: DrawOf | None = None,
     force: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> None:
     """Write the logits of every image, or its features and the heads; see docs/schema.md.
 
-    `augment` makes the view of a batch; the default is the plain centre view.
+    `augment` draws the views of a batch; the default is the plain centre view. The first
+    process of a job writes.
     """
+    formats.check_output(output, force)
+    job.meet()
     heads: list[tuple[np.ndarray, np.ndarray]] = []
     if store == "logits":
         columns = {f"logits/{t}": clusters for t, clusters in enumerate(network.clusters)}
     else:
         columns = {"features": network.width}
         heads = network.head_arrays()
-    with formats.create_logits(
-        output,
-        images.keys,
-        images.index_N,
-        provenance,
-        columns=columns,
-        dtype=dtype,
-        heads=heads,
-        force=force,
-    ) as datasets:
+    file: Any = nullcontext({})
+    if parallel.rank() == 0:
+        file = formats.create_logits(
+            output,
+            images.keys,
+            images.index_N,
+            provenance,
+            columns=columns,
+            dtype=dtype,
+            heads=heads,
+            force=force,
+        )
+    with file as datasets:
         module = network if store == "logits" else network.trunk
         done = 0
         for outputs in forward(module, network, images, batch_size, device, precision, augment):
-            tensors = outputs if isinstance(outputs, list) else [outputs]
-            for item, tensor in zip(datasets.values(), tensors, strict=True):
+            for item, tensor in zip(datasets.values(), outputs, strict=False):
                 if dtype == "float16" and store == "logits":
                     # Half precision is fine near zero: large logits would lose their differences.
                     tensor = tensor - tensor.amax(1, keepdim=True)
                 item[done : done + len(tensor)] = tensor.numpy()
-            done += len(tensors[0])
+            done += len(outputs[0])
             progress(done, len(images), "")
-            if interrupt.requested():
+            if parallel.any_of(interrupt.requested()):
                 raise StoppedEarly(f"{output}: stopped after {done} images", "run it again")
+    job.meet()
 
 
 def plan(images: Images, network: Network, store: str, dtype: str) -> dict[str, Any]:
@@ -90,7 +97,6 @@ def plan(images: Images, network: Network, store: str, dtype: str) -> dict[str, 
     }
 
 
-@torch.no_grad()
 def forward(
     module: Any,
     network: Network,
@@ -98,25 +104,17 @@ def forward(
     batch_size: int,
     device: str = "cpu",
     precision: str = "float32",
-    augment: ViewOf | None = None,
-) -> Iterator[Any]:
-    """Outputs of `module` (the network or a part of it), batch by batch, as float32 on the CPU."""
+    augment: DrawOf | None = None,
+) -> Iterator[list[Tensor]]:
+    """Outputs of the network or of its trunk, batch by batch, as float32 on the CPU."""
     network.eval().to(device)
-    for start in range(0, len(images), batch_size):
-        rows = torch.arange(start, min(start + batch_size, len(images)))
-        batch = images.batch(rows).to(device)
-        view = augment(batch) if augment else centre_view(batch, network.image_size)
+    columns = network.clusters if module is network else [network.width]
+
+    def compute(view: Tensor) -> list[Tensor]:
         with autocast(device, precision):
-            outputs = module(view.contiguous(memory_format=torch.channels_last))
-        yield _to_cpu(outputs)
+            outputs = module(view)
+        return outputs if isinstance(outputs, list) else [outputs]
 
-
-def autocast(device: str, precision: str) -> torch.autocast:
-    """bfloat16 arithmetic where `precision` asks for it."""
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def _to_cpu(outputs: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    if isinstance(outputs, list):
-        return [output.float().cpu() for output in outputs]
-    return outputs.float().cpu()
+    return passes.in_order(
+        images, network.image_size, compute, columns, batch_size, device, augment
+    )

@@ -2,38 +2,58 @@
 
 A run's folder holds, for round k = 1..n: checkpoint-k.h5 (trained up to that round's
 position; only the newest is kept), logits.h5 (of that checkpoint) and labels-k.h5. Round
-0 is the fresh network and random balanced labels. At the end: checkpoint.h5, labels.h5
-(those of round n), probe.h5 and rounds.csv. What is there is not made again, so that the
-same call goes on after an interruption.
+0 is the fresh network and random balanced labels. predictions.json says of each round what
+the network predicted. At the end: checkpoint.h5, labels.h5 (those of round n), probe.h5 and
+rounds.csv. What is there is not made again, so that the same call goes on after an
+interruption.
 """
 
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sela_cli import formats, interrupt, metrics, presets, probes, schedule
-from sela_cli.errors import BadData, CannotCreate, SelaError, StoppedEarly
-from sela_cli.formats import Checkpoint, Provenance
-from sela_cli.images.augment import ViewOf
+from sela_cli import (
+    collapse,
+    formats,
+    interrupt,
+    job,
+    metrics,
+    parallel,
+    presets,
+    probes,
+    schedule,
+)
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly
+from sela_cli.formats import Checkpoint, Labels, Provenance
+from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, label_stage, warning
+from sela_cli.locks import locked
 from sela_cli.logits import embed_stage
 from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import Network, build, parse_heads
+from sela_cli.precision import faster
+from sela_cli.relabel import relabel_stage
 from sela_cli.training import Recipe, label_view, network_of, settle, train_stage
 
 Progress = Callable[[int, int, str], None]
 HOLDOUT = 0.2
+_PREDICTIONS = "predictions.json"
+# Fields of RunSettings that are settings in themselves, or are said in words in a plan.
+_PARTS = ("recipe", "labels", "heads", "arch", "image_size")
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,11 @@ class RunSettings:
     store: str = "logits"
     dtype: str = "float32"
     view: str = "centre"
+    relabel_heads: str = "all"
+
+    def head_of(self, number: int) -> int | None:
+        """The head that round `number` labels; None for all of them."""
+        return (number - 1) % len(self.heads) if self.relabel_heads == "cycle" else None
 
     @property
     def positions(self) -> list[float]:
@@ -94,6 +119,7 @@ def settings_of(
         store=merged.get("store", "logits"),
         dtype=merged.get("dtype", "float32"),
         view=merged.get("view", "centre"),
+        relabel_heads=merged.get("relabel_heads", "all"),
     )
 
 
@@ -115,8 +141,9 @@ def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
         + (", ..." if len(settings.positions) > 20 else ""),
         f"{shown['megabytes']:.1f} MB of {settings.store} a round",
     ]
-    lines += [f"{name} = {value}" for name, value in asdict(settings.recipe).items()]
-    lines += [f"{name} = {value}" for name, value in asdict(settings.labels).items()]
+    flat = {name: value for name, value in asdict(settings).items() if name not in _PARTS}
+    flat |= asdict(settings.recipe) | asdict(settings.labels)
+    lines += [f"{name} = {value}" for name, value in flat.items()]
     return shown, "\n".join(lines)
 
 
@@ -139,10 +166,15 @@ def text_of(summary: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Watcher:
-    """How the loop is watched: a progress context for each stage, and a line a round."""
+    """How the loop is watched: a progress context for each stage, and a line a round.
+
+    `record` gets (name, value, step): the loss and learning rate of every step once its
+    round is done, and the columns of rounds.csv.
+    """
 
     stage: Callable[[str], AbstractContextManager[Progress]]
     say: Callable[[str], None]
+    record: Callable[[str, float, int], None] = lambda name, value, step: None
 
 
 def run(
@@ -159,31 +191,39 @@ def run(
     Raises CannotCreate where the folder holds a finished run or one with other settings
     and `force` is off; StoppedEarly after a signal.
     """
-    with _locked(folder):
-        try:
-            _claim(images, folder, settings, force, resume)
-        except SelaError:
-            if not (folder / "run.json").exists():
-                (folder / ".lock").unlink()
-            raise
+    with _locked(folder) if parallel.rank() == 0 else nullcontext():
+        settings = _measured(images, folder, settings, device)
+        job.once(partial(_claim, images, folder, settings, force, resume))
         return _Run(images, folder, settings, watcher, device).to_the_end()
+
+
+def _measured(images: Images, folder: Path, settings: RunSettings, device: str) -> RunSettings:
+    """`--precision auto` decided: as the run in the folder has it, or by measuring."""
+    recipe = settings.recipe
+    if recipe.precision != "auto":
+        return settings
+    try:
+        chosen = json.loads((folder / "run.json").read_text())["settings"]["recipe"]["precision"]
+    except (OSError, ValueError, LookupError, TypeError):
+        network = build(settings.arch, settings.image_size, list(settings.heads), recipe.seed)
+        batch_size = min(recipe.batch_size, len(images))
+        chosen = faster(network, batch_size, device, training=True)
+    return replace(settings, recipe=replace(recipe, precision=chosen))
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise CannotCreate(f"{folder}: {error.strerror}", "choose another --out") from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / ".lock"))
+        except BlockingIOError:
             raise CannotCreate(
                 f"{folder}: another `sela run` is at work there",
                 "wait for it, or choose another --out",
             ) from None
+        except OSError as error:
+            raise CannotCreate(f"{folder}: {error.strerror}", "choose another --out") from error
         yield
 
 
@@ -191,14 +231,17 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
     """Make sure that what lies in the folder is a beginning of this very run."""
     path = folder / "run.json"
     identity = formats.through_json({"dataset-id": images.dataset_id, "settings": asdict(settings)})
-    old = [*folder.glob("*.h5"), *folder.glob("*.unfinished"), *folder.glob("*.csv")]
+    # The report finds the images by `data`; a run may go on with them in another place.
+    told = identity | {"data": images.spec}
+    patterns = ("*.h5", "*.unfinished", "*.csv", "tensorboard/events.*", _PREDICTIONS)
+    old = [item for pattern in patterns for item in folder.glob(pattern)]
     if force:
         for leftover in [path, *old]:
             leftover.unlink(missing_ok=True)
     elif path.exists():
         try:
-            same = json.loads(path.read_text()) == identity
-        except ValueError as error:
+            same = identity.items() <= json.loads(path.read_text()).items()
+        except (ValueError, AttributeError) as error:
             raise BadData(f"{path}: damaged ({error})", "start over with --force") from error
         if not same:
             raise CannotCreate(
@@ -210,8 +253,8 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
             raise CannotCreate(f"{folder} holds {state} run", "choose another --out, or --force")
     elif old:
         raise CannotCreate(f"{folder} holds other files", "choose another --out, or --force")
-    with formats.replacing(str(path), force=True) as partial:
-        partial.write_text(json.dumps(identity, indent=1))
+    with formats.replacing(str(path), force=True) as file:
+        file.write_text(json.dumps(told, indent=1))
 
 
 @dataclass
@@ -221,6 +264,10 @@ class _Run:
     settings: RunSettings
     watcher: Watcher
     device: str
+    # Problems of the last round: each is told when it begins.
+    told: set[str] = field(default_factory=set)
+    # When this call ended its first round, and at which position.
+    mark: tuple[float, float] | None = None
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
@@ -239,15 +286,25 @@ class _Run:
         last = len(positions)
         if not (self.folder / "checkpoint.h5").exists():
             self._go_on(last, "checkpoint.h5", None)
-        with formats.replacing(self.path("labels.h5"), force=True) as partial:
-            shutil.copyfile(self.path(f"labels-{last:03d}.h5"), partial)
+            losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
+            self._record_training(losses, last)
+        job.once(partial(self._copy_labels, last))
         if self.images.truth_N is not None:
             self._knn("probe.h5", "checkpoint.h5")
         rounds = self._rounds()
-        _write_rounds(self.path("rounds.csv"), rounds)
-        for leftover in self.folder.glob("checkpoint-*.h5"):
-            leftover.unlink()
+        job.once(partial(self._finish, rounds))
         return self._summary(rounds)
+
+    def _copy_labels(self, number: int) -> None:
+        with formats.replacing(self.path("labels.h5"), force=True) as copy:
+            shutil.copyfile(self.path(f"labels-{number:03d}.h5"), copy)
+
+    def _finish(self, rounds: list[dict[str, Any]]) -> None:
+        for leftover in (*self.folder.glob("checkpoint-*.h5"), *self.folder.glob("*.unfinished")):
+            leftover.unlink()
+        # A folder that has it is not gone on with; without it the predictions are needed.
+        _write_rounds(self.path("rounds.csv"), rounds)
+        (self.folder / _PREDICTIONS).unlink(missing_ok=True)
 
     def _fresh(self) -> Network:
         settings = self.settings
@@ -259,8 +316,28 @@ class _Run:
         settle(network, self.images, settings.recipe)
         provenance = Provenance("embed", {"arch": settings.arch})
         self._embed("embed, fresh network", network, provenance, None)
+        self._keep_predictions(0)
         random = replace(settings.labels, assign="random")
-        label_stage(self.path("logits.h5"), self.path("labels-000.h5"), random, force=True)
+        self._label(
+            self.path("labels-000.h5"),
+            lambda output: label_stage(self.path("logits.h5"), output, random, force=True),
+        )
+
+    def _label(self, labels: str, solve: Callable[[str], Labels]) -> Labels:
+        """What `solve` writes to the path that it is given, in `labels` once it is whole.
+
+        Labels of a solve that a signal cut short never lie there. Every process of a job
+        solves; the first one's file counts.
+        """
+        own = f"{labels}.{parallel.rank()}.unfinished"
+        solved = solve(own)
+        stopped = parallel.any_of(interrupt.requested())
+        if not stopped:
+            job.once(partial(os.replace, own, labels))
+        Path(own).unlink(missing_ok=True)
+        if stopped:
+            raise StoppedEarly(f"{self.folder}: stopped while labelling", "run it again")
+        return solved
 
     def _round(self, number: int, position: float) -> None:
         settings = self.settings
@@ -277,28 +354,64 @@ class _Run:
             f"embed, round {number}",
             network,
             provenance.reading("checkpoint", state.header),
-            label_view(settings.view, network, settings.recipe, state.step),
+            label_view(settings.view, settings.recipe, state.step),
         )
+        self._keep_predictions(number)
+        logits, head = self.path("logits.h5"), settings.head_of(number)
         with self.watcher.stage(f"label, round {number}") as progress:
-            solved = label_stage(
-                self.path("logits.h5"),
-                labels,
-                settings.labels,
-                init=before,
-                force=True,
-                progress=progress,
-            )
-        if interrupt.requested():
-            # Not what an uninterrupted solve gives: the next call solves it again.
-            Path(labels).unlink()
-            raise StoppedEarly(f"{self.folder}: stopped in round {number}", "run it again")
+
+            def solve(output: str) -> Labels:
+                if head is None:
+                    return label_stage(
+                        logits, output, settings.labels, init=before, force=True, progress=progress
+                    )
+                return relabel_stage(
+                    logits, output, settings.labels, head, before, progress=progress
+                )
+
+            solved = self._label(labels, solve)
         if problem := warning(solved, labels):
             self.watcher.say(f"warning: {problem.args[0]}")
-        self.watcher.say(_round_line(self._describe(number), len(settings.positions)))
+        row = self._describe(number)
+        losses = state.losses[slice(*self._steps(number - 1))]
+        if losses.size:
+            row["loss"] = float(losses.mean())
+        self.watcher.say(_round_line(row, len(settings.positions)) + self._time_left(position))
+        problems = self._problems(row, state.losses)
+        for name, advice in problems.items():
+            if name not in self.told:
+                self.watcher.say(f"warning: {advice}")
+        self.told = set(problems)
+        self._record_training(state.losses, number - 1)
+        for name, value in row.items():
+            self.watcher.record(f"round/{name}", value, state.step)
         self._forget(number - 1)
 
+    def _time_left(self, position: float) -> str:
+        """At the pace of whole rounds; a call's first one may have been half done before."""
+        now = time.monotonic()
+        if self.mark is None:
+            self.mark = (now, position)
+            return ""
+        began, start = self.mark
+        seconds = (now - began) / (position - start) * (self.settings.recipe.epochs - position)
+        return f", {timedelta(seconds=round(seconds))} left"
+
+    def _record_training(self, losses: np.ndarray, number: int) -> None:
+        """The steps from round `number` to the next."""
+        recipe, count = self.settings.recipe, len(self.images)
+        for step in range(*self._steps(number)):
+            self.watcher.record("train/loss", float(losses[step]), step)
+            self.watcher.record("train/lr", recipe.lr_at(step, count), step)
+
+    def _steps(self, number: int) -> tuple[int, int]:
+        """First step on the labels of round `number`, and that of the next round."""
+        recipe, count = self.settings.recipe, len(self.images)
+        goals = [0.0, *self.settings.positions, recipe.epochs]
+        return recipe.steps(goals[number], count), recipe.steps(goals[number + 1], count)
+
     def _embed(
-        self, title: str, network: Network, provenance: Provenance, augment: ViewOf | None
+        self, title: str, network: Network, provenance: Provenance, augment: DrawOf | None
     ) -> None:
         settings = self.settings
         with self.watcher.stage(title) as progress:
@@ -331,7 +444,7 @@ class _Run:
     ) -> None:
         """Train on the labels of round `source`."""
         goal = self.settings.recipe.epochs if to is None else to
-        with self.watcher.stage(f"train to epoch {goal:.2f}") as progress:
+        with self.watcher.stage(f"to epoch {goal:.1f}") as progress:
             train_stage(
                 self.images,
                 formats.read_labels(self.path(f"labels-{source:03d}.h5")),
@@ -347,7 +460,8 @@ class _Run:
 
     def _forget(self, number: int) -> None:
         """Labels are small and stay; of the checkpoints the newest is enough to go on from."""
-        (self.folder / f"checkpoint-{number:03d}.h5").unlink(missing_ok=True)
+        path = self.folder / f"checkpoint-{number:03d}.h5"
+        job.once(partial(path.unlink, missing_ok=True))
 
     def _knn(self, output: str, checkpoint: str) -> None:
         if (self.folder / output).exists():
@@ -384,8 +498,11 @@ class _Run:
             row["churn"] = metrics.churn(before.heads, labels.heads)
         for name in ("residual", "objective", "n-iters"):
             row[name] = float(np.mean([head.attributes[name] for head in labels.heads]))
-        row["smallest"] = min(metrics.sizes(head)["smallest"] for head in labels.heads)
-        row["largest"] = max(metrics.sizes(head)["largest"] for head in labels.heads)
+        sizes = [metrics.sizes(head) for head in labels.heads]
+        row["smallest"] = min(size["smallest"] for size in sizes)
+        row["largest"] = max(size["largest"] for size in sizes)
+        row["empty"] = sum(size["empty"] for size in sizes)
+        row |= self._predictions()[str(number)]
         if self.images.truth_N is not None:
             scores = [
                 metrics.agreement(head.labels_N, self.images.truth_N) for head in labels.heads
@@ -394,15 +511,37 @@ class _Run:
                 row[name] = float(np.mean([score[name] for score in scores]))
         return row
 
+    def _predictions(self) -> dict[str, dict[str, float]]:
+        path = self.folder / _PREDICTIONS
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _keep_predictions(self, number: int) -> None:
+        """Note what logits.h5 says, which the next round replaces."""
+
+        def write() -> None:
+            kept = self._predictions() | {str(number): collapse.predictions(self.path("logits.h5"))}
+            with formats.replacing(self.path(_PREDICTIONS), force=True) as file:
+                file.write_text(json.dumps(kept, indent=1))
+
+        job.once(write)
+
+    def _problems(self, row: dict[str, Any], losses: np.ndarray) -> dict[str, str]:
+        """What looks wrong in a round that begins after these losses."""
+        recipe, count = self.settings.recipe, len(self.images)
+        end = recipe.steps(row["epoch"], count)
+        epoch = losses[max(0, end - recipe.steps_per_epoch(count)) : end]
+        loss = float(epoch.mean()) if epoch.size else float("nan")
+        chance = float(np.mean(np.log(self.settings.heads)))
+        return collapse.problems(row, loss, chance, row["epoch"] / max(recipe.epochs, 1e-9))
+
     def _rounds(self) -> list[dict[str, Any]]:
         """All rows of rounds.csv; `loss` is the mean from that round to the next."""
         rows = [self._describe(number) for number in range(len(self.settings.positions) + 1)]
         losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
-        recipe, count = self.settings.recipe, len(self.images)
-        goals = [0.0, *self.settings.positions, recipe.epochs]
-        for row, start, end in zip(rows, goals[:-1], goals[1:], strict=True):
-            part = losses[recipe.steps(start, count) : recipe.steps(end, count)]
+        for number, row in enumerate(rows):
+            part = losses[slice(*self._steps(number))]
             row["loss"] = float(part.mean()) if part.size else float("nan")
+            row["problems"] = "; ".join(self._problems(row, losses))
         return rows
 
     def _summary(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -433,16 +572,19 @@ class _Run:
 
 def _round_line(row: dict[str, Any], rounds: int) -> str:
     parts = [f"round {row['round']}/{rounds}", f"epoch {row['epoch']:.2f}"]
-    parts.append(f"labels changed {row['churn']:.1%}")
-    parts.append(f"residual {row['residual']:.1e} in {row['n-iters']:.0f} passes")
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.3f}")
+    parts.append(f"{row['churn']:.1%} relabelled")
     parts.append(f"sizes {row['smallest']}..{row['largest']}")
+    parts.append(f"entropy {row['entropy']:.2f}")
     if "nmi" in row:
         parts.append(f"NMI {row['nmi']:.3f}")
+    parts.append(f"residual {row['residual']:.1e}")
     return ", ".join(parts)
 
 
 def _write_rounds(path: str, rounds: list[dict[str, Any]]) -> None:
-    with formats.replacing(path, force=True) as partial, partial.open("w", newline="") as stream:
+    with formats.replacing(path, force=True) as file, file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rounds[-1]))
         writer.writeheader()
         writer.writerows(rounds)

@@ -5,12 +5,16 @@ N images, K clusters, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
+from scipy.stats import entropy
 from sklearn import metrics
-from sklearn.metrics.cluster import contingency_matrix
+from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
 
 from sela_cli import formats
 from sela_cli.errors import BadData, NoInput
@@ -19,21 +23,45 @@ from sela_cli.images.sources import open_source
 
 
 def agreement(labels_N: np.ndarray, truth_N: np.ndarray) -> dict[str, float]:
-    """NMI, adjusted MI, adjusted Rand index, one-to-one accuracy and purity, each in 0..1.
+    """NMI, adjusted MI, adjusted Rand index, one-to-one accuracy and purity, each at most 1.
 
+    All from one contingency table n_CK, so that the images are counted once. `nmi` and
+    `ami` normalise by the mean of both entropies, as scikit-learn does by default.
     `accuracy` is under the best one-to-one match of clusters to classes (Hungarian
     method): clusters left without a class count as wrong. `purity` gives every cluster
     its most frequent class.
     """
-    table_CK = contingency_matrix(truth_N, labels_N)
-    rows, columns = linear_sum_assignment(table_CK, maximize=True)
+    n_CK = contingency_matrix(truth_N, labels_N)
+    count = int(n_CK.sum())
+    sizes_C, sizes_K = n_CK.sum(1), n_CK.sum(0)
+    information = metrics.mutual_info_score(None, None, contingency=n_CK)
+    mean_entropy = 0.5 * (float(entropy(sizes_C)) + float(entropy(sizes_K)))
+    chance = expected_mutual_information(csr_array(n_CK), count)
+    rows, columns = linear_sum_assignment(n_CK, maximize=True)
     return {
-        "nmi": float(metrics.normalized_mutual_info_score(truth_N, labels_N)),
-        "ami": float(metrics.adjusted_mutual_info_score(truth_N, labels_N)),
-        "ari": float(metrics.adjusted_rand_score(truth_N, labels_N)),
-        "accuracy": float(table_CK[rows, columns].sum() / len(labels_N)),
-        "purity": float(table_CK.max(axis=0).sum() / len(labels_N)),
+        "nmi": _share(information, mean_entropy),
+        "ami": _share(information - chance, mean_entropy - chance),
+        "ari": _adjusted_rand(n_CK),
+        "accuracy": float(n_CK[rows, columns].sum() / count),
+        "purity": float(n_CK.max(axis=0).sum() / count),
     }
+
+
+def _share(part: float, whole: float) -> float:
+    """`part / whole`; 1 where there is nothing to agree on (one cluster and one class)."""
+    return float(part / whole) if abs(whole) > np.finfo(np.float64).eps else 1.0
+
+
+def _adjusted_rand(n_CK: np.ndarray) -> float:
+    """Pairs that are together in both, less those of chance (Hubert and Arabie 1985)."""
+
+    def pairs(sizes: np.ndarray) -> float:
+        return float((sizes * (sizes - 1.0)).sum() / 2)
+
+    both, of_classes, of_clusters = pairs(n_CK), pairs(n_CK.sum(1)), pairs(n_CK.sum(0))
+    total = pairs(n_CK.sum())
+    chance = of_classes * of_clusters / total if total else 0.0
+    return _share(both - chance, 0.5 * (of_classes + of_clusters) - chance)
 
 
 def sizes(head: HeadLabels) -> dict[str, float]:
@@ -70,15 +98,55 @@ def compare(labels_path: str, truth: str) -> list[dict[str, float]]:
     return [sizes(head) | agreement(head.labels_N, truth_N) for head in labels.heads]
 
 
-def table(heads: list[dict[str, float]]) -> str:
-    """`compare`'s result as aligned text."""
-    names = ("clusters", "smallest", "largest", "empty", "nmi", "ami", "ari", "accuracy", "purity")
-    lines = [" ".join(["head", *(f"{name:>8}" for name in names)])]
-    for number, head in enumerate(heads):
-        cells = [f"{head[name]:8d}" for name in names[:4]] + [
-            f"{head[name]:8.4f}" for name in names[4:]
-        ]
-        lines.append(" ".join([f"{number:4d}", *cells]))
+def between_heads(labels_path: str) -> list[dict[str, float]]:
+    """Agreement of every pair of heads of a file, and the sizes of the first of the pair.
+
+    A file of one head gives its sizes alone.
+    """
+    heads = formats.read_labels(labels_path).heads
+    if len(heads) == 1:
+        return [{"head": 0} | sizes(heads[0])]
+    return [
+        {"head": one, "other": two} | sizes(heads[one]) | agreement(a.labels_N, b.labels_N)
+        for (one, a), (two, b) in combinations(enumerate(heads), 2)
+    ]
+
+
+def between_files(labels_path: str, other_path: str) -> list[dict[str, float]]:
+    """Agreement of each head with the same head of another file, such as an earlier round's.
+
+    `changed` is the share of images whose label differs as it stands: clusters keep their
+    numbers from round to round. Rows are matched by key. Raises BadData where a key is
+    missing or the files have different numbers of heads.
+    """
+    labels, other = formats.read_labels(labels_path), formats.read_labels(other_path)
+    if len(labels.heads) != len(other.heads):
+        raise BadData(
+            f"{labels_path} has {len(labels.heads)} heads, {other_path} {len(other.heads)}",
+            "compare one head with --truth",
+        )
+    rows = dict(zip(other.keys, range(len(other.keys)), strict=True))
+    order_N = _of_keys(labels, labels_path, rows, other_path)
+    return [
+        {"head": number}
+        | sizes(mine)
+        | {"changed": float((mine.labels_N != theirs.labels_N[order_N]).mean())}
+        | agreement(mine.labels_N, theirs.labels_N[order_N])
+        for number, (mine, theirs) in enumerate(zip(labels.heads, other.heads, strict=True))
+    ]
+
+
+_COLUMNS = ("head", "other", "clusters", "smallest", "largest", "empty")
+_SHARES = ("changed", "nmi", "ami", "ari", "accuracy", "purity")
+
+
+def table(rows: list[dict[str, float]]) -> str:
+    """What the comparisons give, as aligned text; columns that no row has are left out."""
+    rows = [{"head": number} | row for number, row in enumerate(rows)]
+    names = [name for name in (*_COLUMNS, *_SHARES) if name in rows[0]]
+    lines = [" ".join(f"{name:>8}" for name in names)]
+    for row in rows:
+        lines.append(" ".join(f"{row[n]:8.4f}" if n in _SHARES else f"{row[n]:8d}" for n in names))
     return "\n".join(lines)
 
 
@@ -93,14 +161,21 @@ def _truth(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
         if source.truth_N is None:
             raise BadData(f"{truth} has no true classes", "use one subfolder a class, or a .npy")
         classes = dict(zip(source.keys, source.truth_N.tolist(), strict=True))
-    missing = [key for key in labels.keys if key not in classes]
+    return _of_keys(labels, labels_path, classes, truth)
+
+
+def _of_keys(
+    labels: Labels, labels_path: str, values: Mapping[str, int], source: str
+) -> np.ndarray:
+    """What `source` says of every row of `labels`, by key."""
+    missing = [key for key in labels.keys if key not in values]
     if missing:
         raise BadData(
-            f"{truth} has no class for {len(missing)} of {len(labels.keys)} images of "
+            f"{source} has no class for {len(missing)} of {len(labels.keys)} images of "
             f"{labels_path}, first '{missing[0]}'",
             "give the images that were embedded",
         )
-    return np.array([classes[key] for key in labels.keys])
+    return np.array([values[key] for key in labels.keys])
 
 
 def _truth_of_array(labels: Labels, labels_path: str, truth: str) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sela_cli.batchwide import BatchNorm2d, Dropout
 from sela_cli.errors import BadData, UsageError
 from sela_cli.images.batches import SMALL
 
@@ -113,7 +114,7 @@ def _trunk(arch: str, small: bool) -> tuple[nn.Module, int]:
         return PreactResNet50(small), 2048
     from torchvision import models
 
-    resnet = getattr(models, arch)(weights=None)
+    resnet = getattr(models, arch)(weights=None, norm_layer=BatchNorm2d)
     width = resnet.fc.in_features
     resnet.fc = nn.Identity()
     if small:
@@ -127,7 +128,7 @@ def _conv(
 ) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False),
-        nn.BatchNorm2d(outputs),
+        BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )
 
@@ -164,7 +165,7 @@ class AlexNet(nn.Module):
 
 
 def _dense(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Dropout(_DROPOUT), nn.Linear(inputs, outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(Dropout(_DROPOUT), nn.Linear(inputs, outputs), nn.ReLU(inplace=True))
 
 
 class PreactBottleneck(nn.Module):
@@ -173,11 +174,11 @@ class PreactBottleneck(nn.Module):
     def __init__(self, inputs: int, planes: int, stride: int) -> None:
         super().__init__()
         outputs = 4 * planes
-        self.norm1 = nn.BatchNorm2d(inputs)
+        self.norm1 = BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(planes)
+        self.norm2 = BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(planes)
+        self.norm3 = BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
@@ -210,7 +211,7 @@ class PreactResNet50(nn.Module):
                 stage.append(PreactBottleneck(inputs, planes, stride))
                 inputs = 4 * planes
             self.add_module(f"layer{number + 1}", stage)
-        self.norm = nn.BatchNorm2d(inputs)
+        self.norm = BatchNorm2d(inputs)
 
     def forward(self, view: Tensor) -> Tensor:
         maps = self.maxpool(self.conv1(view))

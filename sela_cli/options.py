@@ -14,7 +14,8 @@ Data = Annotated[
         metavar="SPEC",
         help="Images: 'digits' (embedded), a folder (with or without class subfolders), a .tar, "
         "a text list (.txt), an HDF5 of images (FILE or FILE::/DATASET), or NAME:ROOT[@SPLIT] "
-        "with NAME one of cifar10, cifar100, mnist, fashion-mnist, svhn, stl10, voc2007, imagenet.",
+        "with NAME one of cifar10, cifar100, mnist, fashion-mnist, svhn, stl10, voc2007, imagenet, "
+        "places365.",
     ),
 ]
 Output = Annotated[
@@ -79,7 +80,10 @@ Momentum = Annotated[float | None, typer.Option("--momentum", help="SGD momentum
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="SGD weight decay.")]
 Aug = Annotated[
     str | None,
-    typer.Option("--aug", help="Augmentation: paper, imagenet, crop, crop-flip or none."),
+    typer.Option(
+        "--aug",
+        help="Augmentation: paper, imagenet, strong, crop, crop-flip, imagenet-crop-flip or none.",
+    ),
 ]
 
 
@@ -88,6 +92,7 @@ class PrecisionChoice(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    auto = "auto"
 
 
 class DtypeChoice(StrEnum):
@@ -110,6 +115,13 @@ class AssignChoice(StrEnum):
     balanced = "balanced"
     argmax = "argmax"
     random = "random"
+
+
+class LabelMethodChoice(StrEnum):
+    """Where labels come from."""
+
+    sela = "sela"
+    kmeans = "kmeans"
 
 
 class SolverChoice(StrEnum):
@@ -135,12 +147,42 @@ class RelabelChoice(StrEnum):
     linear = "linear"
 
 
+class RelabelHeadsChoice(StrEnum):
+    """Which heads a relabelling labels."""
+
+    all = "all"
+    cycle = "cycle"
+
+
 class MethodChoice(StrEnum):
     """Probes."""
 
     linear = "linear"
     knn = "knn"
     both = "both"
+
+
+class TaskChoice(StrEnum):
+    """What fine-tuning learns."""
+
+    classification = "classification"
+    detection = "detection"
+
+
+class PartChoice(StrEnum):
+    """What of a network is trained."""
+
+    fc = "fc"
+    all = "all"
+
+
+class ProtocolChoice(StrEnum):
+    """Named settings of probes; see sela_cli/presets.py."""
+
+    imagenet_linear = "imagenet-linear"
+    places_linear = "places-linear"
+    small_linear = "small-linear"
+    knn = "knn"
 
 
 class PresetChoice(StrEnum):
@@ -173,8 +215,15 @@ Precision = Annotated[
     PrecisionChoice | None,
     typer.Option(
         "--precision",
-        help="Arithmetic of the network, float32 or the often faster bfloat16; default: the "
-        "checkpoint's, else float32.",
+        help="Arithmetic of the network: float32, the often faster bfloat16, or auto, the faster "
+        "one, measured at the start; default: the checkpoint's, else float32.",
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Compile the training step with torch.compile: a minute at the start, then faster.",
     ),
 ]
 Dtype = Annotated[
@@ -254,8 +303,10 @@ def device_name(device: str) -> str:
     """A torch device for `auto`, cpu, cuda, cuda:N; a usage error where there is none such."""
     import torch
 
+    from sela_cli import job
+
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return job.device() if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -33,6 +33,8 @@ _CIFAR: dict[str, Any] = {
     "lr_milestones": (0.6, 0.8),
     "weight_decay": 5e-4,
     "aug": "paper",
+    # One head a round, as the reference has it.
+    "relabel_heads": "cycle",
     # Clusters of centre views stop improving early: see docs/method.md.
     "view": "random",
 }
@@ -49,6 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         # Digits of 8 pixels lose nothing at 16, and train four times as fast as at 32.
         "image_size": 16,
         "heads": "10,20,40,80",
+        "relabel_heads": "all",
         "epochs": 40.0,
         "opts": 20,
         "relabel": "linear",
@@ -61,3 +64,50 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: str | None) -> dict[str, Any]:
     """The settings of a preset; none for None. `name` is checked by the caller."""
     return dict(PRESETS[name]) if name else {}
+
+
+# The paper's probes. The large-scale linear ones depend on the kind of network.
+_LINEAR_ALEXNET: dict[str, Any] = {
+    "method": "linear",
+    "layers": "all",
+    "epochs": 36,
+    "lr": (0.01,),
+    "lr_milestones": (10 / 36, 20 / 36, 30 / 36),
+    "batch_size": 192,
+    "weight_decay": 1e-5,
+    "aug": "imagenet-crop-flip",
+    "crops": 10,
+}
+_LINEAR_RESNET: dict[str, Any] = _LINEAR_ALEXNET | {
+    "layers": "features",
+    "epochs": 146,
+    "lr": (0.1,),
+    "lr_milestones": (85 / 146, 128 / 146),
+    "batch_size": 1024,
+    "weight_decay": 0.0,
+    "crops": 1,
+}
+_KNN: dict[str, Any] = {
+    "method": "knn",
+    "k": (200, 50, 10, 5, 1),
+    "sigma": (0.1, 0.5),
+    "pca": 128,
+}
+_SMALL_LINEAR: dict[str, Any] = _LINEAR_ALEXNET | {
+    "lr": (0.1, 0.03, 0.01, 0.003),
+    "aug": "crop-flip",
+    "crops": 1,
+}
+
+
+def protocol(name: str | None, arch: str) -> dict[str, Any]:
+    """Settings of `sela probe` for a named protocol and a network; none for None."""
+    if name is None:
+        return {}
+    if name == "knn":
+        return dict(_KNN)
+    if name == "small-linear":
+        return dict(_SMALL_LINEAR)
+    assert name in ("imagenet-linear", "places-linear")
+    # Places is probed as ImageNet is: the networks have seen neither's classes.
+    return dict(_LINEAR_ALEXNET if "alexnet" in arch else _LINEAR_RESNET)

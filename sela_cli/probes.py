@@ -1,12 +1,15 @@
 """Stage 4: images + checkpoint -> probe. How good are the features, by true classes.
 
-N images, n of a batch, D features of a layer, C classes. The network is frozen and in
-eval mode throughout. Nothing is chosen on the images that are reported on.
+N images, M test images, n of a batch, D features, C classes, k neighbours. The network is
+frozen and in eval mode throughout. Nothing is chosen on the images that are reported on:
+of several learning rates a held-out part of the training images chooses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,15 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from sela_cli import formats, interrupt
+from sela_cli import formats, interrupt, job, parallel, passes
+from sela_cli.batchwide import BatchNorm2d
 from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.formats import Provenance
-from sela_cli.images.augment import AUGMENTATIONS, centre_view, random_view
+from sela_cli.images.augment import AUGMENTATIONS, Draws, draw, drawn_view, ten_views
 from sela_cli.images.batches import SMALL, Images
-from sela_cli.logits import autocast, forward
+from sela_cli.logits import forward
 from sela_cli.networks import Network
+from sela_cli.precision import autocast
 
 METHODS = ("linear", "knn", "both")
+# The trunk's output, which kNN compares and which linear probes can read like a layer.
+FEATURES = "features"
+CROPS = (1, 10)
 Progress = Callable[[int, int, str], None]
 
 # The paper's pooling before the linear classifiers of AlexNet at 224 pixels: (kernel,
@@ -47,6 +55,82 @@ def holdout(images: Images, fraction: float, seed: int) -> tuple[Images, Images]
     return images.subset(np.sort(order[tested:])), images.subset(np.sort(order[:tested]))
 
 
+@dataclass(frozen=True)
+class LinearRecipe:
+    """How linear probes are trained; the defaults are the paper's for AlexNet.
+
+    `milestones` are fractions of the epochs at which the rate falls tenfold. `validation`
+    is the share of the training images that chooses among several rates. `crops` is 10 for
+    the mean logits of four corners, the centre, and their mirror images.
+    """
+
+    epochs: int = 36
+    lrs: tuple[float, ...] = (0.01,)
+    milestones: tuple[float, ...] = (10 / 36, 20 / 36, 30 / 36)
+    batch_size: int = 192
+    weight_decay: float = 1e-5
+    aug: str = "crop-flip"
+    crops: int = 1
+    validation: float = 0.1
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises UsageError where an option has no meaning."""
+        for option, value, known in (
+            ("--aug", self.aug, tuple(AUGMENTATIONS)),
+            ("--crops", self.crops, CROPS),
+        ):
+            if value not in known:
+                raise UsageError(f"{option} {value} is none of {', '.join(map(str, known))}")
+        if not self.lrs or not min(self.lrs) > 0 or len(set(self.lrs)) < len(self.lrs):
+            raise UsageError("--lr takes positive rates, each once")
+        if self.epochs < 1 or self.batch_size < 2 or self.weight_decay < 0:
+            raise UsageError("--epochs must be at least 1, --batch-size at least 2")
+        if not 0 < self.validation < 1:
+            raise UsageError(f"--validation {self.validation} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class KnnRecipe:
+    """What weighted kNN sweeps; `pca` adds every setting on so many principal components."""
+
+    ks: tuple[int, ...] = (10,)
+    sigmas: tuple[float, ...] = (0.1,)
+    pca: int | None = None
+
+    def check(self) -> None:
+        """Raises UsageError where an option has no meaning."""
+        if not self.ks or min(self.ks) < 1 or not self.sigmas or not min(self.sigmas) > 0:
+            raise UsageError("--k must be at least 1, --sigma positive")
+        if self.pca is not None and self.pca < 1:
+            raise UsageError("--pca must be at least 1")
+
+
+def recipes(options: Mapping[str, Any]) -> tuple[LinearRecipe, KnnRecipe]:
+    """Both recipes from options of `sela probe` by name; what is not given has its default."""
+    names = {"lr": "lrs", "lr_milestones": "milestones", "k": "ks", "sigma": "sigmas"}
+    renamed = {names.get(name, name): value for name, value in options.items()}
+    linear, knn = (
+        {field.name: renamed[field.name] for field in fields(kind) if field.name in renamed}
+        for kind in (LinearRecipe, KnnRecipe)
+    )
+    return LinearRecipe(**linear), KnnRecipe(**knn)
+
+
+def plan(
+    network: Network, method: str, layers: str, linear: LinearRecipe, knn: KnnRecipe
+) -> dict[str, Any]:
+    """What a dry run shows. Raises UsageError where an option has no meaning."""
+    linear.check()
+    knn.check()
+    shown: dict[str, Any] = {"arch": network.arch, "method": method}
+    if method in ("linear", "both"):
+        shown |= {"layers": chosen_layers(network, layers), "linear": asdict(linear)}
+    if method in ("knn", "both"):
+        shown["knn"] = asdict(knn)
+    return shown
+
+
 def probe_stage(
     train: Images,
     test: Images,
@@ -56,13 +140,8 @@ def probe_stage(
     *,
     method: str = "both",
     layers: str = "all",
-    ks: Sequence[int] = (10,),
-    sigmas: Sequence[float] = (0.1,),
-    epochs: int = 36,
-    lr: float = 0.01,
-    batch_size: int = 192,
-    aug: str = "crop-flip",
-    seed: int = 0,
+    linear: LinearRecipe = LinearRecipe(),
+    knn: KnnRecipe = KnnRecipe(),
     device: str = "cpu",
     precision: str = "float32",
     split: str = "test",
@@ -71,15 +150,12 @@ def probe_stage(
 ) -> list[dict[str, Any]]:
     """Measure kNN and linear accuracy on `test` and write a probe file. Both need `truth`."""
     formats.check_output(output, force)
-    for option, value, known in (
-        ("--method", method, METHODS),
-        ("--aug", aug, tuple(AUGMENTATIONS)),
-    ):
-        if value not in known:
-            raise UsageError(f"{option} {value} is none of {', '.join(known)}")
-    if not ks or min(ks) < 1 or not sigmas or not min(sigmas) > 0 or not lr > 0:
-        raise UsageError("--k must be at least 1, --sigma and --lr positive")
-    names = _chosen(network, layers)
+    job.meet()
+    if method not in METHODS:
+        raise UsageError(f"--method {method} is none of {', '.join(METHODS)}")
+    linear.check()
+    knn.check()
+    names = chosen_layers(network, layers)
     for images in (train, test):
         if images.truth_N is None:
             raise BadData(
@@ -89,17 +165,50 @@ def probe_stage(
     test = with_classes_of(train, test)
     rows: list[dict[str, Any]] = []
     if method in ("knn", "both"):
-        rows += knn_rows(train, test, network, ks, sigmas, split, device, precision, progress)
+        rows += knn_rows(train, test, network, knn, split, device, precision, progress)
     if method in ("linear", "both"):
-        with LinearProbe(network, names, _classes(train, test), device, precision) as probe:
-            loss = probe.fit(train, epochs, lr, batch_size, aug, seed, progress)
-            accuracies = probe.accuracies(test, batch_size)
-        for name, (top1, top5) in accuracies.items():
-            rows.append(
-                _row(name, "linear", "", split, len(test), top1, top5)
-                | {"lr": lr, "epoch": epochs, "loss": loss[name]}
-            )
-    formats.write_probe(output, rows, provenance, force)
+        rows += linear_rows(train, test, network, names, linear, split, device, precision, progress)
+    job.once(partial(formats.write_probe, output, rows, provenance, force))
+    return rows
+
+
+def linear_rows(
+    train: Images,
+    test: Images,
+    network: Network,
+    layers: Sequence[str],
+    recipe: LinearRecipe,
+    split: str = "test",
+    device: str = "cpu",
+    precision: str = "float32",
+    progress: Progress = lambda done, total, note: None,
+) -> list[dict[str, Any]]:
+    """Linear accuracy of every layer, as rows of a probe file.
+
+    With several rates: first each one's accuracy on the held-out part of `train`, which
+    then has no part in the training; last, for each layer, the best one's on `test`.
+    """
+    classes = _classes(train, test)
+    parts = [train]
+    if len(recipe.lrs) > 1:
+        parts = list(holdout(train, recipe.validation, recipe.seed))
+    rows: list[dict[str, Any]] = []
+    with LinearProbe(network, layers, classes, recipe, device, precision) as probe:
+        losses = probe.fit(parts[0], progress)
+
+        def add(images: Images, where: str, rates: Mapping[str, Sequence[float]]) -> None:
+            for (name, lr), (top1, top5) in probe.accuracies(images, rates).items():
+                setting = f"crops={recipe.crops}"
+                row = _row(name, "linear", setting, where, len(images), top1, top5)
+                rows.append(row | {"lr": lr, "epoch": recipe.epochs, "loss": losses[name, lr]})
+
+        best = dict.fromkeys(layers, recipe.lrs[0])
+        if len(recipe.lrs) > 1:
+            add(parts[1], f"validation {recipe.validation:g}", dict.fromkeys(layers, recipe.lrs))
+            for name in layers:
+                of_layer = [row for row in rows if row["layer"] == name]
+                best[name] = max(of_layer, key=lambda row: row["top1"])["lr"]
+        add(test, split, {name: [lr] for name, lr in best.items()})
     return rows
 
 
@@ -129,12 +238,13 @@ def with_classes_of(train: Images, test: Images) -> Images:
     return renamed
 
 
-def _chosen(network: Network, layers: str) -> list[str]:
+def chosen_layers(network: Network, layers: str) -> list[str]:
+    """`all` named layers, or those of a list; `features` is the trunk's output."""
     known = list(network.layers())
     names = known if layers == "all" else layers.split(",")
     for name in names:
-        if name not in known:
-            raise UsageError(f"--layers {name} is none of {', '.join(known)}")
+        if name not in (*known, FEATURES):
+            raise UsageError(f"--layers {name} is none of {', '.join((*known, FEATURES))}")
     return names
 
 
@@ -144,11 +254,11 @@ def features(
     """The trunk's output for every image, (N, D) float32."""
     blocks: list[Tensor] = []
     done = 0
-    for block in forward(network.trunk, network, images, 256, device, precision):
+    for (block,) in forward(network.trunk, network, images, 256, device, precision):
         blocks.append(block)
         done += len(block)
         progress(done, len(images), note)
-        if interrupt.requested():
+        if parallel.any_of(interrupt.requested()):
             raise StoppedEarly("probe stopped", "run it again")
     return torch.cat(blocks)
 
@@ -157,8 +267,7 @@ def knn_rows(
     train: Images,
     test: Images,
     network: Network,
-    ks: Sequence[int] = (10,),
-    sigmas: Sequence[float] = (0.1,),
+    recipe: KnnRecipe = KnnRecipe(),
     split: str = "test",
     device: str = "cpu",
     precision: str = "float32",
@@ -168,37 +277,68 @@ def knn_rows(
     assert train.truth_N is not None and test.truth_N is not None
     bank = features(network, train, device, precision, progress, "features of the bank")
     query = features(network, test, device, precision, progress, "features of the test images")
+    spaces = [("", bank, query)]
+    if recipe.pca:
+        spaces.append((f" pca={recipe.pca}", *principal_components(bank, query, recipe.pca)))
     rows = []
     truth = torch.from_numpy(test.truth_N)
-    for k in ks:
-        for sigma in sigmas:
-            scores = knn_scores(
-                bank, torch.from_numpy(train.truth_N), query, _classes(train, test), k, sigma
-            )
-            top1, top5 = top_accuracies(scores, truth)
-            rows.append(
-                _row("features", "knn", f"k={k} sigma={sigma:g}", split, len(test), top1, top5)
-            )
+    for name, bank, query in spaces:
+        similarity, nearest = neighbours(bank.to(device), query.to(device), max(recipe.ks))
+        classes_Mk = torch.from_numpy(train.truth_N)[nearest]
+        for k in recipe.ks:
+            for sigma in recipe.sigmas:
+                scores = votes(similarity[:, :k], classes_Mk[:, :k], _classes(train, test), sigma)
+                top1, top5 = top_accuracies(scores, truth)
+                setting = f"k={k} sigma={sigma:g}{name}"
+                rows.append(_row(FEATURES, "knn", setting, split, len(test), top1, top5))
     return rows
+
+
+def principal_components(bank_ND: Tensor, query_MD: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Both in the `count` directions in which the bank varies most (scikit-learn's PCA)."""
+    from sklearn.decomposition import PCA
+
+    most = min(bank_ND.shape)
+    if count > most:
+        raise UsageError(f"--pca {count}: {tuple(bank_ND.shape)} features have at most {most}")
+    pca = PCA(count, random_state=0).fit(bank_ND.numpy())
+    return torch.from_numpy(pca.transform(bank_ND.numpy())), torch.from_numpy(
+        pca.transform(query_MD.numpy())
+    )
+
+
+def neighbours(bank_ND: Tensor, query_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and rows of the k nearest, nearest first, both (M, k), on the CPU.
+
+    Memory: a tile of queries by the bank.
+    """
+    bank_ND = functional.normalize(bank_ND, dim=1)
+    k = min(k, len(bank_ND))
+    found = [
+        (block @ bank_ND.T).topk(k, dim=1)
+        for block in torch.split(functional.normalize(query_MD, dim=1), 512)
+    ]
+    return torch.cat([each.values for each in found]).cpu(), torch.cat(
+        [each.indices for each in found]
+    ).cpu()
+
+
+def votes(similarity_Mk: Tensor, classes_Mk: Tensor, classes: int, sigma: float) -> Tensor:
+    """Votes (M, C) of the neighbours, each weighing exp(similarity / sigma).
+
+    Source: Wu et al. 2018, as used by SeLa (k = 10, sigma = 0.1).
+    """
+    # Only ratios count: measured from the nearest, a small sigma does not underflow.
+    weights = ((similarity_Mk - similarity_Mk[:, :1]) / sigma).exp()
+    return torch.zeros(len(weights), classes).scatter_add_(1, classes_Mk, weights)
 
 
 def knn_scores(
     bank_ND: Tensor, truth_N: Tensor, query_MD: Tensor, classes: int, k: int, sigma: float
 ) -> Tensor:
-    """Votes (M, C) of the k nearest by cosine similarity, each weighing exp(similarity / sigma).
-
-    Source: Wu et al. 2018, as used by SeLa (k = 10, sigma = 0.1). Memory: a tile of
-    queries by the bank.
-    """
-    bank_ND = functional.normalize(bank_ND, dim=1)
-    k = min(k, len(bank_ND))
-    votes = []
-    for block in torch.split(functional.normalize(query_MD, dim=1), 512):
-        similarity, nearest = (block @ bank_ND.T).topk(k, dim=1)
-        # Only ratios count: measured from the nearest, a small sigma does not underflow.
-        weights = ((similarity - similarity[:, :1]) / sigma).exp()
-        votes.append(torch.zeros(len(block), classes).scatter_add_(1, truth_N[nearest], weights))
-    return torch.cat(votes)
+    """`votes` of the `neighbours`: one setting of weighted kNN."""
+    similarity, nearest = neighbours(bank_ND, query_MD, k)
+    return votes(similarity, truth_N[nearest], classes, sigma)
 
 
 def top_accuracies(scores_NC: Tensor, truth_N: Tensor) -> tuple[float, float]:
@@ -208,33 +348,41 @@ def top_accuracies(scores_NC: Tensor, truth_N: Tensor) -> tuple[float, float]:
 
 
 class LinearProbe:
-    """A linear classifier on each named layer, all trained in one pass over the data.
+    """A linear classifier for each named layer and rate, all trained in one pass over the data.
 
     Each reads its layer after max-pooling to about 9,600 numbers and BatchNorm without
     affine parameters (the paper's protocol; its own pooling for AlexNet at 224 pixels).
+    The trunk's output is read as it is.
     """
 
     def __init__(
-        self, network: Network, layers: Sequence[str], classes: int, device: str, precision: str
+        self,
+        network: Network,
+        layers: Sequence[str],
+        classes: int,
+        recipe: LinearRecipe,
+        device: str,
+        precision: str,
     ) -> None:
         self.network = network.eval().to(device)
+        self.recipe, self.classes = recipe, classes
         self.device, self.precision = device, precision
         self._maps: dict[str, Tensor] = {}
-        self._pools: dict[str, nn.Module] = {}
         self._hooks: list[RemovableHandle] = []
-        modules = network.layers()
-        self.classifiers = nn.ModuleDict()
+        modules = {**network.layers(), FEATURES: network.trunk}
         view = torch.zeros(1, 3, network.image_size, network.image_size, device=device)
         for name in layers:
             self._hooks.append(modules[name].register_forward_hook(self._keep(name)))
         with torch.no_grad():
             network.trunk(view)
+        # Inputs of a layer are the same for every rate, and so are their statistics.
+        self.inputs = nn.ModuleDict()
+        self.classifiers = nn.ModuleDict()
         for name in layers:
-            self._pools[name] = _pooling(network, name, self._maps[name].shape)
-            width = self._pools[name](self._maps[name]).flatten(1).shape[1]
-            self.classifiers[name] = nn.Sequential(
-                nn.BatchNorm1d(width, affine=False), nn.Linear(width, classes)
-            )
+            self.inputs[name] = _inputs(network, name, self._maps[name].shape)
+            width = self.inputs[name].eval()(self._maps[name]).shape[1]
+            self.classifiers[name] = nn.ModuleList(nn.Linear(width, classes) for _ in recipe.lrs)
+        self.inputs.to(device)
         self.classifiers.to(device)
 
     def __enter__(self) -> LinearProbe:
@@ -250,88 +398,138 @@ class LinearProbe:
 
         return hook
 
-    def _logits(self, view: Tensor) -> Mapping[str, Tensor]:
-        with torch.no_grad(), autocast(self.device, self.precision):
-            self.network.trunk(view.contiguous(memory_format=torch.channels_last))
-            inputs = {
-                name: self._pools[name](self._maps[name]).flatten(1).float()
-                for name in self.classifiers
-            }
-        return {name: self.classifiers[name](inputs[name]) for name in self.classifiers}
+    def _logits(
+        self, view: Tensor, rates: Mapping[str, Sequence[float]]
+    ) -> dict[tuple[str, float], Tensor]:
+        """Logits of the classifiers of these rates of each layer."""
+        with torch.no_grad():
+            with autocast(self.device, self.precision):
+                self.network.trunk(view.contiguous(memory_format=torch.channels_last))
+            inputs = {name: self.inputs[name](self._maps[name].float()) for name in rates}
+        return {
+            (name, lr): self._classifier(name, lr)(inputs[name])
+            for name, chosen in rates.items()
+            for lr in chosen
+        }
 
-    def fit(
-        self,
-        images: Images,
-        epochs: int,
-        lr: float,
-        batch_size: int,
-        aug: str,
-        seed: int,
-        progress: Progress,
-    ) -> dict[str, float]:
-        """Train; the rate falls tenfold at 10/36, 20/36 and 30/36. Returns last epoch's losses."""
+    def _classifier(self, name: str, lr: float) -> nn.Module:
+        classifiers = self.classifiers[name]
+        assert isinstance(classifiers, nn.ModuleList)
+        return classifiers[self.recipe.lrs.index(lr)]
+
+    def _initialise(self, generator: torch.Generator) -> None:
+        """The same start for every rate of a layer."""
+        for classifiers in self.classifiers.values():
+            first = next(classifiers.parameters())
+            start = torch.randn(first.shape, generator=generator) * 0.01
+            for linear in classifiers.children():
+                assert isinstance(linear, nn.Linear)
+                with torch.no_grad():
+                    linear.weight.copy_(start)
+                    linear.bias.zero_()
+
+    def fit(self, images: Images, progress: Progress) -> dict[tuple[str, float], float]:
+        """Train all of them. Returns the mean loss of each in the last epoch."""
         assert images.truth_N is not None
         truth_N = torch.from_numpy(images.truth_N)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for classifier in self.classifiers.values():
-                linear = classifier[1]  # type: ignore[index]
-                linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * 0.01)
-                linear.bias.zero_()
+        recipe, layers = self.recipe, list(self.classifiers)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        self._initialise(generator)
         optimizer = torch.optim.SGD(
-            self.classifiers.parameters(), lr=lr, momentum=0.9, weight_decay=1e-5
+            [
+                {"params": self._classifier(name, lr).parameters(), "lr": lr}
+                for name in layers
+                for lr in recipe.lrs
+            ],
+            momentum=0.9,
+            weight_decay=recipe.weight_decay,
         )
-        milestones = [max(1, round(epochs * third / 36)) for third in (10, 20, 30)]
+        milestones = [max(1, round(recipe.epochs * part)) for part in recipe.milestones]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
         # BatchNorm needs two rows: a last batch of one is left out.
-        batch_size = min(batch_size, len(images))
+        batch_size = min(recipe.batch_size, len(images))
         steps = max(1, len(images) // batch_size)
-        losses: dict[str, float] = {}
-        for epoch in range(epochs):
-            self.classifiers.train()
+        # This process's part of each batch, and of the mean over it.
+        mine = job.share(batch_size)
+        weight = (mine.stop - mine.start) / batch_size
+        rates = dict.fromkeys(layers, recipe.lrs)
+        totals: dict[tuple[str, float], float] = {}
+        for epoch in range(recipe.epochs):
+            self.inputs.train()
             order = torch.randperm(len(images), generator=generator)
-            totals = dict.fromkeys(self.classifiers, 0.0)
+            totals = {(name, lr): 0.0 for name in layers for lr in recipe.lrs}
             for step in range(steps):
                 rows = order[step * batch_size : (step + 1) * batch_size]
-                view = random_view(
-                    images.batch(rows).to(self.device),
-                    self.network.image_size,
-                    AUGMENTATIONS[aug],
-                    generator,
+                augmentation = AUGMENTATIONS[recipe.aug]
+                draws = draw(len(rows), images.side, augmentation, generator).of(mine)
+                rows = rows[mine]
+                view = drawn_view(
+                    images.batch(rows).to(self.device), self.network.image_size, draws
                 )
                 truth_n = truth_N[rows].to(self.device)
-                logits = self._logits(view)
-                each = {name: functional.cross_entropy(logits[name], truth_n) for name in logits}
+                losses = {
+                    each: weight * functional.cross_entropy(logits, truth_n)
+                    for each, logits in self._logits(view, rates).items()
+                }
                 optimizer.zero_grad()
-                torch.stack(list(each.values())).sum().backward()  # type: ignore[no-untyped-call]
+                # No two share a parameter: the gradient of the sum is each one's own.
+                torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+                for parameter in self.classifiers.parameters():
+                    assert parameter.grad is not None
+                    parallel.sum_of(parameter.grad)
                 optimizer.step()
-                for name, loss in each.items():
-                    totals[name] += float(loss.detach())
-                progress(epoch * steps + step + 1, epochs * steps, "linear classifiers")
-                if interrupt.requested():
+                for each, loss in losses.items():
+                    totals[each] += float(parallel.sum_of(loss.detach()))
+                progress(epoch * steps + step + 1, recipe.epochs * steps, "linear classifiers")
+                if parallel.any_of(interrupt.requested()):
                     raise StoppedEarly("probe stopped", "run it again")
             scheduler.step()
-            losses = {name: total / steps for name, total in totals.items()}
-        return losses
+        return {each: total / steps for each, total in totals.items()}
 
     @torch.no_grad()
-    def accuracies(self, images: Images, batch_size: int) -> dict[str, tuple[float, float]]:
-        """Top-1 and top-5 of each layer on the centre views."""
+    def accuracies(
+        self, images: Images, rates: Mapping[str, Sequence[float]]
+    ) -> dict[tuple[str, float], tuple[float, float]]:
+        """Top-1 and top-5 for these rates of each layer, on the centre views or on ten crops."""
         assert images.truth_N is not None
-        self.classifiers.eval()
-        scores: dict[str, list[Tensor]] = {name: [] for name in self.classifiers}
-        for start in range(0, len(images), batch_size):
-            rows = torch.arange(start, min(start + batch_size, len(images)))
-            view = centre_view(images.batch(rows).to(self.device), self.network.image_size)
-            for name, logits in self._logits(view).items():
-                scores[name].append(logits.cpu())
+        self.inputs.eval()
+        crops = self.recipe.crops
+        each = [(name, lr) for name, chosen in rates.items() for lr in chosen]
+        scores: dict[tuple[str, float], list[Tensor]] = {key: [] for key in each}
+
+        def crop(batch: Tensor, size: int, draws: Draws) -> Tensor:
+            return ten_views(batch, size)
+
+        def mean_logits(view: Tensor) -> list[Tensor]:
+            logits = self._logits(view, rates)
+            return [logits[key].reshape(crops, -1, self.classes).mean(0) for key in each]
+
+        outputs = passes.in_order(
+            images,
+            self.network.image_size,
+            mean_logits,
+            [self.classes] * len(each),
+            max(1, self.recipe.batch_size // crops),
+            self.device,
+            view_of=drawn_view if crops == 1 else crop,
+        )
+        for batch in outputs:
+            for key, logits in zip(each, batch, strict=True):
+                scores[key].append(logits)
+            if parallel.any_of(interrupt.requested()):
+                raise StoppedEarly("probe stopped", "run it again")
         truth_N = torch.from_numpy(images.truth_N)
-        return {name: top_accuracies(torch.cat(parts), truth_N) for name, parts in scores.items()}
+        return {each: top_accuracies(torch.cat(parts), truth_N) for each, parts in scores.items()}
 
 
-def _pooling(network: Network, name: str, shape: Sequence[int]) -> nn.Module:
-    if "alexnet" in network.arch and network.image_size > SMALL:
-        return nn.MaxPool2d(*_PAPER_POOLING[name])
+def _inputs(network: Network, name: str, shape: Sequence[int]) -> nn.Module:
+    if name == FEATURES:
+        return nn.Identity()
     channels, side = shape[1], shape[2]
-    fitting = max(1, int((_LINEAR_INPUTS / channels) ** 0.5))
-    return nn.AdaptiveMaxPool2d(min(side, fitting))
+    pool: nn.Module
+    if "alexnet" in network.arch and network.image_size > SMALL:
+        pool = nn.MaxPool2d(*_PAPER_POOLING[name])
+    else:
+        fitting = max(1, int((_LINEAR_INPUTS / channels) ** 0.5))
+        pool = nn.AdaptiveMaxPool2d(min(side, fitting))
+    return nn.Sequential(pool, BatchNorm2d(channels, affine=False), nn.Flatten())

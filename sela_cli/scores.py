@@ -122,6 +122,8 @@ def open_scores(spec: str) -> Iterator[Scores]:
             stack.callback(os.unlink, actual)
         if not os.path.exists(actual):
             raise NoInput(f"{path}: no such file")
+        if not os.path.isdir(actual) and not os.path.isfile(actual):
+            raise BadData(f"{path} is no regular file", "give '-' to read from a pipe")
         if os.path.isdir(actual):
             raise BadData(
                 f"{path} is a folder; labelling needs a matrix", "sela embed --data makes one"
@@ -242,6 +244,9 @@ def _open_npy(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
         array = np.load(actual, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # The header is Python text: damage shows in many ways.
         raise BadData(f"{path}: not a readable .npy array ({error})") from error
+    if isinstance(array, np.ndarray) and array.ndim == 2:
+        declared = max(array.nbytes, *array.shape)
+        formats.check_expansion(path, "array", declared, os.path.getsize(actual))
     scores = _of_array(path, array, "array")
     if isinstance(array, np.memmap) and array.flags.c_contiguous and array.size:
         stored = _Stored.open(stack, actual, path, array.dtype, array.shape, array.offset)
@@ -257,6 +262,8 @@ def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
             raise BadData(
                 f"{path}: there is no array '{name}'", f"it holds {', '.join(archive.files)}"
             )
+        for entry in archive.zip.infolist():
+            formats.check_expansion(path, entry.filename, entry.file_size, entry.compress_size)
         array = archive[name]
     except SelaError:
         raise

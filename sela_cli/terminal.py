@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 Progress = Callable[[int, int, str], None]
@@ -39,15 +40,18 @@ class Terminal:
             print(text, file=self._results, flush=True)
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Progress]:
-        """A callback (done, total, note): a bar on a terminal, else a line every 30 s."""
+    def progress(self, title: str, unit: str = "") -> Iterator[Progress]:
+        """A callback (done, total, note): a bar on a terminal, else a line every 30 s.
+
+        `unit` is what is counted. A total of 0 is unknown: then no time is left to tell.
+        """
         if self.quiet:
             yield lambda done, total, note: None
         elif sys.stderr.isatty():
-            with _bar(title) as update:
+            with _bar(title, unit) as update:
                 yield update
         else:
-            yield _lines(title)
+            yield _lines(title, unit)
 
 
 def _finite(value: Any) -> Any:
@@ -62,21 +66,22 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Progress]:
+def _bar(title: str, unit: str) -> Iterator[Progress]:
     from rich import progress as bars
     from rich.console import Console
+    from rich.text import Text
 
-    class Rate(bars.ProgressColumn):
-        def render(self, task: Any) -> str:
-            return f"{task.speed:.0f}/s" if task.speed else ""
+    class Status(bars.ProgressColumn):
+        def render(self, task: Any) -> Text:
+            done, total = int(task.completed), int(task.total or 0)
+            elapsed = task.elapsed or 0.0
+            text = _status(done, total, unit, task.speed, elapsed, task.fields["note"])
+            return Text(text, no_wrap=True, overflow="ellipsis")
 
     with bars.Progress(
         bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        Rate(),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[note]}"),
+        bars.BarColumn(bar_width=12),
+        Status(),
         console=Console(stderr=True),
         transient=True,
     ) as bar:
@@ -86,14 +91,30 @@ def _bar(title: str) -> Iterator[Progress]:
         )
 
 
-def _lines(title: str) -> Progress:
-    last = time.monotonic()
+def _lines(title: str, unit: str) -> Progress:
+    began = last = time.monotonic()
 
     def update(done: int, total: int, note: str) -> None:
         nonlocal last
-        if time.monotonic() - last >= _PLAIN_SECONDS:
-            last = time.monotonic()
-            count = f"{done}/{total}" if total else ""
-            print(" ".join(filter(None, (f"{title}:", count, note))), file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if now - last >= _PLAIN_SECONDS:
+            last = now
+            status = _status(done, total, unit, done / (now - began), now - began, note)
+            print(f"{title}: {status}", file=sys.stderr, flush=True)
 
     return update
+
+
+def _status(
+    done: int, total: int, unit: str, speed: float | None, elapsed: float, note: str
+) -> str:
+    """`384/1797, 410 images/s, 0:00:03 left, loss 2.1`; without a total, what is known."""
+    if total:
+        parts = [f"{done}/{total}"]
+        if speed:
+            left = timedelta(seconds=round((total - done) / speed))
+            parts += [f"{speed:.0f} {unit}".rstrip() + "/s", f"{left} left"]
+    else:
+        parts = [f"iteration {done}"] if done else []
+        parts.append(str(timedelta(seconds=round(elapsed))))
+    return ", ".join(filter(None, [*parts, note]))

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
-from sela_cli import formats, interrupt, schedule
+from sela_cli import batchwide, formats, interrupt, job, parallel, schedule
 from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, Labels, Provenance
-from sela_cli.images.augment import AUGMENTATIONS, ViewOf, random_view
+from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw, drawn_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build
+from sela_cli.precision import autocast, faster
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "auto")
 _SAVE_SECONDS = 300.0
 # Batches that a fresh network's BatchNorm statistics are taken from.
 _SETTLING = 8
@@ -54,6 +59,7 @@ class Recipe:
     precision: str = "float32"
     seed: int = 0
     rotation: bool = False
+    compile: bool = False
 
     def check(self) -> None:
         """Raises UsageError where an option has no meaning."""
@@ -108,8 +114,38 @@ class Recipe:
         )
 
 
+class Objective(nn.Module):
+    """What is minimised: the mean of the heads' cross-entropies, plus RotNet's where asked for."""
+
+    def __init__(self, network: Network, device: str, precision: str) -> None:
+        super().__init__()
+        self.network, self.device, self.precision = network, device, precision
+
+    def forward(self, view: Tensor, labels_Tn: list[Tensor]) -> Tensor:
+        """(n, 3, R, R) and T tensors (n,) -> the loss."""
+        count, rotation = len(view), self.network.rotation
+        if rotation is not None:
+            view = torch.cat([view.rot90(turns, (2, 3)) for turns in range(4)])
+        with autocast(self.device, self.precision):
+            features = self.network.trunk(view.contiguous(memory_format=torch.channels_last))
+            logits_TnK = [head(features[:count]) for head in self.network.heads]
+            turned = rotation(features) if rotation is not None else None
+        losses = [
+            functional.cross_entropy(logits_nK.float(), labels_n)
+            for logits_nK, labels_n in zip(logits_TnK, labels_Tn, strict=True)
+        ]
+        loss = torch.stack(losses).mean()
+        if turned is not None:
+            turns = torch.arange(4, device=view.device).repeat_interleave(count)
+            loss = loss + functional.cross_entropy(turned.float(), turns)
+        return loss
+
+
 class Trainer:
-    """A network in training: the weights, their momentum, and the step they are at."""
+    """A network in training: the weights, their momentum, and the step they are at.
+
+    In a job of several processes each has a part of every batch; the steps are those of one.
+    """
 
     def __init__(self, network: Network, recipe: Recipe, device: str = "cpu") -> None:
         self.network = network.to(device).to(memory_format=torch.channels_last)
@@ -122,37 +158,53 @@ class Trainer:
             lr=recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
+            fused=True,
         )
+        self.objective: nn.Module = Objective(self.network, device, recipe.precision)
+        if parallel.size() > 1:
+            self.objective = DistributedDataParallel(self.objective)
+        if recipe.compile:
+            if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+                raise UsageError("--compile needs a C++ compiler on the CPU", "install g++")
+            self.objective.compile()
 
     def run(
         self, images: Images, labels_TN: Sequence[Tensor], to_step: int, after: Callable[[], None]
     ) -> None:
         """Train to `to_step`; `after` is called after every step."""
         recipe, count = self.recipe, len(images)
-        per_epoch = recipe.steps_per_epoch(count)
         batch_size = min(recipe.batch_size, count)
+        if batch_size < parallel.size():
+            raise UsageError(
+                f"{parallel.size()} processes share batches of {batch_size}",
+                "start fewer, or use a larger --batch-size",
+            )
+        mine = job.share(batch_size)
+        # DDP takes the mean over the processes, whose parts may differ by an image.
+        weight = (mine.stop - mine.start) * parallel.size() / batch_size
+        if parallel.size() > 1:
+            turns = 4 if recipe.rotation else 1
+            rows_n = torch.arange(turns * batch_size).view(turns, -1)[:, mine].flatten()
+            batchwide.divide(self.network, rows_n, turns * batch_size)
         augmentation = AUGMENTATIONS[recipe.aug]
         self.network.train()
-        order, order_epoch = torch.empty(0), -1
-        while self.step < to_step:
-            epoch, place = divmod(self.step, per_epoch)
-            if epoch != order_epoch:
-                order = torch.randperm(count, generator=_generator(recipe.seed, "order", epoch))
-                order_epoch = epoch
-            rows = order[place * batch_size : (place + 1) * batch_size]
+        order = self._order(count, batch_size, self.step, to_step)
+        rows, ahead = tee(rows_n[mine] for rows_n in order)
+        for rows_n, batch in zip(rows, images.stream(ahead), strict=True):
             generator = _generator(recipe.seed, "view", self.step)
-            view = random_view(
-                images.batch(rows).to(self.device), self.network.image_size, augmentation, generator
-            )
+            draws = draw(batch_size, images.side, augmentation, generator).of(mine)
+            view = drawn_view(batch.to(self.device), self.network.image_size, draws)
             # Dropout draws from the global generator.
             torch.manual_seed(_seed(recipe.seed, "dropout", self.step))
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.lr_at(self.step, count)
-            loss = self._loss(view, [labels_N[rows].to(self.device) for labels_N in labels_TN])
+            labels_Tn = [labels_N[rows_n].to(self.device) for labels_N in labels_TN]
+            loss = weight * self.objective(view, labels_Tn)
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.optimizer.step()
-            self.losses.append(float(loss.detach()))
+            part = loss.detach().float().cpu() / parallel.size()
+            self.losses.append(float(parallel.sum_of(part)))
             if not math.isfinite(self.losses[-1]):
                 raise SelaError(
                     f"the loss is {self.losses[-1]} at step {self.step}", "try a smaller --lr"
@@ -160,25 +212,16 @@ class Trainer:
             self.step += 1
             after()
 
-    def _loss(self, view: Tensor, labels_Tn: list[Tensor]) -> Tensor:
-        count = len(view)
-        if self.recipe.rotation:
-            view = torch.cat([view.rot90(turns, (2, 3)) for turns in range(4)])
-        with torch.autocast(
-            self.device, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"
-        ):
-            features = self.network.trunk(view.contiguous(memory_format=torch.channels_last))
-            logits_TnK = [head(features[:count]) for head in self.network.heads]
-            turned = self.network.rotation(features) if self.network.rotation else None
-        losses = [
-            functional.cross_entropy(logits_nK.float(), labels_n)
-            for logits_nK, labels_n in zip(logits_TnK, labels_Tn, strict=True)
-        ]
-        loss = torch.stack(losses).mean()
-        if turned is not None:
-            turns = torch.arange(4, device=view.device).repeat_interleave(count)
-            loss = loss + functional.cross_entropy(turned.float(), turns)
-        return loss
+    def _order(self, count: int, batch_size: int, first: int, last: int) -> Iterator[Tensor]:
+        """The rows of the batches of steps first..last-1."""
+        per_epoch = self.recipe.steps_per_epoch(count)
+        order, order_epoch = torch.empty(0), -1
+        for step in range(first, last):
+            epoch, place = divmod(step, per_epoch)
+            if epoch != order_epoch:
+                generator = _generator(self.recipe.seed, "order", epoch)
+                order, order_epoch = torch.randperm(count, generator=generator), epoch
+            yield order[place * batch_size : (place + 1) * batch_size]
 
     def checkpoint(self, count: int) -> Checkpoint:
         """Everything that is needed to go on, for a collection of `count` images."""
@@ -224,7 +267,7 @@ def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(_seed(seed, purpose, number))
 
 
-def label_view(kind: str, network: Network, recipe: Recipe, step: int) -> ViewOf | None:
+def label_view(kind: str, recipe: Recipe, step: int) -> DrawOf | None:
     """How images are seen for labelling: `centre` (None), or `random`, as in training.
 
     Random views keep what training is to forget, such as brightness, from coming back
@@ -233,12 +276,8 @@ def label_view(kind: str, network: Network, recipe: Recipe, step: int) -> ViewOf
     if kind == "centre":
         return None
     generator = _generator(recipe.seed, "label view", step)
-    return partial(
-        random_view,
-        size=network.image_size,
-        augmentation=AUGMENTATIONS[recipe.aug],
-        generator=generator,
-    )
+    augmentation = AUGMENTATIONS[recipe.aug]
+    return partial(draw, augmentation=augmentation, generator=generator)
 
 
 @torch.no_grad()
@@ -254,14 +293,15 @@ def settle(network: Network, images: Images, recipe: Recipe) -> None:
         # None: the plain mean over the batches.
         norm.momentum = None
     network.train()
+    augmentation = AUGMENTATIONS[recipe.aug]
     generator = _generator(recipe.seed, "settle", 0)
     for _ in range(_SETTLING):
         rows = torch.randperm(len(images), generator=generator)[: recipe.batch_size]
+        draws = draw(len(rows), images.side, augmentation, generator)
         if len(rows) > 1:
-            view = random_view(
-                images.batch(rows), network.image_size, AUGMENTATIONS[recipe.aug], generator
-            )
-            network.trunk(view)
+            mine = job.share(len(rows))
+            batch = images.batch(rows[mine])
+            network.trunk(drawn_view(batch, network.image_size, draws.of(mine)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()
@@ -312,9 +352,11 @@ def train_stage(
     state beside `output` and raises StoppedEarly; the same call then goes on from there.
     """
     recipe.check()
+    assert recipe.precision != "auto"
     formats.check_output(output, force)
     check_labels(images, labels, network)
     assert labels.header is not None
+    job.meet()
     if start is None:
         settle(network, images, recipe)
     trainer = Trainer(network, recipe, device)
@@ -334,12 +376,14 @@ def train_stage(
             f"--to {to} lies before the checkpoint's epoch {start.epoch if start else 0}"
         )
     last_save = time.monotonic()
+    batch = min(recipe.batch_size, len(images))
 
     def after() -> None:
         nonlocal last_save
-        progress(trainer.step - first, last - first, f"loss {trainer.losses[-1]:.3f}")
-        stop = interrupt.requested() and trainer.step < last
-        if stop or time.monotonic() - last_save > _SAVE_SECONDS:
+        done, total = (trainer.step - first) * batch, (last - first) * batch
+        progress(done, total, f"loss {trainer.losses[-1]:.3f}")
+        stop = parallel.any_of(interrupt.requested()) and trainer.step < last
+        if parallel.rank() == 0 and (stop or time.monotonic() - last_save > _SAVE_SECONDS):
             saved.write(trainer.checkpoint(len(images)))
             last_save = time.monotonic()
         if stop:
@@ -350,9 +394,22 @@ def train_stage(
     labels_TN = [torch.from_numpy(head.labels_N.astype(np.int64)) for head in labels.heads]
     trainer.run(images, labels_TN, last, after)
     checkpoint = trainer.checkpoint(len(images))
-    formats.write_checkpoint(output, checkpoint, provenance, force)
-    saved.remove()
+
+    def write() -> None:
+        formats.write_checkpoint(output, checkpoint, provenance, force)
+        saved.remove()
+
+    job.once(write)
     return checkpoint
+
+
+def saved_recipe(output: str) -> dict[str, Any]:
+    """The recipe of an unfinished training of `output`; empty where there is none."""
+    path = Path(f"{output}.unfinished")
+    if output == "-" or not path.exists():
+        return {}
+    header = formats.read_checkpoint(str(path)).header
+    return header.parameters["recipe"] if header else {}
 
 
 class _Saved:
@@ -397,12 +454,19 @@ class Job:
 
     def run(self, device: str, progress: Callable[[int, int, str], None]) -> Checkpoint:
         """Do it; see `train_stage`."""
+        recipe = self.recipe
+        if recipe.precision == "auto":
+            # A training that was stopped goes on in the arithmetic that it began in.
+            began = saved_recipe(self.output).get("precision")
+            batch_size = min(recipe.batch_size, len(self.images))
+            measured = began or faster(self.network, batch_size, device, training=True)
+            recipe = replace(recipe, precision=measured)
         return train_stage(
             self.images,
             self.labels,
             self.network,
             self.output,
-            self.recipe,
+            recipe,
             command=self.command,
             start=self.start,
             to=self.to,
@@ -456,6 +520,8 @@ def prepare(
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
     recipe = Recipe.of(start.recipe if start else {}, options)
     recipe.check()
+    if start and recipe.precision == "auto":
+        recipe = replace(recipe, precision=start.recipe.get("precision", "float32"))
     images, size = open_images(data, start.image_size if start else image_size, **opening)
     if start and checkpoint:
         network = network_of(start, checkpoint)

@@ -115,11 +115,17 @@ OPERATIONS = (
 
 
 def jittered_by(factors: list[float], view: Tensor, generator: torch.Generator) -> Tensor:
-    """`_jittered` with given brightness, contrast, saturation and hue in place of drawn ones."""
-    given = iter(factors)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(augment, "_uniform", lambda count, *_: torch.full((count,), next(given)))
-        return augment._jittered(view, 0.4, generator)
+    """The jitter of given brightness, contrast, saturation and hue, in a drawn order."""
+    order = torch.randperm(4, generator=generator).tolist()
+    count = len(view)
+    factors_n3 = torch.tensor(factors[:3]).expand(count, 3)
+    return augment._jittered(view, order, factors_n3, torch.full((count,), factors[3]))
+
+
+def drawn_jitter(view: Tensor, augmentation: Augmentation = AUGMENTATIONS["paper"]) -> Tensor:
+    draws = augment.draw(len(view), view.shape[-1], augmentation, seeded())
+    assert draws.factors_n3 is not None and draws.hue_n is not None
+    return augment._jittered(view, draws.order, draws.factors_n3, draws.hue_n)
 
 
 @pytest.mark.parametrize("operation", range(4))
@@ -164,14 +170,14 @@ def test_colour_operations_come_in_a_random_order() -> None:
 def test_brightness_is_uniform_around_one() -> None:
     # The other three leave a constant grey image as it is.
     grey = torch.full((3000, 3, 2, 2), 0.5)
-    factors = augment._jittered(grey, 0.4, seeded())[:, 0, 0, 0] / 0.5
+    factors = drawn_jitter(grey)[:, 0, 0, 0] / 0.5
     assert kstest(factors.numpy(), "uniform", (0.6, 0.8)).pvalue > 1e-4
 
 
 def test_hue_shift_is_uniform_around_zero() -> None:
     # A pale red turns by the hue's shift; the other three keep its hue.
     red = torch.tensor([0.5, 0.25, 0.25])[:, None, None].expand(3000, 3, 2, 2)
-    red_n, green_n, blue_n = augment._jittered(red, 0.4, seeded())[:, :, 0, 0].double().T
+    red_n, green_n, blue_n = drawn_jitter(red)[:, :, 0, 0].double().T
     angle = torch.atan2(3**0.5 * (green_n - blue_n), 2 * red_n - green_n - blue_n)
     # The angle is the hue at every sixth of a turn, and within 0.02 between them.
     assert angle.abs().max() <= 0.4 * 2 * torch.pi + 0.02
@@ -183,7 +189,7 @@ def test_hue_shift_is_uniform_around_zero() -> None:
 @pytest.mark.parametrize("probability", [0.2, 0.7])
 def test_greys_come_with_their_probability(probability: float) -> None:
     batch = noise(1500, 4)
-    augmentation = Augmentation(scale=None, jitter=0.0, grey=probability, flip=0.0)
+    augmentation = Augmentation(scale=None, jitter=0.0, hue=0.0, grey=probability, flip=0.0)
     view = colours(random_view(batch, 4, augmentation, seeded()))
     grey = (view.amax(1) - view.amin(1)).flatten(1).amax(1) < 1e-5
     assert binomtest(int(grey.sum()), 1500, probability).pvalue > 1e-4
@@ -238,7 +244,7 @@ def test_crops_are_torchvisions_within_their_edges() -> None:
     side, size, scale = 40, 80, (0.3, 0.9)
     batch = noise(6, side)
     boxes = augment._crop_boxes(6, side, scale, seeded(5)).int().tolist()
-    augmentation = Augmentation(scale=scale, jitter=0.0, grey=0.0, flip=0.0)
+    augmentation = Augmentation(scale=scale, jitter=0.0, hue=0.0, grey=0.0, flip=0.0)
     views = colours(random_view(batch, size, augmentation, seeded(5)))
     for view, image, box in zip(views, batch.float() / 255, boxes, strict=True):
         expected = functional.resized_crop(image, *box, size=[size, size], antialias=False)
@@ -253,10 +259,92 @@ def test_crops_are_torchvisions_within_their_edges() -> None:
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
 def test_flips_are_mirrors_with_their_probability(probability: float) -> None:
     batch = noise(1000, 8)
-    augmentation = Augmentation(scale=None, jitter=0.0, grey=0.0, flip=probability)
+    augmentation = Augmentation(scale=None, jitter=0.0, hue=0.0, grey=0.0, flip=probability)
     view = random_view(batch, 8, augmentation, seeded())
     plain = centre_view(batch, 8)
     distance = [(view - other).abs().amax((1, 2, 3)) for other in (plain, plain.flip(3))]
     assert (torch.minimum(*distance) < 1e-4).all()
     flipped = int((distance[1] < 1e-4).sum())
     assert binomtest(flipped, 1000, probability).pvalue > 1e-4
+
+
+# ---- blur, and the whole of a set -------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "kernel"), [(32, 5), (224, 23)])
+def test_blur_is_torchvisions(side: int, kernel: int) -> None:
+    view = noise(3, side).float() / 255
+    sigmas = [0.4, 0.0, 1.9]
+    blurred = augment._blurred(view, torch.tensor(sigmas))
+    assert torch.equal(blurred[1], view[1])
+    for number in (0, 2):
+        expected = functional.gaussian_blur(view[number], [kernel] * 2, [sigmas[number]] * 2)
+        torch.testing.assert_close(blurred[number], expected, atol=1e-5, rtol=0)
+
+
+def test_shares_of_jitter_and_blur() -> None:
+    draws = augment.draw(4000, 32, AUGMENTATIONS["strong"], seeded())
+    assert draws.jittered_n is not None and draws.sigma_n is not None and draws.hue_n is not None
+    assert binomtest(int(draws.jittered_n.sum()), 4000, 0.8).pvalue > 1e-4
+    blurred = draws.sigma_n > 0
+    assert binomtest(int(blurred.sum()), 4000, 0.5).pvalue > 1e-4
+    assert kstest(draws.sigma_n[blurred].numpy(), "uniform", (0.1, 1.9)).pvalue > 1e-4
+    assert kstest(draws.hue_n.numpy(), "uniform", (-0.1, 0.2)).pvalue > 1e-4
+
+
+def torchvisions(name: str, side: int) -> v2.Compose:
+    """The same set, put together from torchvision's parts, for one uint8 image."""
+    if name == "strong":
+        colours_ = [
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(0.2),
+            v2.RandomApply([v2.GaussianBlur(5, (0.1, 2.0))], p=0.5),
+        ]
+    else:
+        colours_ = [v2.ColorJitter(0.4, 0.4, 0.4, 0.4), v2.RandomGrayscale(0.2)]
+    scale = (0.08, 1.0) if name == "imagenet" else (0.2, 1.0)
+    crop = v2.RandomResizedCrop(side, scale, antialias=False)
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([to_float, crop, *colours_, v2.RandomHorizontalFlip()])
+
+
+def _hue(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
+    return torch.atan2(3**0.5 * (green - blue), 2 * red - green - blue)
+
+
+@pytest.mark.parametrize("name", ["paper", "imagenet", "strong"])
+def test_views_are_distributed_as_torchvisions(name: str) -> None:
+    """Statistics of 700 views of one image."""
+    count, side = 700, 32
+    ramp = torch.linspace(0, 1, side)
+    smooth = torch.stack(
+        [ramp.expand(side, side), ramp.expand(side, side).T, 1 - ramp[:, None] * ramp]
+    )
+    image = ((smooth * 0.7 + 0.3 * noise(1, side)[0] / 255) * 255).to(torch.uint8)
+    ours = colours(
+        random_view(image.expand(count, -1, -1, -1), side, AUGMENTATIONS[name], seeded(1))
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        transform = torchvisions(name, side)
+        theirs = torch.stack([transform(image) for _ in range(count)])
+    for measured, measure in {
+        "brightness": lambda view: view.mean((1, 2, 3)),
+        "contrast": lambda view: view.std((1, 2, 3)),
+        "hue": lambda view: _hue(*view.mean((2, 3)).unbind(1)),
+        "detail": lambda view: (
+            (view[..., 1:] - view[..., :-1]).abs().mean((1, 2, 3)) / (view.std((1, 2, 3)) + 1e-3)
+        ),
+        "symmetry": lambda view: (view[..., : side // 2] - view[..., side // 2 :]).mean((1, 2, 3)),
+    }.items():
+        result = ks_2samp(measure(ours).numpy(), measure(theirs).numpy())
+        assert result.pvalue > 1e-4, measured
+
+
+def test_the_views_of_a_part_are_those_it_has_in_the_whole() -> None:
+    batch, strong = noise(9, 32), AUGMENTATIONS["strong"]
+    whole = random_view(batch, 32, strong, seeded(4))
+    draws = augment.draw(9, 32, strong, seeded(4))
+    for rows in (slice(0, 4), slice(4, 9)):
+        part = augment.drawn_view(batch[rows], 32, draws.of(rows))
+        torch.testing.assert_close(part, whole[rows], atol=1e-6, rtol=0)

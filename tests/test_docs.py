@@ -5,22 +5,32 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
+from sela_cli import cli, networks
 from sela_cli.images.sources import open_source
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 # Too long for a test: shown to be understood, by its plan.
 HEAVY = "sela run --data photos/"
+# The tutorial on fewer images, and for shorter: options that are added to its commands.
+BOUNDS = {
+    "run": "--limit 120 --epochs 1 --opts 2 --heads 5,8,8,10 --device cpu",
+    "probe": "--limit 120 --epochs 1 --device cpu",
+    "embed": "--limit 120 --device cpu",
+    "retrain": "--limit 120 --epochs 1 --device cpu",
+}
 
 
 def shell_blocks(text: str) -> list[str]:
@@ -31,12 +41,32 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-def test_the_command_line_page_is_current() -> None:
+def make_cli() -> Any:
     spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "cli.md").read_text() == module.text(), "run `make docs`"
+    return module
+
+
+@pytest.mark.parametrize("page", ["cli.md", "sela.1"])
+def test_pages_written_from_the_help_are_current(page: str) -> None:
+    assert (ROOT / "docs" / page).read_text() == make_cli().PAGES[page](), "run `make docs`"
+
+
+@pytest.mark.skipif(not shutil.which("mandoc"), reason="no mandoc to read the man page with")
+def test_the_man_page_is_one() -> None:
+    page = str(ROOT / "docs" / "sela.1")
+    lint = subprocess.run(["mandoc", "-T", "lint", "-W", "warning", page], capture_output=True)
+    complaints = [line for line in lint.stdout.decode().splitlines() if "missing date" not in line]
+    assert complaints == []
+    shown = subprocess.run(["mandoc", "-T", "utf8", page], capture_output=True, check=True)
+    text = re.sub(".\x08", "", shown.stdout.decode())
+    module = make_cli()
+    for name in module.COMMANDS:
+        assert f"sela {name}" in text
+        for option in module.GROUP.commands[name].params:
+            assert all(opt in text for opt in option.opts if opt.startswith("-"))
 
 
 def test_links_lead_to_files() -> None:
@@ -87,3 +117,44 @@ def test_the_commands_of_the_readme_run(block: str, world: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     if "--out runs/demo" in block:
         assert (world / "runs" / "demo" / "labels.h5").exists()
+
+
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few filters: the tutorial's test is about its commands."""
+    monkeypatch.setitem(networks._FILTERS, "alexnet-small", (4, 6, 6, 6, 4))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_tutorial_run(
+    world: Path, small_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in turn, in this process: they build on one another."""
+    monkeypatch.chdir(world)
+    monkeypatch.setattr("sela_cli.interrupt.listen", lambda: None)
+    lines = "".join(shell_blocks((ROOT / "docs" / "tutorial.md").read_text())).splitlines()
+    verbs = {line.split()[1] for line in lines}
+    assert {"run", "report", "probe", "export-labels", "label", "retrain", "metrics"} <= verbs
+    for line in lines:
+        program, verb, *arguments = shlex.split(line)
+        assert program == "sela"
+        bounds = "" if "--dry-run" in arguments else BOUNDS.get(verb, "")
+        monkeypatch.setattr(sys, "argv", [program, verb, *arguments, *bounds.split()])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0, line
+    made = "report.html figures/loss.png labels.csv labels.npy logits.npy trace.png hand-network.h5"
+    assert all((world / name).stat().st_size > 0 for name in made.split())
+
+
+def test_the_citation_is_that_of_the_paper() -> None:
+    citation = (ROOT / "CITATION.cff").read_text()
+    title = re.search(r'^  title: "(.*)"$', citation, re.MULTILINE)
+    method = (ROOT / "docs" / "method.md").read_text()
+    assert title and title[1] in " ".join(method.split())
+
+
+def test_make_help_lists_every_target() -> None:
+    done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, check=True)
+    listed = {line.split()[0] for line in done.stdout.decode().splitlines()}
+    assert listed == targets()

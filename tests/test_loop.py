@@ -65,7 +65,8 @@ def test_every_round_is_balanced_and_told(
 ) -> None:
     lines: list[str] = []
     summary = loop.run(images, tmp_path / "run", settings, Watcher(no_progress, lines.append))
-    assert [line.split(",")[0] for line in lines] == ["round 1/3", "round 2/3", "round 3/3"]
+    rounds = [line.split(",")[0] for line in lines if line.startswith("round")]
+    assert rounds == ["round 1/3", "round 2/3", "round 3/3"]
     for path in (tmp_path / "run").glob("labels-*.h5"):
         for head in formats.read_labels(str(path)).heads:
             assert head.usage_K.max() - head.usage_K.min() <= 1
@@ -247,3 +248,51 @@ def test_the_shell_loop_gives_the_same_digests(tmp_path: Path) -> None:
     )
     shell, run = digests(tmp_path / "shell"), digests(tmp_path / "run")
     assert shell and {name: run[name] for name in shell} == shell
+
+
+def test_in_a_cycle_each_round_labels_one_head(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    loop.run(images, tmp_path / "run", replace(settings, relabel_heads="cycle"), SILENT)
+    rounds = [
+        formats.read_labels(str(tmp_path / "run" / f"labels-{number:03d}.h5"))
+        for number in range(4)
+    ]
+    for number in range(1, 4):
+        chosen = (number - 1) % 2
+        before, after = rounds[number - 1].heads, rounds[number].heads
+        assert after[chosen].attributes["assign"] == "balanced"
+        assert not np.array_equal(before[chosen].labels_N, after[chosen].labels_N)
+        kept = 1 - chosen
+        assert np.array_equal(before[kept].labels_N, after[kept].labels_N)
+        assert np.array_equal(before[kept].potentials_K, after[kept].potentials_K)
+        assert before[kept].attributes["n-iters"] == after[kept].attributes["n-iters"]
+
+
+def test_a_head_labelled_alone_has_the_labels_it_has_among_all(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    """The first round of a cycle is head 0 of the first round of all."""
+    for kind in ("all", "cycle"):
+        loop.run(images, tmp_path / kind, replace(settings, opts=2, relabel_heads=kind), SILENT)
+    both, one = (
+        formats.read_labels(str(tmp_path / kind / "labels-001.h5")).heads[0]
+        for kind in ("all", "cycle")
+    )
+    assert np.array_equal(both.labels_N, one.labels_N)
+    assert np.array_equal(both.potentials_K, one.potentials_K)
+
+
+def test_a_network_that_learns_nothing_is_told_once(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    still = replace(settings, recipe=replace(settings.recipe, lr=1e-9), opts=4)
+    loop.run(images, tmp_path / "run", still, Watcher(no_progress, lines.append))
+    told = [line for line in lines if "ln K" in line]
+    assert len(told) == 1 and told[0].startswith("warning: the loss") and "--lr" in told[0]
+    with (tmp_path / "run" / "rounds.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert "loss about ln K" in rows[-1]["problems"] and not rows[0]["problems"]
+    assert all(0 <= float(row["entropy"]) <= 1 and row["empty"] == "0" for row in rows)
+    assert not (tmp_path / "run" / "predictions.json").exists()

@@ -9,11 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn import metrics as theirs
 
 from sela_cli import formats
 from sela_cli.errors import BadData, NoInput
 from sela_cli.formats import HeadLabels, Labels, Provenance
-from sela_cli.metrics import agreement, churn, compare, sizes, sizes_text, table
+from sela_cli.metrics import (
+    agreement,
+    between_files,
+    between_heads,
+    churn,
+    compare,
+    sizes,
+    sizes_text,
+    table,
+)
 
 KEYS = [f"{number}.png" for number in range(24)]
 
@@ -94,6 +104,16 @@ def test_ari_counts_pairs(clusters: int, classes: int) -> None:
     chance = np.sum(together) * np.sum(same_class) / len(pairs)
     expected = (both - chance) / ((np.sum(together) + np.sum(same_class)) / 2 - chance)
     assert agreement(labels_N, truth_N)["ari"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("clusters", "classes"), [*PAIRS, (1, 1), (40, 40), (40, 3)])
+def test_one_table_gives_what_scikit_learn_gives(clusters: int, classes: int) -> None:
+    labels_N, truth_N = random_pair(clusters, classes)
+    result = agreement(labels_N, truth_N)
+    assert result["nmi"] == pytest.approx(theirs.normalized_mutual_info_score(truth_N, labels_N))
+    assert result["ari"] == pytest.approx(theirs.adjusted_rand_score(truth_N, labels_N))
+    expected = theirs.adjusted_mutual_info_score(truth_N, labels_N)
+    assert result["ami"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_ami_is_nmi_corrected_for_chance() -> None:
@@ -234,3 +254,41 @@ def test_table_has_a_line_a_head(write_labels: Callable[..., str]) -> None:
     assert [row["clusters"] for row in rows] == ["3", "7"]
     assert [row["empty"] for row in rows] == ["0", "2"]
     assert float(rows[0]["accuracy"]) == 1.0
+
+
+# ---- heads and rounds -----------------------------------------------------------
+
+
+def test_every_pair_of_heads_is_compared(write_labels: Callable[..., str]) -> None:
+    a, b = random_pair(4, 6, 24)
+    rows = between_heads(write_labels(head(a, 4), head(b, 6), head((a + 1) % 4, 4)))
+    assert [(row["head"], row["other"]) for row in rows] == [(0, 1), (0, 2), (1, 2)]
+    # Renamed clusters are the same clusters.
+    assert rows[1]["accuracy"] == 1.0 and rows[1]["nmi"] == pytest.approx(1.0)
+    assert rows[0]["ari"] == pytest.approx(agreement(a, b)["ari"]) == pytest.approx(rows[2]["ari"])
+    (alone,) = between_heads(write_labels(head(a, 4), name="one.h5"))
+    assert alone == {"head": 0} | sizes(head(a, 4))
+
+
+def test_rounds_are_compared_head_by_head_and_by_key(write_labels: Callable[..., str]) -> None:
+    labels_N, other_N = random_pair(4, 4, 24)
+    now = write_labels(head(labels_N, 4), head(other_N, 4))
+    before = write_labels(
+        head(other_N[::-1], 4), head(other_N[::-1], 4), keys=KEYS[::-1], name="before.h5"
+    )
+    first, second = between_files(now, before)
+    assert first["changed"] == pytest.approx(np.mean(labels_N != other_N))
+    assert first["nmi"] == pytest.approx(agreement(labels_N, other_N)["nmi"])
+    assert second["changed"] == 0 and second["accuracy"] == 1.0
+    assert "changed" in table([first, second]).splitlines()[0]
+
+
+def test_rounds_of_other_heads_or_images_are_bad_data(write_labels: Callable[..., str]) -> None:
+    labels_N = np.arange(24) % 3
+    path = write_labels(head(labels_N, 3))
+    two = write_labels(head(labels_N, 3), head(labels_N, 3), name="two.h5")
+    with pytest.raises(BadData, match=r"1 heads, .* 2"):
+        between_files(path, two)
+    fewer = write_labels(head(labels_N[:23], 3), keys=KEYS[:23], name="fewer.h5")
+    with pytest.raises(BadData, match=r"'23\.png'"):
+        between_files(path, fewer)

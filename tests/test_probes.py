@@ -16,10 +16,21 @@ from torch import Tensor
 from sela_cli import formats
 from sela_cli.errors import BadData, CannotCreate, UsageError
 from sela_cli.formats import Provenance
+from sela_cli.images.augment import ten_views
 from sela_cli.images.batches import Images
 from sela_cli.images.sources import Source
 from sela_cli.networks import Network, build
-from sela_cli.probes import LinearProbe, holdout, knn_scores, probe_stage, top_accuracies
+from sela_cli.presets import protocol
+from sela_cli.probes import (
+    LinearProbe,
+    LinearRecipe,
+    holdout,
+    knn_scores,
+    principal_components,
+    probe_stage,
+    recipes,
+    top_accuracies,
+)
 
 COLOURS = np.array([[230, 30, 30], [30, 230, 30], [30, 30, 230]])
 
@@ -43,8 +54,12 @@ def network() -> Network:
 @pytest.fixture
 def probe(network: Network, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     def call(train: Images, test: Images, **options: Any) -> list[dict[str, Any]]:
+        """Recipes from options by the names that `sela probe` gives them."""
         path = str(tmp_path / "probe.h5")
-        return probe_stage(train, test, network, path, Provenance("test", {}), **options)
+        linear, knn = recipes(options)
+        stage = {name: options[name] for name in ("method", "layers", "force") if name in options}
+        provenance = Provenance("test", {})
+        return probe_stage(train, test, network, path, provenance, linear=linear, knn=knn, **stage)
 
     return call
 
@@ -113,7 +128,7 @@ def test_separable_images_are_told_apart_and_the_network_is_untouched(
     probe: Callable[..., list[dict[str, Any]]], network: Network, tmp_path: Path
 ) -> None:
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    rows = probe(coloured(48, 1), coloured(30, 2), epochs=6, batch_size=12, ks=(1, 5), aug="none")
+    rows = probe(coloured(48, 1), coloured(30, 2), epochs=6, batch_size=12, k=(1, 5), aug="none")
     after = network.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -195,10 +210,17 @@ def test_unknown_classes_are_bad_data(
         ("layers", "conv1,fc6"),
         ("method", "svm"),
         ("aug", "mirror"),
-        ("ks", (0,)),
-        ("ks", (-1,)),
-        ("sigmas", (0.0,)),
-        ("sigmas", (-0.1,)),
+        ("k", (0,)),
+        ("k", (-1,)),
+        ("sigma", (0.0,)),
+        ("sigma", (-0.1,)),
+        ("pca", 0),
+        ("pca", 13),
+        ("lr", ()),
+        ("lr", (0.1, 0.0)),
+        ("lr", (0.1, 0.1)),
+        ("crops", 5),
+        ("validation", 1.0),
     ],
 )
 def test_options_without_meaning(
@@ -212,8 +234,11 @@ def test_options_without_meaning(
 def test_papers_pooling_leaves_about_9600_inputs() -> None:
     with torch.device("meta"):
         network = build("alexnet", 224, [2], seed=0)
-        probe = LinearProbe(network, list(network.layers()), 10, "meta", "float32")
-    widths = {name: linear[1].in_features for name, linear in probe.classifiers.items()}
+        probe = LinearProbe(
+            network, [*network.layers(), "features"], 10, LinearRecipe(), "meta", "float32"
+        )
+    widths = {name: linears[0].in_features for name, linears in probe.classifiers.items()}
+    assert widths.pop("features") == 4096
     # Channels times the side that is left, squared.
     assert widths == {
         "conv1": 96 * 10**2,
@@ -229,9 +254,115 @@ def test_papers_pooling_leaves_about_9600_inputs() -> None:
 def test_other_pooling_leaves_at_most_9600_inputs(arch: str) -> None:
     with torch.device("meta"):
         network = build(arch, 32, [2], seed=0)
-        probe = LinearProbe(network, list(network.layers()), 10, "meta", "float32")
-    widths = [linear[1].in_features for linear in probe.classifiers.values()]
+        probe = LinearProbe(network, list(network.layers()), 10, LinearRecipe(), "meta", "float32")
+    widths = [linears[0].in_features for linears in probe.classifiers.values()]
     assert all(1024 <= width <= 9600 for width in widths)
+
+
+# ---- several rates, ten crops, principal components ----------------------------
+
+
+def test_a_rate_trains_the_same_alone_and_beside_others(network: Network) -> None:
+    """One pass over the data for all rates changes none of them."""
+    train = coloured(24, 1)
+
+    def trained(*lrs: float) -> dict[float, Tensor]:
+        recipe = LinearRecipe(epochs=2, lrs=lrs, batch_size=8)
+        with LinearProbe(network, ["conv5"], 3, recipe, "cpu", "float32") as probe:
+            probe.fit(train, lambda done, total, note: None)
+            weights = probe.classifiers["conv5"].parameters()
+            return dict(zip(lrs, [w.detach() for w in weights if w.ndim == 2], strict=True))
+
+    together = trained(0.1, 0.01, 0.001)
+    for lr in together:
+        assert torch.equal(trained(lr)[lr], together[lr])
+
+
+def test_the_rate_is_chosen_on_held_out_training_images(
+    probe: Callable[..., list[dict[str, Any]]],
+) -> None:
+    """The same choice whatever the test images' classes are."""
+    lrs, train, test = (1e-7, 0.01), coloured(60, 1), coloured(30, 2)
+    options = {"layers": "conv1,features", "method": "linear", "lr": lrs, "epochs": 3}
+    options |= {"batch_size": 12, "aug": "none", "force": True, "validation": 0.2}
+    rows = probe(train, test, **options)
+    assert test.truth_N is not None
+    test.truth_N = (test.truth_N + 1) % 3
+    spoilt = probe(train, test, **options)
+    for layer in ("conv1", "features"):
+        tried, reported = (
+            [r for r in rows if r["layer"] == layer and (r["split"] == "test") is last]
+            for last in (False, True)
+        )
+        assert [(row["lr"], row["n"], row["split"]) for row in tried] == [
+            (lr, 12, "validation 0.2") for lr in lrs
+        ]
+        (row,) = reported
+        assert row["lr"] == max(tried, key=lambda row: row["top1"])["lr"]
+    chosen = [[(row["layer"], row["lr"]) for row in each] for each in (rows, spoilt)]
+    assert chosen[0] == chosen[1]
+    # At 1e-7 the random start is all there is.
+    assert dict(chosen[0][-1:]) == {"features": 0.01}
+
+
+def test_ten_crops_give_the_mean_of_ten_views(network: Network) -> None:
+    recipe = LinearRecipe(epochs=1, batch_size=10, crops=10)
+    with LinearProbe(network, ["conv3"], 3, recipe, "cpu", "float32") as probe:
+        images = coloured(3, 5)
+        probe.inputs.eval()
+        view = ten_views(images.batch(torch.arange(3)), 32)
+        logits = probe._logits(view, {"conv3": [0.01]})["conv3", 0.01]
+        mean_3C = torch.stack([logits[row::3] for row in range(3)]).mean(1)
+        images.truth_N = mean_3C.argmax(1).numpy()
+        assert probe.accuracies(images, {"conv3": [0.01]})["conv3", 0.01][0] == 1.0
+        images.truth_N = mean_3C.argmin(1).numpy()
+        assert probe.accuracies(images, {"conv3": [0.01]})["conv3", 0.01][0] == 0.0
+
+
+def test_all_principal_components_keep_the_distances_and_few_are_orthogonal() -> None:
+    bank, _, query = neighbours()
+    whole, turned = principal_components(bank, query, 12)
+    torch.testing.assert_close(
+        torch.cdist(turned, whole), torch.cdist(query, bank), atol=1e-3, rtol=0
+    )
+    few, _ = principal_components(bank, query, 3)
+    covariance = few.T @ few / len(few)
+    variances = torch.linalg.eigvalsh(torch.cov(bank.T)).flip(0)[:3] * (299 / 300)
+    torch.testing.assert_close(covariance, variances.diag(), atol=1e-3, rtol=1e-3)
+
+
+def test_knn_sweeps_k_and_sigma_with_and_without_pca(
+    probe: Callable[..., list[dict[str, Any]]],
+) -> None:
+    rows = probe(coloured(24, 1), coloured(9, 2), method="knn", k=(5, 1), sigma=(0.1, 0.5), pca=4)
+    assert [row["setting"] for row in rows] == [
+        f"k={k} sigma={sigma}{pca}"
+        for pca in ("", " pca=4")
+        for k in (5, 1)
+        for sigma in (0.1, 0.5)
+    ]
+    assert all(row["top1"] > 0.9 for row in rows)
+
+
+# ---- the paper's protocols -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["imagenet-linear", "places-linear"])
+def test_large_scale_protocols_follow_the_network(name: str) -> None:
+    """AlexNet: 36 epochs at 0.01 of conv1..conv5; ResNet: 146 at 0.1 of the pooled features."""
+    linear, _ = recipes(protocol(name, "alexnet"))
+    assert (linear.epochs, linear.lrs, linear.batch_size, linear.crops) == (36, (0.01,), 192, 10)
+    assert [round(linear.epochs * part) for part in linear.milestones] == [10, 20, 30]
+    assert protocol(name, "alexnet")["layers"] == "all"
+    linear, _ = recipes(protocol(name, "resnet50"))
+    assert (linear.epochs, linear.lrs, linear.batch_size) == (146, (0.1,), 1024)
+    assert [round(linear.epochs * part) for part in linear.milestones] == [85, 128]
+    assert protocol(name, "resnet50")["layers"] == "features" and linear.weight_decay == 0
+
+
+def test_knn_protocol_sweeps() -> None:
+    _, knn = recipes(protocol("knn", "alexnet"))
+    assert (knn.ks, knn.sigmas, knn.pca) == ((200, 50, 10, 5, 1), (0.1, 0.5), 128)
 
 
 # ---- holdout ----------------------------------------------------------------

@@ -267,6 +267,35 @@ def test_imagenet_keys_are_paths_below_root(
     assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
 
 
+def test_places365_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's reader, on lists that are ours and so have other checksums."""
+    monkeypatch.setattr(
+        datasets.places365, "check_integrity", lambda file, md5: Path(file).exists()
+    )
+    names = [
+        f"/{'abc'[label]}/place_{label}/{name}" for label, name in zip(TRUTH, NAMES, strict=True)
+    ]
+    lines = [f"{name} {label}" for name, label in zip(names, TRUTH, strict=True)]
+    (tmp_path / "categories_places365.txt").write_text("/a/place_0 0\n/b/place_1 1\n/c/place_2 2")
+    (tmp_path / "places365_train_standard.txt").write_text("\n".join(lines))
+    (tmp_path / "places365_val.txt").write_text("\n".join(f"{i}.jpg 1" for i in range(2)))
+    for name, data in zip(names, FILES, strict=True):
+        path = tmp_path / f"data_256_standard{name}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (tmp_path / "val_256").mkdir()
+    for number in range(2):
+        (tmp_path / f"val_256/{number}.jpg").write_bytes(FILES[number])
+    source = open_source(f"places365:{tmp_path}")
+    assert source.keys == [name[1:] for name in names]
+    assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
+    assert source.classes == ("/a/place_0", "/b/place_1", "/c/place_2")
+    np.testing.assert_array_equal([source.image(number) for number in range(5)], PIXELS)
+    tested = open_source(f"places365:{tmp_path}@val")
+    assert tested.truth_N is not None and tested.truth_N.tolist() == [1, 1]
+    np.testing.assert_array_equal([tested.image(number) for number in range(2)], PIXELS[:2])
+
+
 def test_voc2007_folder(tmp_path: Path) -> None:
     base = tmp_path / "VOCdevkit" / "VOC2007"
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
@@ -278,12 +307,14 @@ def test_voc2007_folder(tmp_path: Path) -> None:
         (base / "Annotations" / f"{number}.xml").write_text("<annotation></annotation>")
     (base / "ImageSets/Main/trainval.txt").write_text("\n".join(numbers))
     (base / "ImageSets/Main/val.txt").write_text("\n".join(numbers[2:4]))
+    (base / "ImageSets/Main/test.txt").write_text(numbers[4])
     source = open_source(f"voc2007:{tmp_path}")
     assert source.keys == [f"trainval/{number}.jpg" for number in numbers]
     assert source.truth_N is None
     np.testing.assert_array_equal([source.image(number) for number in range(5)], PIXELS)
     part = open_source(f"voc2007:{tmp_path}@val")
     np.testing.assert_array_equal([part.image(number) for number in range(2)], PIXELS[2:4])
+    assert open_source(f"voc2007:{tmp_path}@test").keys == ["test/000004.jpg"]
 
 
 @pytest.mark.parametrize("name", sorted(set(sources._TORCHVISION) - {"imagenet"}))

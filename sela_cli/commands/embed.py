@@ -67,6 +67,7 @@ def embed(
     from sela_cli.images.batches import open_images
     from sela_cli.logits import embed_stage, plan
     from sela_cli.networks import build, parse_heads
+    from sela_cli.precision import faster
     from sela_cli.terminal import Terminal
     from sela_cli.training import Recipe, label_view, network_of, settle
 
@@ -91,7 +92,7 @@ def embed(
     }
     provenance = formats.Provenance("embed", parameters)
     state = formats.read_checkpoint(checkpoint) if checkpoint else None
-    with terminal.progress("decode") as progress:
+    with terminal.progress("decode", "images") as progress:
         images, size = open_images(
             data,
             state.image_size if state else image_size,
@@ -110,16 +111,20 @@ def embed(
         options.setdefault("precision", state.recipe.get("precision", "float32"))
     shown = plan(images, network, options.get("store", "logits"), options.get("dtype", "float32"))
     if not dry_run:
+        where = device_name(device)
         if not state:
             settle(network, images, recipe)
-        with terminal.progress("embed") as progress:
+        if options.get("precision") == "auto":
+            size = min(options.get("batch_size", 256), len(images))
+            options["precision"] = faster(network, size, where, training=False)
+        with terminal.progress("embed", "images") as progress:
             embed_stage(
                 images,
                 network,
                 output,
                 provenance.of(images.dataset_id),
-                device=device_name(device),
-                augment=label_view(chosen, network, recipe, state.step if state else 0),
+                device=where,
+                augment=label_view(chosen, recipe, state.step if state else 0),
                 force=force,
                 progress=progress,
                 **options,

@@ -12,6 +12,7 @@ from sela_cli.options import (
     Force,
     InputKindChoice,
     Json,
+    LabelMethodChoice,
     Lamb,
     Marginal,
     MaxIter,
@@ -57,6 +58,14 @@ def label(
         str | None,
         typer.Option("--init", metavar="FILE", help="Labels file whose potentials to start from."),
     ] = None,
+    head: Annotated[
+        int | None,
+        typer.Option(
+            "--head",
+            min=0,
+            help="Label this head alone, from 0; the others keep the labels of --init.",
+        ),
+    ] = None,
     fixed: Annotated[
         bool,
         typer.Option(
@@ -72,6 +81,22 @@ def label(
     max_size: Annotated[
         int | None,
         typer.Option("--max-size", min=1, help="Rows of a cluster at most, instead of equality."),
+    ] = None,
+    method: Annotated[
+        LabelMethodChoice | None,
+        typer.Option(
+            "--method",
+            help="sela (default), or kmeans on the scores or on LOGITS::/features, to compare: "
+            "DeepCluster's labels, of whatever sizes.",
+        ),
+    ] = None,
+    clusters: Annotated[
+        str | None,
+        typer.Option(
+            "--clusters",
+            metavar="SPEC",
+            help="Clusters of --method kmeans, such as 128x10; default: a column each.",
+        ),
     ] = None,
     solver: Annotated[
         SolverChoice | None,
@@ -107,8 +132,11 @@ def label(
     Every row gets one of K clusters so that all clusters have the same size and the
     scores of the chosen cells are as high as they can be.
     """
+    from sela_cli import formats
     from sela_cli.errors import UsageError
     from sela_cli.labels import LabelSettings, label_stage, plan, summary, warning
+    from sela_cli.networks import parse_heads
+    from sela_cli.relabel import relabel_stage
     from sela_cli.terminal import Terminal
 
     if fixed and assign:
@@ -120,6 +148,8 @@ def label(
             max_iter=max_iter,
             marginal=marginal,
             assign="fixed" if fixed else assign,
+            method=method,
+            clusters=tuple(parse_heads(clusters)) if clusters else None,
             solver=solver,
             min_size=min_size,
             max_size=max_size,
@@ -135,10 +165,18 @@ def label(
             shown, f"would label {shown['rows']} rows, heads {shown['heads']}, to {output}"
         )
         return
+    if head is not None and init is None:
+        raise UsageError("--head labels one head; the others need --init FILE")
+    if head is not None and csv:
+        raise UsageError("--head writes no --csv", "sela export-labels writes one")
     with terminal.progress("label") as progress:
-        labels = label_stage(
-            logits, output, settings, init=init, csv_path=csv, force=force, progress=progress
-        )
+        if head is not None and init is not None:
+            formats.check_output(output, force)
+            labels = relabel_stage(logits, output, settings, head, init, progress=progress)
+        else:
+            labels = label_stage(
+                logits, output, settings, init=init, csv_path=csv, force=force, progress=progress
+            )
     values, text = summary(labels, output)
     terminal.result(values, text)
     if problem := warning(labels, output):

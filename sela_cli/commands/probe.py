@@ -14,16 +14,25 @@ from sela_cli.options import (
     Force,
     Json,
     Limit,
+    LrMilestones,
     MethodChoice,
     Output,
     Precision,
+    ProtocolChoice,
     Quiet,
     Seed,
     SkipBad,
+    WeightDecay,
     device_name,
+    fractions,
+    given,
+    numbers,
+    whole_numbers,
 )
 
-EXAMPLES = "Example: sela probe --data digits --checkpoint checkpoint.h5 -o probe.h5 --method knn"
+EXAMPLES = """Examples: sela probe --data digits -c checkpoint.h5 -o probe.h5 --method knn.
+sela probe --protocol imagenet-linear --data imagenet:ROOT --test imagenet:ROOT@val
+-c checkpoint.h5 -o probe.h5"""
 
 
 def probe(
@@ -42,24 +51,70 @@ def probe(
             "--holdout", min=0.01, max=0.99, help="Share of --data to test on, without --test."
         ),
     ] = 0.2,
+    protocol: Annotated[
+        ProtocolChoice | None,
+        typer.Option(
+            "--protocol",
+            help="The paper's settings: imagenet-linear and places-linear (conv1..conv5 of an "
+            "AlexNet, the pooled features of a ResNet), small-linear (CIFAR, SVHN), knn "
+            "(sweep of k and sigma). Options given here override it.",
+        ),
+    ] = None,
     method: Annotated[
-        MethodChoice, typer.Option("--method", help="Which probes.")
-    ] = MethodChoice.both,
+        MethodChoice | None, typer.Option("--method", help="Which probes; default both.")
+    ] = None,
     layers: Annotated[
-        str, typer.Option("--layers", help="all, or names such as conv3,conv5 (linear probes).")
-    ] = "all",
-    k: Annotated[str, typer.Option("--k", metavar="K,K..", help="Neighbours.")] = "10",
+        str | None,
+        typer.Option(
+            "--layers",
+            help="all (default), or names such as conv3,conv5; features: what the heads see "
+            "(linear probes).",
+        ),
+    ] = None,
+    k: Annotated[
+        str | None, typer.Option("--k", metavar="K,K..", help="Neighbours; default 10.")
+    ] = None,
     sigma: Annotated[
-        str, typer.Option("--sigma", metavar="S,S..", help="kNN temperature.")
-    ] = "0.1",
+        str | None, typer.Option("--sigma", metavar="S,S..", help="kNN temperature; default 0.1.")
+    ] = None,
+    pca: Annotated[
+        int | None,
+        typer.Option("--pca", min=1, help="Run kNN also on so many principal components."),
+    ] = None,
     epochs: Annotated[
-        int, typer.Option("--epochs", min=1, help="Epochs of the linear probes.")
-    ] = 36,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate of the linear probes.")] = 0.01,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Images a batch.")] = 192,
+        int | None, typer.Option("--epochs", min=1, help="Epochs of the linear probes; default 36.")
+    ] = None,
+    lr: Annotated[
+        str | None,
+        typer.Option(
+            "--lr",
+            metavar="F,F..",
+            help="Learning rates of the linear probes, trained side by side; default 0.01. Of "
+            "several, the best on the held-out --validation is reported.",
+        ),
+    ] = None,
+    lr_milestones: LrMilestones = None,
+    validation: Annotated[
+        float | None,
+        typer.Option(
+            "--validation",
+            min=0.01,
+            max=0.99,
+            help="Share of the training images that chooses among several rates; default 0.1.",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=2, help="Images a batch; default 192.")
+    ] = None,
+    weight_decay: WeightDecay = None,
     aug: Annotated[
-        str, typer.Option("--aug", help="Augmentation for the linear probes.")
-    ] = "crop-flip",
+        str | None,
+        typer.Option("--aug", help="Augmentation for the linear probes; default crop-flip."),
+    ] = None,
+    crops: Annotated[
+        int | None,
+        typer.Option("--crops", help="Test views of linear probes: 1 (default) or 10."),
+    ] = None,
     precision: Precision = None,
     seed: Seed = 0,
     limit: Limit = None,
@@ -77,7 +132,8 @@ def probe(
     """
     from sela_cli import formats, probes
     from sela_cli.images.batches import open_images
-    from sela_cli.options import numbers, whole_numbers
+    from sela_cli.precision import faster
+    from sela_cli.presets import protocol as preset
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
 
@@ -87,7 +143,7 @@ def probe(
     state = formats.read_checkpoint(checkpoint)
     network = network_of(state, checkpoint)
     opening: dict[str, Any] = {"download": download, "skip_bad": skip_bad, "limit": limit}
-    with terminal.progress("decode") as progress:
+    with terminal.progress("decode", "images") as progress:
         train, _ = open_images(data, state.image_size, progress=progress, **opening)
         if test:
             tested, _ = open_images(test, state.image_size, progress=progress, **opening)
@@ -95,26 +151,36 @@ def probe(
         else:
             train, tested = probes.holdout(train, holdout, seed)
             split = f"holdout {holdout:g}"
+    options: dict[str, Any] = {"method": "both", "layers": "all"} | preset(
+        protocol.value if protocol else None, state.arch
+    )
+    options |= given(
+        method=method,
+        layers=layers,
+        k=tuple(whole_numbers(k)) if k else None,
+        sigma=tuple(numbers(sigma)) if sigma else None,
+        pca=pca,
+        epochs=epochs,
+        lr=tuple(numbers(lr)) if lr else None,
+        lr_milestones=fractions(lr_milestones),
+        validation=validation,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        aug=aug,
+        crops=crops,
+    )
+    linear, knn = probes.recipes(options | {"seed": seed})
     if dry_run:
-        plan = {"train": len(train), "test": len(tested), "layers": list(network.layers())}
+        plan = probes.plan(network, options["method"], options["layers"], linear, knn)
+        plan = {"train": len(train), "test": len(tested)} | plan
         terminal.result(plan, f"would probe with {len(train)} images, test on {len(tested)}")
         return
-    parameters = {
-        "data": data,
-        "test": test,
-        "holdout": holdout,
-        "method": method.value,
-        "layers": layers,
-        "k": k,
-        "sigma": sigma,
-        "epochs": epochs,
-        "lr": lr,
-        "batch_size": batch_size,
-        "aug": aug,
-        "seed": seed,
-    }
+    parameters = {"data": data, "test": test, "holdout": holdout, "seed": seed} | options
     provenance = formats.Provenance("probe", parameters, dataset_id=train.dataset_id)
     assert state.header is not None
+    arithmetic = precision.value if precision else state.recipe.get("precision", "float32")
+    if arithmetic == "auto":
+        arithmetic = faster(network, linear.batch_size, device_name(device), training=False)
     with terminal.progress("probe") as progress:
         rows = probes.probe_stage(
             train,
@@ -122,24 +188,23 @@ def probe(
             network,
             output,
             provenance.reading("checkpoint", state.header),
-            method=method.value,
-            layers=layers,
-            ks=whole_numbers(k),
-            sigmas=numbers(sigma),
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
-            aug=aug,
-            seed=seed,
+            method=options["method"],
+            layers=options["layers"],
+            linear=linear,
+            knn=knn,
             device=device_name(device),
-            precision=precision.value if precision else state.recipe.get("precision", "float32"),
+            precision=arithmetic,
             split=split,
             force=force,
             progress=progress,
         )
     lines = [
-        f"{row['layer']:<10} {row['method']:<7} {row['setting']:<18} top1 {row['top1']:.4f} "
-        f"top5 {row['top5']:.4f} (n = {row['n']})"
+        f"{row['layer']:<10} {row['method']:<7} {_setting(row):<26} top1 {row['top1']:.4f} "
+        f"top5 {row['top5']:.4f} ({row['split']}, n = {row['n']})"
         for row in rows
     ]
     terminal.result({"output": output, "results": rows}, "\n".join(lines))
+
+
+def _setting(row: dict[str, Any]) -> str:
+    return f"{row['setting']} lr={row['lr']:g}" if row["method"] == "linear" else row["setting"]

@@ -9,6 +9,7 @@ import typer
 from sela_cli.options import (
     Aug,
     BatchSize,
+    Compile,
     Data,
     Device,
     Download,
@@ -40,6 +41,8 @@ EXAMPLES = """Example: sela retrain --data digits --labels labels.h5 --arch alex
 # The paper's Table 5: 90 epochs, the rate falls tenfold every 30.
 _EPOCHS = 90.0
 _MILESTONES = (1 / 3, 2 / 3)
+# With --rotation the reference takes 64 images, each in four turns.
+_TURNED_BATCH = 64
 
 
 def retrain(
@@ -66,6 +69,7 @@ def retrain(
     weight_decay: WeightDecay = None,
     aug: Aug = None,
     precision: Precision = None,
+    compile: Compile = None,
     seed: Seed = 0,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -86,7 +90,7 @@ def retrain(
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     options = given(
         epochs=_EPOCHS if epochs is None else epochs,
-        batch_size=batch_size,
+        batch_size=_TURNED_BATCH if rotation and batch_size is None else batch_size,
         lr=lr,
         lr_schedule=lr_schedule,
         lr_milestones=fractions(lr_milestones) or _MILESTONES,
@@ -95,12 +99,13 @@ def retrain(
         weight_decay=weight_decay,
         aug=aug,
         precision=precision,
+        compile=compile,
         seed=seed,
         rotation=rotation,
     )
     if not dry_run:
         formats.check_output(output, force)
-    with terminal.progress("decode") as progress:
+    with terminal.progress("decode", "images") as progress:
         job = training.prepare(
             "retrain",
             data,
@@ -117,9 +122,12 @@ def retrain(
         )
     shown = job.plan()
     if dry_run:
-        terminal.result(shown, f"would write {output}: {shown['to_step']} steps of {arch}")
+        settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
+        terminal.result(
+            shown, f"would write {output}: {shown['to_step']} steps of {arch}\n{settings}"
+        )
         return
-    with terminal.progress("retrain") as progress:
+    with terminal.progress("retrain", "images") as progress:
         trained = job.run(device_name(device), progress)
     loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
     terminal.result(

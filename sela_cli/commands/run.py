@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from sela_cli.options import (
     AssignChoice,
     Aug,
     BatchSize,
+    Compile,
     Data,
     Device,
     Download,
@@ -35,6 +38,7 @@ from sela_cli.options import (
     PresetChoice,
     Quiet,
     RelabelChoice,
+    RelabelHeadsChoice,
     SkipBad,
     Store,
     Tol,
@@ -72,6 +76,13 @@ def run(
         RelabelChoice | None,
         typer.Option("--relabel", help="Spacing of the relabelling positions."),
     ] = None,
+    relabel_heads: Annotated[
+        RelabelHeadsChoice | None,
+        typer.Option(
+            "--relabel-heads",
+            help="Heads that a relabelling labels: all (default), or one in turn (cycle).",
+        ),
+    ] = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: Lr = None,
@@ -82,6 +93,7 @@ def run(
     weight_decay: WeightDecay = None,
     aug: Aug = None,
     precision: Precision = None,
+    compile: Compile = None,
     lamb: Lamb = None,
     tol: Tol = None,
     max_iter: MaxIter = None,
@@ -97,6 +109,13 @@ def run(
     skip_bad: SkipBad = False,
     download: Download = False,
     device: Device = "auto",
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help="Also write event files to DIR/tensorboard. Needs the extra `tensorboard`.",
+        ),
+    ] = False,
     force: Force = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
@@ -107,16 +126,21 @@ def run(
     Writes labels.h5, checkpoint.h5, rounds.csv and, where classes are known, probe.h5.
     The same command goes on with a run that was stopped.
     """
+    from sela_cli import extras, job
+    from sela_cli.events import Events
     from sela_cli.images.batches import open_images
     from sela_cli.loop import Watcher, plan, run, settings_of, text_of
     from sela_cli.terminal import Terminal
 
     terminal = Terminal(quiet, as_json)
+    if tensorboard:
+        extras.require("tensorboard")
     options = given(
         arch=arch,
         heads=heads,
         opts=opts,
         relabel=relabel,
+        relabel_heads=relabel_heads,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -127,6 +151,7 @@ def run(
         weight_decay=weight_decay,
         aug=aug,
         precision=precision,
+        compile=compile,
         lamb=lamb,
         tol=tol,
         max_iter=max_iter,
@@ -139,7 +164,7 @@ def run(
     )
     name = preset.value if preset else ("digits" if data == "digits" else None)
     settings = settings_of(name, image_size, options)
-    with terminal.progress("decode") as progress:
+    with terminal.progress("decode", "images") as progress:
         images, size = open_images(
             data,
             settings.image_size or None,
@@ -153,6 +178,10 @@ def run(
         shown, text = plan(images, settings)
         terminal.result(shown, text)
         return
-    watcher = Watcher(terminal.progress, terminal.say)
-    summary = run(images, out, settings, watcher, device_name(device), force, resume)
+    where = device_name(device)
+    watcher = Watcher(lambda title: terminal.progress(title, "images"), terminal.say)
+    with closing(Events(out / "tensorboard")) as events:
+        if tensorboard and job.number() == 0:
+            watcher = replace(watcher, record=events.record)
+        summary = run(images, out, settings, watcher, where, force, resume)
     terminal.result(summary, text_of(summary))

@@ -10,6 +10,7 @@ from sela_cli.options import (
     Arch,
     Aug,
     BatchSize,
+    Compile,
     Data,
     Device,
     Download,
@@ -62,6 +63,7 @@ def train(
     weight_decay: WeightDecay = None,
     aug: Aug = None,
     precision: Precision = None,
+    compile: Compile = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.")] = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -92,11 +94,12 @@ def train(
         weight_decay=weight_decay,
         aug=aug,
         precision=precision,
+        compile=compile,
         seed=seed,
     )
     if not dry_run:
         formats.check_output(output, force)
-    with terminal.progress("decode") as progress:
+    with terminal.progress("decode", "images") as progress:
         job = training.prepare(
             "train",
             data,
@@ -116,9 +119,10 @@ def train(
     shown = job.plan()
     steps = f"steps {shown['from_step']}..{shown['to_step']} of {job.network.arch}"
     if dry_run:
-        terminal.result(shown, f"would write {output}: {steps}")
+        settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
+        terminal.result(shown, f"would write {output}: {steps}\n{settings}")
         return
-    with terminal.progress("train") as progress:
+    with terminal.progress("train", "images") as progress:
         trained = job.run(device_name(device), progress)
     loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
     terminal.result(shown | {"loss": loss}, f"wrote {output}: {steps}, loss {loss:.3f}")

@@ -8,8 +8,9 @@ per image, only the order of the colour operations per batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,22 +18,29 @@ from torch.nn import functional
 
 from sela_cli.images.batches import SMALL
 
-# Makes a batch of the network's input from stored images.
-ViewOf = Callable[[Tensor], Tensor]
-
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 _GREY = (0.299, 0.587, 0.114)
 _CROP_TRIES = 10
+# Range of the blur's standard deviation, in pixels.
+_SIGMA = (0.1, 2.0)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """RandomResizedCrop(scale), ColorJitter(jitter x 4), RandomGrayscale(grey), flip."""
+    """Random crop, colour jitter, grey, blur and flip; shares are of the images.
+
+    RandomResizedCrop(scale); ColorJitter(jitter, jitter, jitter, hue) of a share
+    `jitter_share`; RandomGrayscale(grey); GaussianBlur(sigma 0.1..2) of a share `blur`;
+    RandomHorizontalFlip(flip).
+    """
 
     scale: tuple[float, float] | None = (0.2, 1.0)
     jitter: float = 0.4
+    hue: float = 0.4
+    jitter_share: float = 1.0
     grey: float = 0.2
+    blur: float = 0.0
     flip: float = 0.5
 
 
@@ -40,9 +48,12 @@ AUGMENTATIONS = {
     # The reference leaves torchvision's scale for ImageNet; (.2, 1) is its CIFAR setting.
     "paper": Augmentation(),
     "imagenet": Augmentation(scale=(0.08, 1.0)),
-    "crop": Augmentation(scale=(0.5, 1.0), jitter=0.0, grey=0.0, flip=0.0),
-    "crop-flip": Augmentation(jitter=0.0, grey=0.0),
-    "none": Augmentation(scale=None, jitter=0.0, grey=0.0, flip=0.0),
+    # MoCo v2 (Chen et al. 2020), which took jitter and blur from SimCLR.
+    "strong": Augmentation(hue=0.1, jitter_share=0.8, blur=0.5),
+    "crop": Augmentation(scale=(0.5, 1.0), jitter=0.0, hue=0.0, grey=0.0, flip=0.0),
+    "crop-flip": Augmentation(jitter=0.0, hue=0.0, grey=0.0),
+    "imagenet-crop-flip": Augmentation(scale=(0.08, 1.0), jitter=0.0, hue=0.0, grey=0.0),
+    "none": Augmentation(scale=None, jitter=0.0, hue=0.0, grey=0.0, flip=0.0),
 }
 
 
@@ -55,11 +66,25 @@ def centre_view(batch: Tensor, size: int) -> Tensor:
         keep = round(side * 7 / 8)
         start = (side - keep) // 2
         view = view[:, :, start : start + keep, start : start + keep]
-    if view.shape[-1] != size:
-        view = functional.interpolate(
-            view, (size, size), mode="bilinear", align_corners=False, antialias=True
-        )
-    return _normalised(view)
+    return _normalised(_resized(view, size))
+
+
+def ten_views(batch: Tensor, size: int) -> Tensor:
+    """(n, 3, S, S) uint8 -> (10 n, 3, R, R) float, normalised: four corners and the centre of
+    7/8 of the side, then their mirror images; the n images of one crop after another."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    view = batch.float() / 255
+    keep = round(batch.shape[-1] * 7 / 8)
+    return _normalised(_resized(torch.cat(transforms.ten_crop(view, [keep, keep])), size))
+
+
+def _resized(view: Tensor, size: int) -> Tensor:
+    if view.shape[-1] == size:
+        return view
+    return functional.interpolate(
+        view, (size, size), mode="bilinear", align_corners=False, antialias=True
+    )
 
 
 def random_view(
@@ -69,15 +94,82 @@ def random_view(
 
     Every draw comes from `generator` (on the CPU), in the same order on every device.
     """
+    return drawn_view(batch, size, draw(len(batch), batch.shape[-1], augmentation, generator))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random about the views of n images; None: that operation is left out."""
+
+    boxes_n4: Tensor | None = None
+    flip_n: Tensor | None = None
+    order: tuple[int, ...] = ()
+    factors_n3: Tensor | None = None
+    hue_n: Tensor | None = None
+    jittered_n: Tensor | None = None
+    grey_n: Tensor | None = None
+    sigma_n: Tensor | None = None
+
+    def of(self, rows: slice) -> Draws:
+        """Those of some of the images."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        part: dict[str, Any] = {
+            n: v[rows] if isinstance(v, Tensor) else v for n, v in values.items()
+        }
+        return Draws(**part)
+
+
+# Draws the views of the next so many images, of so many pixels.
+DrawOf = Callable[[int, int], Draws]
+
+
+def draw(count: int, side: int, augmentation: Augmentation, generator: torch.Generator) -> Draws:
+    """Draw `count` views of images of `side` pixels. A sigma of 0 is no blur."""
     if augmentation == AUGMENTATIONS["none"]:
-        return centre_view(batch, size)
-    view = _cropped(batch.float() / 255, size, augmentation, generator)
+        return Draws()
+    boxes_n4 = _crop_boxes(count, side, augmentation.scale or (1.0, 1.0), generator)
+    flip_n = _uniform(count, 0, 1, generator) < augmentation.flip
+    draws = Draws(boxes_n4, flip_n)
     if augmentation.jitter:
-        view = _jittered(view, augmentation.jitter, generator)
+        amount, hue = augmentation.jitter, augmentation.hue
+        draws = replace(
+            draws,
+            order=tuple(torch.randperm(4, generator=generator).tolist()),
+            factors_n3=torch.stack(
+                [_uniform(count, 1 - amount, 1 + amount, generator) for _ in range(3)], dim=1
+            ),
+            hue_n=_uniform(count, -hue, hue, generator),
+        )
+        if augmentation.jitter_share < 1:
+            jittered_n = _uniform(count, 0, 1, generator) < augmentation.jitter_share
+            draws = replace(draws, jittered_n=jittered_n)
     if augmentation.grey:
-        grey = _uniform(len(view), 0, 1, generator, view) < augmentation.grey
-        view = torch.where(grey[:, None, None, None], _luma(view), view)
+        draws = replace(draws, grey_n=_uniform(count, 0, 1, generator) < augmentation.grey)
+    if augmentation.blur:
+        blurred_n = _uniform(count, 0, 1, generator) < augmentation.blur
+        draws = replace(draws, sigma_n=_uniform(count, *_SIGMA, generator) * blurred_n)
+    return draws
+
+
+def drawn_view(batch: Tensor, size: int, draws: Draws) -> Tensor:
+    """`random_view` with draws made before."""
+    if draws.boxes_n4 is None or draws.flip_n is None:
+        return centre_view(batch, size)
+    view = _cropped(batch.float() / 255, size, draws.boxes_n4, draws.flip_n)
+    if draws.factors_n3 is not None and draws.hue_n is not None:
+        jittered = _jittered(view, draws.order, draws.factors_n3, draws.hue_n)
+        if draws.jittered_n is not None:
+            jittered = torch.where(_to_images(draws.jittered_n, view), jittered, view)
+        view = jittered
+    if draws.grey_n is not None:
+        view = torch.where(_to_images(draws.grey_n, view), _luma(view), view)
+    if draws.sigma_n is not None:
+        view = _blurred(view, draws.sigma_n)
     return _normalised(view)
+
+
+def _to_images(values_n: Tensor, view: Tensor) -> Tensor:
+    return values_n.to(view.device)[:, None, None, None]
 
 
 def _normalised(view: Tensor) -> Tensor:
@@ -86,10 +178,8 @@ def _normalised(view: Tensor) -> Tensor:
     return (view - mean) / std
 
 
-def _uniform(
-    count: int, low: float, high: float, generator: torch.Generator, like: Tensor
-) -> Tensor:
-    return (torch.rand(count, generator=generator) * (high - low) + low).to(like.device)
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator) * (high - low) + low
 
 
 def _crop_boxes(
@@ -114,33 +204,22 @@ def _crop_boxes(
     return torch.stack([top, left, height, width], 1)
 
 
-def _cropped(
-    view: Tensor, size: int, augmentation: Augmentation, generator: torch.Generator
-) -> Tensor:
+def _cropped(view: Tensor, size: int, boxes_n4: Tensor, flip_n: Tensor) -> Tensor:
     """Crop, scale to R and flip in one resampling."""
-    count, _, side, _ = view.shape
-    scale = augmentation.scale or (1.0, 1.0)
-    boxes = _crop_boxes(count, side, scale, generator).to(view.device)
-    top, left, height, width = boxes.T
-    flip = _uniform(count, 0, 1, generator, view) < augmentation.flip
+    side = view.shape[-1]
+    top, left, height, width = boxes_n4.to(view.device).T
     steps = (torch.arange(size, device=view.device) + 0.5) / size
     x = (left[:, None] + steps * width[:, None]) * (2 / side) - 1
     y = (top[:, None] + steps * height[:, None]) * (2 / side) - 1
-    x = torch.where(flip[:, None], x.flip(1), x)
+    x = torch.where(flip_n.to(view.device)[:, None], x.flip(1), x)
     grid = torch.stack(
         [x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1
     )
     return functional.grid_sample(view, grid, padding_mode="border", align_corners=False)
 
 
-def _jittered(view: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    count = len(view)
-    order = torch.randperm(4, generator=generator).tolist()
-    factors = [
-        _uniform(count, 1 - amount, 1 + amount, generator, view)[:, None, None, None]
-        for _ in range(3)
-    ]
-    hue = _uniform(count, -amount, amount, generator, view)[:, None, None]
+def _jittered(view: Tensor, order: Sequence[int], factors_n3: Tensor, hue_n: Tensor) -> Tensor:
+    factors = [_to_images(factors_n, view) for factors_n in factors_n3.T]
     for operation in order:
         if operation == 0:
             view = (view * factors[0]).clamp(0, 1)
@@ -151,8 +230,31 @@ def _jittered(view: Tensor, amount: float, generator: torch.Generator) -> Tensor
             grey = _luma(view)
             view = (grey + (view - grey) * factors[2]).clamp(0, 1)
         else:
-            view = _hue_shifted(view, hue)
+            view = _hue_shifted(view, hue_n.to(view.device)[:, None, None])
     return view
+
+
+def _blurred(view: Tensor, sigma_n: Tensor) -> Tensor:
+    """Gaussian blur of the images whose sigma is not 0, along one axis and then the other.
+
+    The kernel is SimCLR's: an odd number of pixels, about a tenth of the side.
+    """
+    chosen = sigma_n.nonzero()[:, 0]
+    if not len(chosen):
+        return view
+    reach = max(1, round(view.shape[-1] / 20))
+    offsets = torch.arange(-reach, reach + 1)
+    weights_nr = (-0.5 * (offsets / sigma_n[chosen, None]) ** 2).exp()
+    weights_nr = (weights_nr / weights_nr.sum(1, keepdim=True)).to(view.device)
+    chosen = chosen.to(view.device)
+    sharp = view[chosen]
+    # Each channel of each image is a group of its own, with its image's kernel.
+    groups = sharp.shape[0] * sharp.shape[1]
+    kernels = weights_nr.repeat_interleave(sharp.shape[1], 0)[:, None]
+    planes = functional.pad(sharp, [reach] * 4, mode="reflect").flatten(0, 1)[None]
+    planes = functional.conv2d(planes, kernels[:, :, None, :], groups=groups)
+    planes = functional.conv2d(planes, kernels[:, :, :, None], groups=groups)
+    return view.index_copy(0, chosen, planes.view_as(sharp))
 
 
 def _luma(view: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """Decoded images of one size: in memory where they fit, else decoded batch by batch.
 
+A packed file (`sela pack`) is neither held nor decoded: it is mapped, and reads as memory.
+
 N images, n images of a batch, S stored side in pixels.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ from sela_cli.images.sources import Source, open_source
 # Images of up to this side are taken as they are, by networks with the small stem.
 SMALL = 64
 _MEMORY_BYTES = 4 << 30
+# Batches that are being decoded while one is at work.
+_AHEAD = 2
 
 
 class Images:
@@ -34,6 +39,9 @@ class Images:
         self.classes = source.classes
         self.dataset_id = formats.dataset_id(self.keys)
         self._held: Tensor | None = None
+        self._mapped: Tensor | None = None
+        if source.pixels is not None and source.pixels.shape[-1] == side:
+            self._mapped = torch.from_numpy(source.pixels)
         self._pool = ThreadPoolExecutor(os.cpu_count())
 
     def __len__(self) -> int:
@@ -46,9 +54,29 @@ class Images:
 
     def batch(self, rows_n: Tensor) -> Tensor:
         """The images of these positions, (n, 3, S, S), uint8."""
+        if self._mapped is not None:
+            return self._mapped[torch.from_numpy(self.index_N)[rows_n]]
         if self._held is not None:
             return self._held[rows_n]
-        return self._decode(self.index_N[rows_n.numpy()])
+        return _stacked(self._decoding(rows_n))
+
+    def stream(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`batch` of each; what must be decoded is decoded while earlier batches are at work."""
+        if self._mapped is not None or self._held is not None:
+            yield from map(self.batch, rows)
+            return
+        waiting: deque[list[Future[np.ndarray]]] = deque()
+        try:
+            for rows_n in rows:
+                waiting.append(self._decoding(rows_n))
+                if len(waiting) > _AHEAD:
+                    yield _stacked(waiting.popleft())
+            while waiting:
+                yield _stacked(waiting.popleft())
+        finally:
+            for futures in waiting:
+                for future in futures:
+                    future.cancel()
 
     def subset(self, rows: np.ndarray) -> Images:
         """Some of the images, in the given order."""
@@ -57,22 +85,33 @@ class Images:
         return part
 
     def hold(self, progress: Callable[[int, int, str], None]) -> None:
-        """Decode everything now and keep it, if it fits."""
-        if len(self) * 3 * self.side**2 > _MEMORY_BYTES:
+        """Decode everything now and keep it, if it fits and is not mapped."""
+        if self._mapped is not None or len(self) * 3 * self.side**2 > _MEMORY_BYTES:
             return
         held = torch.empty((len(self), 3, self.side, self.side), dtype=torch.uint8)
-        for start in range(0, len(self), 1024):
-            held[start : start + 1024] = self._decode(self.index_N[start : start + 1024])
-            progress(min(start + 1024, len(self)), len(self), "decoding")
+        for start, batch in self.in_order(1024):
+            held[start : start + len(batch)] = batch
+            progress(start + len(batch), len(self), "")
             if interrupt.requested():
                 raise StoppedEarly(f"{self.spec}: stopped while decoding", "run it again")
         self._held = held
 
-    def _decode(self, numbers_n: np.ndarray) -> Tensor:
-        squares = self._pool.map(
-            lambda number: square(self.source.image(number), self.side), numbers_n
-        )
-        return torch.from_numpy(np.stack(list(squares))).permute(0, 3, 1, 2).contiguous()
+    def in_order(self, batch_size: int) -> Iterator[tuple[int, Tensor]]:
+        """Every image, by batches, each with the position of its first."""
+        starts = range(0, len(self), batch_size)
+        rows = (torch.arange(s, min(s + batch_size, len(self))) for s in starts)
+        return zip(starts, self.stream(rows), strict=True)
+
+    def _decoding(self, rows_n: Tensor) -> list[Future[np.ndarray]]:
+        return [self._pool.submit(self._square, row) for row in self.index_N[rows_n.numpy()]]
+
+    def _square(self, number: int) -> np.ndarray:
+        return square(self.source.image(number, self.side), self.side)
+
+
+def _stacked(squares: list[Future[np.ndarray]]) -> Tensor:
+    stack = np.stack([future.result() for future in squares])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
 
 
 def square(image: np.ndarray, side: int) -> np.ndarray:
@@ -108,13 +147,16 @@ def open_images(
     download: bool = False,
     skip_bad: bool = False,
     limit: int | None = None,
+    side: int | None = None,
+    hold: bool = True,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> tuple[Images, int]:
     """Open `spec` for a network of `image_size` (None: 32 for small images, else 224).
 
     Returns the images and the image size. `limit` keeps that many, evenly spread.
     `skip_bad` reads every image once to leave out those that can't be read, and raises
-    BadData only if none is left.
+    BadData only if none is left. `side`: another than the network's `stored_side`;
+    `hold`: decode now what fits into memory.
     """
     source = open_source(spec, download)
     rows = np.arange(len(source))
@@ -128,12 +170,15 @@ def open_images(
     native = min(first.shape[:2])
     if image_size is None:
         image_size = 32 if native <= SMALL else 224
-    images = Images(source, stored_side(native, image_size), rows)
-    images.hold(progress)
+    images = Images(source, side or stored_side(native, image_size), rows)
+    if hold:
+        images.hold(progress)
     return images, image_size
 
 
 def _readable(source: Source, row: int) -> bool:
+    if interrupt.requested():
+        raise StoppedEarly(f"{source.spec}: stopped while reading images", "run it again")
     try:
         source.image(row)
     except BadData:

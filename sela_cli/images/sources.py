@@ -10,7 +10,7 @@ import os
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -25,6 +25,8 @@ from sela_cli.errors import BadData, NoInput, UsageError
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
+# Pillow knows more, some of which start other programs: EPS calls Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _HDF5_SUFFIXES = (".h5", ".hdf5")
 _LIST_SUFFIXES = (".txt", ".lst", ".tsv")
@@ -32,20 +34,41 @@ _LIST_SUFFIXES = (".txt", ".lst", ".tsv")
 
 @dataclass(frozen=True)
 class Source:
-    """Images by number. `decode(i)` gives height x width x 3, uint8, of any size."""
+    """Images by number. `decode(i)` gives height x width x 3, uint8, of any size.
+
+    `reduced(i, side)`, where there is one, is quicker, and of a large image decodes only
+    as much as is needed for edges of at least `side`. `pixels` are all images as one
+    array that reads as memory does, (N, 3, S, S), where the source is that.
+    """
 
     spec: str
     keys: list[str]
     decode: Callable[[int], np.ndarray]
     truth_N: np.ndarray | None = None
     classes: tuple[str, ...] = ()
+    reduced: Callable[[int, int], np.ndarray] | None = None
+    pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def image(self, number: int) -> np.ndarray:
-        """One image; raises BadData naming its key where it can't be read."""
+    def part(self, rows: np.ndarray) -> Source:
+        """Some of the images, in the given order."""
+        reduced, pixels_N3SS = self.reduced, self.pixels
+        return replace(
+            self,
+            keys=[self.keys[row] for row in rows],
+            decode=lambda number: self.decode(int(rows[number])),
+            truth_N=None if self.truth_N is None else self.truth_N[rows],
+            reduced=reduced and (lambda number, side: reduced(int(rows[number]), side)),
+            pixels=None if pixels_N3SS is None else pixels_N3SS[rows],
+        )
+
+    def image(self, number: int, side: int = 0) -> np.ndarray:
+        """One image, or (`side`) perhaps a reduced one; BadData naming its key otherwise."""
         try:
+            if side and self.reduced:
+                return self.reduced(number, side)
             return self.decode(number)
         except Exception as error:  # A decoder of a damaged file may raise anything.
             raise BadData(
@@ -91,15 +114,24 @@ def _open(spec: str, download: bool) -> Source:
     raise BadData(f"{spec}: not a folder, tar, HDF5 file or text list (.txt)")
 
 
-def _rgb(file: Any) -> np.ndarray:
+def _rgb(file: Any, side: int = 0) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(file) as image:
+    with Image.open(file, formats=_FORMATS) as image:
+        if side:
+            # A JPEG of 3000 x 2250 for 256 pixels: 8 ms instead of 38; nothing for small ones.
+            image.draft("RGB", (side, side))
         if image.mode.startswith("I;16"):
             # Pillow's own conversion cuts at 255 instead of scaling.
             grey = np.round(np.asarray(image) / 257).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
         return np.asarray(image.convert("RGB"))
+
+
+def _rgb_file(path: Path, side: int = 0) -> np.ndarray:
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    return _rgb(path, side)
 
 
 def _classes_of(names: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -135,25 +167,46 @@ def _digits() -> Source:
 
 
 def _folder(spec: str) -> Source:
-    root = Path(spec)
-    keys = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders.sort()
-        base = Path(folder).relative_to(root)
-        keys += [
-            (base / name).as_posix() for name in files if Path(name).suffix.lower() in SUFFIXES
-        ]
-    keys.sort()
-    return _with_folder_classes(Source(spec, keys, lambda number: _rgb(root / keys[number])))
+    keys = sorted(_names(spec))
+    return _with_folder_classes(_files(spec, Path(spec), keys))
+
+
+def _names(folder: str) -> Iterator[str]:
+    """Image files below a folder, as paths from there; linked folders are not followed."""
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        try:
+            with os.scandir(os.path.join(folder, prefix)) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(f"{prefix}{name}/")
+                    # Of a pipe or a device the end may never come.
+                    elif os.path.splitext(name)[1].lower() in SUFFIXES and entry.is_file():
+                        yield prefix + name
+        except OSError as error:
+            raise NoInput(f"{error.filename}: {error.strerror}", "make it readable") from error
+
+
+def _files(spec: str, root: Path, keys: list[str]) -> Source:
+    return Source(
+        spec,
+        keys,
+        lambda number: _rgb_file(root / keys[number]),
+        reduced=lambda number, side: _rgb_file(root / keys[number], side),
+    )
 
 
 def _list(spec: str) -> Source:
     """A path a line, relative to the list; a tab and a class may follow."""
-    text = Path(spec).read_text(encoding="utf-8", errors="surrogateescape")
+    try:
+        text = Path(spec).read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise NoInput(f"{spec}: {error.strerror}") from error
     entries = [line.split("\t") for line in text.splitlines() if line.strip() and line[0] != "#"]
     keys = [entry[0].strip() for entry in entries]
-    root = Path(spec).parent
-    source = Source(spec, keys, lambda number: _rgb(root / keys[number]))
+    source = _files(spec, Path(spec).parent, keys)
     if entries and all(len(entry) > 1 for entry in entries):
         truth_N, classes = _classes_of([entry[1].strip() for entry in entries])
         return replace(source, truth_N=truth_N, classes=classes)
@@ -167,7 +220,9 @@ def _tar(spec: str) -> Source:
             members = [
                 member
                 for member in archive
-                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES
+                if member.isfile()
+                and not member.issparse()
+                and Path(member.name).suffix.lower() in SUFFIXES
             ]
             # tarfile takes a damaged header for the end; a real end is a block of zeros.
             stream: Any = archive.fileobj
@@ -177,22 +232,38 @@ def _tar(spec: str) -> Source:
             members.sort(key=lambda member: member.name)
             # Only an uncompressed tar can be read at random; others are held as they are, encoded.
             plain = spec.lower().endswith(".tar")
+            unpacked = sum(member.size for member in members)
+            formats.check_expansion(spec, "images", unpacked, os.path.getsize(spec))
             held = [] if plain else [_member_bytes(archive, member) for member in members]
-    except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise BadData(f"{spec}: not a readable tar ({str(error).splitlines()[0]})") from error
+    except PermissionError as error:
+        raise NoInput(f"{spec}: permission denied", f"chmod u+r {spec}") from error
+    except (
+        tarfile.TarError,
+        OSError,
+        EOFError,
+        ValueError,
+        MemoryError,
+        lzma.LZMAError,
+        zlib.error,
+    ) as error:
+        raise BadData(f"{spec}: not a readable tar ({_first_line(error)})") from error
     handle = Path(spec).open("rb") if plain else None  # noqa: SIM115 (open as long as the source)
     lock = threading.Lock()
 
-    def decode(number: int) -> np.ndarray:
+    def decode(number: int, side: int = 0) -> np.ndarray:
         if handle is None:
-            return _rgb(BytesIO(held[number]))
+            return _rgb(BytesIO(held[number]), side)
         with lock:
             handle.seek(members[number].offset_data)
             data = handle.read(members[number].size)
-        return _rgb(BytesIO(data))
+        return _rgb(BytesIO(data), side)
 
     keys = [PurePosixPath(member.name).as_posix() for member in members]
-    return _with_folder_classes(Source(spec, keys, decode))
+    return _with_folder_classes(Source(spec, keys, decode, reduced=decode))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -202,38 +273,64 @@ def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _hdf5(spec: str, path: str, inner: str) -> Source:
-    """uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W); `keys` and `labels` (N,) beside it count."""
-    with formats.open_hdf5(path) as file:
+    """uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W); `keys` and `labels` (N,) beside it count.
+
+    `labels` are any values, or numbers of the names in `classes`.
+    """
+    with formats.open_hdf5(path) as file, formats.damage_named(path):
         names = [inner.lstrip("/")] if inner else _image_datasets(file)
         if len(names) != 1:
             raise BadData(
                 f"{spec}: {len(names)} datasets could be images ({', '.join(names[:5])})",
                 f"name one: {path}::DATASET",
             )
-        item = file.get(names[0])
-        if not _could_be_images(item):
+        if not _could_be_images(file.get(names[0])):
             raise BadData(f"{spec}: dataset '{names[0]}' is not uint8 images")
-        shape = item.shape
+        rank = file[names[0]].ndim
+        shape = formats.dataset(path, file, names[0], (None,) * rank, "u").shape
         keys = [f"{names[0]}/{number:07d}" for number in range(shape[0])]
-        if "keys" in file and file["keys"].shape == (shape[0],):
+        if _is_column(file.get("keys"), shape[0], "SO"):
             keys = [bytes(key).decode("utf-8", "surrogateescape") for key in file["keys"][()]]
         truth_N: np.ndarray | None = None
         classes: tuple[str, ...] = ()
-        if "labels" in file and file["labels"].shape == (shape[0],):
-            values, truth_N = np.unique(file["labels"][()], return_inverse=True)
-            classes = tuple(str(value) for value in values)
-    handle = h5py.File(path, "r")
-    images = handle[names[0]]
+        if _is_column(file.get("labels"), shape[0], "iuSO"):
+            truth_N, classes = _hdf5_classes(spec, path, file)
+        item = file[names[0]]
+        offset = item.id.get_offset() if item.chunks is None else None
+    images: Any
+    if offset is None:
+        images = h5py.File(path, "r")[names[0]]
+    else:
+        # Copy on write: torch takes no array that is read-only.
+        images = np.memmap(path, np.uint8, "c", offset, shape)
     lock = threading.Lock()
 
     def decode(number: int) -> np.ndarray:
         with lock:
-            image = images[number]
+            image = np.asarray(images[number])
         if image.ndim == 2:
             return np.repeat(image[:, :, None], 3, axis=2)
         return image if shape[-1] == 3 else image.transpose(1, 2, 0)
 
-    return Source(spec, keys, decode, truth_N, classes)
+    square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]
+    pixels = images if square and offset is not None else None
+    return Source(spec, keys, decode, truth_N, classes, pixels=pixels)
+
+
+def _hdf5_classes(spec: str, path: str, file: h5py.File) -> tuple[np.ndarray, tuple[str, ...]]:
+    labels_N = file["labels"][()]
+    if "classes" not in file:
+        values, truth_N = np.unique(labels_N, return_inverse=True)
+        return truth_N, tuple(str(value) for value in values)
+    names_C = formats.dataset(path, file, "classes", (None,), "SO")[()]
+    names = tuple(bytes(name).decode("utf-8", "surrogateescape") for name in names_C)
+    if labels_N.dtype.kind not in "iu" or labels_N.min() < 0 or labels_N.max() >= len(names):
+        raise BadData(f"{spec}: dataset 'labels' does not number the {len(names)} 'classes'")
+    return labels_N.astype(np.int64), names
+
+
+def _is_column(item: Any, rows: int, kinds: str) -> bool:
+    return isinstance(item, h5py.Dataset) and item.shape == (rows,) and item.dtype.kind in kinds
 
 
 def _could_be_images(item: Any) -> bool:
@@ -268,6 +365,7 @@ _TORCHVISION: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"trainval": "trainval", "train": "train", "val": "val", "test": "test"},
     ),
     "imagenet": ("ImageNet", "split", {"train": "train", "val": "val"}),
+    "places365": ("Places365", "split", {"train": "train-standard", "val": "val"}),
 }
 
 
@@ -283,9 +381,12 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
             raise UsageError(f"{spec}: split is one of {', '.join(splits)}")
     options = {keyword: splits[split]}
     if name == "voc2007":
-        options["year"] = "2007-test" if split == "test" else "2007"
+        options["year"] = "2007"
     if name != "imagenet":
         options["download"] = download
+    if name == "places365":
+        # The 256-pixel copies: networks see 224 of them.
+        options["small"] = True
     try:
         data = getattr(datasets, class_name)(base, **options)
     except (RuntimeError, OSError, ValueError) as error:
@@ -294,6 +395,8 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
         raise NoInput(f"{spec}: {reason}", mend) from error
     if name == "imagenet":
         keys = [Path(path).relative_to(data.root).as_posix() for path, _ in data.samples]
+    elif name == "places365":
+        keys = [Path(path).relative_to(data.images_dir).as_posix() for path, _ in data.imgs]
     elif name == "voc2007":
         keys = [f"{split}/{Path(path).name}" for path in data.images]
     else:

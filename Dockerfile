@@ -1,0 +1,7 @@
+# docker build -t sela .
+# docker run --rm --gpus all -v "$PWD:/data" sela run --data photos/ --out runs/photos
+FROM python:3.12-slim
+COPY . /src
+RUN pip install --no-cache-dir '/src[report,parquet,tensorboard]' && rm -r /src
+WORKDIR /data
+ENTRYPOINT ["sela"]

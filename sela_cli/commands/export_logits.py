@@ -1,0 +1,32 @@
+"""`sela export-logits`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sela_cli.options import Force, Json, Output, Quiet
+
+EXAMPLES = "Example: sela export-logits logits.h5 -o logits.npy --head 1"
+
+
+def export_logits(
+    logits: Annotated[str, typer.Argument(metavar="LOGITS", help="Logits file.")],
+    output: Output,
+    head: Annotated[int, typer.Option("--head", min=0, help="Head whose logits to write.")] = 0,
+    features: Annotated[
+        bool, typer.Option("--features", help="Write the features instead, if they were stored.")
+    ] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Logits or features for other programs: a .npy with a row an image."""
+    from sela_cli.exports import write_logits_as_npy
+    from sela_cli.terminal import Terminal
+
+    shape = write_logits_as_npy(logits, output, head, features, force)
+    Terminal(quiet, as_json, stdout_taken=output == "-").result(
+        {"output": output, "shape": shape}, f"wrote {output}: {shape[0]} x {shape[1]}"
+    )

@@ -1,0 +1,118 @@
+"""Our files in the forms of other programs: CSV, Parquet, .npy, and folders of links.
+
+N images, K clusters, T heads, D features.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from sela_cli import formats
+from sela_cli.errors import BadData, CannotCreate, UsageError
+from sela_cli.formats import Labels
+from sela_cli.labels import write_csv
+from sela_cli.scores import open_scores
+
+LABEL_SUFFIXES = (".csv", ".parquet", ".npy")
+_TILE_ROWS = 4096
+
+
+def write_labels_as(labels: Labels, output: str, force: bool = False) -> None:
+    """Labels as the ending of `output` says.
+
+    .csv and .parquet: a row an image, columns `key` and `label` (`label_0`.. of several
+    heads). .npy: int32, (N,) of one head and (N, T) of several, in the file's order.
+    Raises UsageError for another ending.
+    """
+    suffix = Path(output).suffix
+    if suffix not in LABEL_SUFFIXES:
+        raise UsageError(f"{output}: its ending is none of {', '.join(LABEL_SUFFIXES)}")
+    if suffix == ".csv":
+        write_csv(output, labels, force)
+    elif suffix == ".parquet":
+        _write_parquet(output, labels, force)
+    else:
+        columns = np.stack([head.labels_N for head in labels.heads], axis=1).astype(np.int32)
+        with formats.replacing(output, force) as partial, partial.open("wb") as stream:
+            np.save(stream, columns[:, 0] if len(labels.heads) == 1 else columns)
+
+
+def _write_parquet(output: str, labels: Labels, force: bool) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    count = len(labels.heads)
+    names = ["label"] if count == 1 else [f"label_{number}" for number in range(count)]
+    try:
+        keys = pyarrow.array(labels.keys, pyarrow.string())
+    except UnicodeEncodeError as error:
+        raise BadData(
+            f"{output}: an image's name is not UTF-8 ({error}), as Parquet's strings are",
+            "write .csv or .npy",
+        ) from error
+    columns = [pyarrow.array(head.labels_N, pyarrow.int32()) for head in labels.heads]
+    table = pyarrow.table([keys, *columns], names=["key", *names])
+    with formats.replacing(output, force) as partial:
+        parquet.write_table(table, partial)
+
+
+def write_links(labels: Labels, images: str, output: str) -> int:
+    """A folder of symbolic links for each cluster: OUTPUT/head-0/cluster-007/0000012-cat.jpg.
+
+    `images` is the folder that was labelled. Returns the number of links. Raises BadData
+    where an image is not in it, CannotCreate where `output` exists: a folder that may hold
+    more than links is never replaced.
+    """
+    root, target = Path(images).resolve(), Path(output)
+    for key in labels.keys:
+        if not (root / key).is_file():
+            raise BadData(f"{images} has no '{key}'", "give the folder that was labelled")
+    if target.exists():
+        raise CannotCreate(f"{output} exists", f"rm -r {output}, or name another folder")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        for number, head in enumerate(labels.heads):
+            width = len(str(len(head.potentials_K) - 1))
+            for cluster in range(len(head.potentials_K)):
+                folder = partial / f"head-{number}" / f"cluster-{cluster:0{width}d}"
+                folder.mkdir(parents=True)
+                for row in np.flatnonzero(head.labels_N == cluster).tolist():
+                    # The row's number keeps apart what has one name in two subfolders.
+                    key = labels.keys[row]
+                    (folder / f"{row:07d}-{Path(key).name}").symlink_to(root / key)
+        partial.rename(target)
+    except OSError as error:
+        raise CannotCreate(f"{output}: {error.strerror}", "choose another --links") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return len(labels.heads) * len(labels.keys)
+
+
+def write_logits_as_npy(
+    path: str, output: str, head: int = 0, features: bool = False, force: bool = False
+) -> tuple[int, int]:
+    """A head's logits, (N, K), or the features, (N, D), as stored; returns the shape.
+
+    Features and heads are multiplied out. Raises UsageError where there is no such head,
+    BadData where logits were stored and features are asked for.
+    """
+    spec = f"{path}::/features" if features else path
+    if features:
+        with formats.open_file(path, "logits") as (file, _):
+            if "features" not in file:
+                raise BadData(f"{path} holds logits, no features", "sela embed --store features")
+    with open_scores(spec) as scores:
+        if not 0 <= head < len(scores.heads):
+            raise UsageError(f"{path} has heads 0..{len(scores.heads) - 1}, no head {head}")
+        matrix = scores.heads[head]
+        with formats.replacing(output, force) as partial:
+            dtype = matrix.read(slice(0, 1)).dtype
+            written = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=matrix.shape)
+            for start in range(0, matrix.shape[0], _TILE_ROWS):
+                written[start : start + _TILE_ROWS] = matrix.read(slice(start, start + _TILE_ROWS))
+            written.flush()
+            return matrix.shape

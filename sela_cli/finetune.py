@@ -1,0 +1,327 @@
+"""Fine-tuning on PASCAL VOC 2007: images + checkpoint -> average precisions.
+
+n images of a batch, C classes. BatchNorm keeps its statistics throughout: batches here
+are small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sela_cli import extras, formats, interrupt, voc
+from sela_cli.errors import SelaError, StoppedEarly, UsageError
+from sela_cli.formats import Provenance
+from sela_cli.images.augment import AUGMENTATIONS, MEAN, STD, random_view, ten_views
+from sela_cli.images.batches import Images, stored_side
+from sela_cli.images.sources import Source
+from sela_cli.networks import AlexNet, Network
+from sela_cli.voc import CLASSES, Objects
+
+TASKS = ("classification", "detection")
+PARTS = ("fc", "all")
+Progress = Callable[[int, int, str], None]
+# Shares of the iterations at which the rate falls tenfold.
+_MILESTONES = (5 / 8, 7 / 8)
+_WARM_UP = 100
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """Settings; what is None has the task's default, see `resolved`.
+
+    `part`: `fc` trains the fully connected layers alone (AlexNet: with fc6 and fc7; a
+    detector: all but the convolutions), `all` the whole network. `min_size` is the shorter
+    side of an image for detection.
+    """
+
+    task: str
+    part: str = "all"
+    iterations: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float = 1e-4
+    min_size: int = 600
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises UsageError where an option has no meaning, MissingExtra without its packages."""
+        for option, value, known in (("--task", self.task, TASKS), ("--train", self.part, PARTS)):
+            if value not in known:
+                raise UsageError(f"{option} {value} is none of {', '.join(known)}")
+        if self.lr is not None and not self.lr > 0:
+            raise UsageError("--lr must be positive")
+        if self.task == "detection":
+            extras.require("voc")
+
+    def resolved(self) -> tuple[int, int, float]:
+        """Iterations, images a batch, learning rate."""
+        defaults = (20_000, 16, 0.003) if self.task == "classification" else (20_000, 4, 0.005)
+        given = (self.iterations, self.batch_size, self.lr)
+        iterations, batch_size, lr = (
+            default if value is None else value
+            for value, default in zip(given, defaults, strict=True)
+        )
+        return int(iterations), int(batch_size), lr
+
+
+def finetune_stage(
+    train: tuple[Source, list[Objects]],
+    test: tuple[Source, list[Objects]],
+    network: Network,
+    output: str,
+    recipe: FinetuneRecipe,
+    provenance: Provenance,
+    *,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress = lambda done, total, note: None,
+) -> list[dict[str, Any]]:
+    """Train on `train`, measure on `test`, write a finetune file; one row a class."""
+    formats.check_output(output, force)
+    recipe.check()
+    with torch.random.fork_rng(devices=[]):
+        # Fresh layers, dropout, and the detector's sampling of boxes draw from here.
+        torch.manual_seed(recipe.seed)
+        task = _classification if recipe.task == "classification" else _detection
+        rows = task(train, test, network, recipe, device, progress)
+    formats.write_precisions(output, recipe.task, rows, provenance, force)
+    return rows
+
+
+def _fit(
+    model: nn.Module,
+    loss_of: Callable[[np.ndarray], Tensor],
+    count: int,
+    recipe: FinetuneRecipe,
+    progress: Progress,
+) -> None:
+    """SGD on random batches of row numbers below `count`."""
+    iterations, batch_size, lr = recipe.resolved()
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=lr,
+        momentum=0.9,
+        weight_decay=recipe.weight_decay,
+    )
+    warm_up = min(_WARM_UP, iterations // 10)
+    drops = [round(iterations * part) for part in _MILESTONES]
+
+    def factor(step: int) -> float:
+        warmth = min(1.0, (step + 1) / (warm_up + 1))
+        return warmth * 0.1 ** sum(step >= drop for drop in drops)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    rng = np.random.default_rng(recipe.seed)
+    order = np.empty(0, np.int64)
+    for step in range(iterations):
+        if len(order) < min(batch_size, count):
+            order = rng.permutation(count)
+        rows, order = order[:batch_size], order[batch_size:]
+        loss = loss_of(rows)
+        if not math.isfinite(float(loss.detach())):
+            raise SelaError(f"the loss is {float(loss)} at step {step}", "try a smaller --lr")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        scheduler.step()
+        progress(step + 1, iterations, f"loss {float(loss.detach()):.3f}")
+        if interrupt.requested():
+            raise StoppedEarly(f"stopped at step {step + 1} of {iterations}", "run it again")
+
+
+# ---- classification -------------------------------------------------------------
+
+
+def _classification(
+    train: tuple[Source, list[Objects]],
+    test: tuple[Source, list[Objects]],
+    network: Network,
+    recipe: FinetuneRecipe,
+    device: str,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    images, tested = (_squares(source, network, progress) for source, _ in (train, test))
+    shown_NC = torch.from_numpy(voc.presence(train[1]))
+    model = classifier(network, recipe.part).to(device)
+    generator = torch.Generator().manual_seed(recipe.seed)
+
+    def loss_of(rows: np.ndarray) -> Tensor:
+        batch = images.batch(torch.from_numpy(rows)).to(device)
+        view = random_view(batch, network.image_size, AUGMENTATIONS["crop-flip"], generator)
+        shown_nC = shown_NC[rows].to(device)
+        # What only difficult objects show counts neither way.
+        return functional.binary_cross_entropy_with_logits(
+            model(view), shown_nC.clamp(min=0).float(), weight=(shown_nC >= 0).float()
+        )
+
+    _fit(model, loss_of, len(images), recipe, progress)
+    scores_NC = classifier_scores(model, tested, network.image_size, device)
+    return voc.classification_precision(scores_NC, voc.presence(test[1]))
+
+
+def _squares(source: Source, network: Network, progress: Progress) -> Images:
+    native = min(source.image(0).shape[:2])
+    images = Images(source, stored_side(native, network.image_size), np.arange(len(source)))
+    images.hold(progress)
+    return images
+
+
+def classifier(network: Network, part: str) -> nn.Module:
+    """Trunk and a fresh linear layer of C outputs; only what is to be trained has gradients."""
+    head = nn.Linear(network.width, len(CLASSES))
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    trunk = network.trunk.eval().requires_grad_(part == "all")
+    for module in _fully_connected(trunk):
+        module.requires_grad_(True)
+        # Dropout is the one layer that training mode changes here.
+        module.train()
+    return nn.Sequential(trunk, head)
+
+
+def _fully_connected(trunk: nn.Module) -> list[nn.Module]:
+    return [trunk.fc6, trunk.fc7] if isinstance(trunk, AlexNet) else []
+
+
+@torch.no_grad()
+def classifier_scores(model: nn.Module, images: Images, size: int, device: str) -> np.ndarray:
+    """Mean logits (N, C) of ten crops."""
+    model.eval()
+    scores = []
+    for start in range(0, len(images), 16):
+        rows = torch.arange(start, min(start + 16, len(images)))
+        views = ten_views(images.batch(rows).to(device), size)
+        scores.append(model(views).reshape(10, len(rows), -1).mean(0).cpu())
+    return torch.cat(scores).numpy()
+
+
+# ---- detection ------------------------------------------------------------------
+
+
+def _detection(
+    train: tuple[Source, list[Objects]],
+    test: tuple[Source, list[Objects]],
+    network: Network,
+    recipe: FinetuneRecipe,
+    device: str,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    source, objects = train
+    model = detector(network, recipe.part, recipe.min_size).to(device)
+    model.train()
+    rng = np.random.default_rng([recipe.seed, 1])
+
+    def loss_of(rows: np.ndarray) -> Tensor:
+        pairs = [_example(source, objects, int(row), rng.random() < 0.5) for row in rows]
+        images = [image.to(device) for image, _ in pairs]
+        targets = [{name: item.to(device) for name, item in each.items()} for _, each in pairs]
+        return torch.stack(list(model(images, targets).values())).sum()
+
+    _fit(model, loss_of, len(source), recipe, progress)
+    return voc.detection_precision(detections(model, test[0], device), test[1])
+
+
+def _pixels(source: Source, row: int) -> Tensor:
+    return torch.from_numpy(source.image(row).copy()).permute(2, 0, 1).float() / 255
+
+
+def _example(
+    source: Source, objects: Sequence[Objects], row: int, mirrored: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """An image and its boxes for torchvision's detectors; difficult ones are left out."""
+    image, kept = _pixels(source, row), ~objects[row].difficult_n
+    boxes = torch.from_numpy(objects[row].boxes_n4[kept])
+    if mirrored:
+        image = image.flip(2)
+        boxes = torch.stack(
+            [image.shape[2] - boxes[:, 2], boxes[:, 1], image.shape[2] - boxes[:, 0], boxes[:, 3]],
+            1,
+        )
+    labels = torch.from_numpy(objects[row].classes_n[kept] + 1)
+    return image, {"boxes": boxes, "labels": labels}
+
+
+@torch.no_grad()
+def detections(model: nn.Module, source: Source, device: str) -> list[dict[str, Tensor]]:
+    """Boxes, scores and labels that the detector finds in every image."""
+    model.eval()
+    found = []
+    for row in range(len(source)):
+        (result,) = model([_pixels(source, row).to(device)])
+        found.append({name: item.cpu() for name, item in result.items()})
+        if interrupt.requested():
+            raise StoppedEarly(f"stopped after {row + 1} test images", "run it again")
+    return found
+
+
+def detector(network: Network, part: str, min_size: int) -> nn.Module:
+    """torchvision's Faster R-CNN on the trunk; only what is to be trained has gradients.
+
+    AlexNet: one map, conv5, and fc6 and fc7 on each box, as in Fast R-CNN. ResNets: a
+    feature pyramid over the four layers.
+    """
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+    from torchvision.ops import MultiScaleRoIAlign
+
+    trunk = network.trunk.requires_grad_(part == "all")
+    _freeze_batchnorm(trunk)
+    sizes = {"min_size": min_size, "max_size": round(min_size * 5 / 3)}
+    common: dict[str, Any] = {**sizes, "image_mean": MEAN, "image_std": STD}
+    if not isinstance(trunk, AlexNet):
+        layers = list(network.layers())
+        widths = [_output_channels(network, name) for name in layers]
+        names = {name: str(number) for number, name in enumerate(layers)}
+        pyramid = BackboneWithFPN(trunk, names, widths, 256)
+        return FasterRCNN(pyramid, len(CLASSES) + 1, **common)
+    convolutions = nn.Sequential(
+        *(trunk.conv1, trunk.pool1, trunk.conv2, trunk.pool2),
+        *(trunk.conv3, trunk.conv4, trunk.conv5),
+    )
+    convolutions.out_channels = _output_channels(network, "conv5")  # type: ignore[assignment]
+    side = trunk.pool5.output_size
+    assert isinstance(side, int)
+    scales = (min_size / 16, min_size / 8, min_size / 4, min_size / 2, float(min_size))
+    head = nn.Sequential(nn.Flatten(), trunk.fc6, trunk.fc7).requires_grad_(True)
+    return FasterRCNN(
+        convolutions,
+        rpn_anchor_generator=AnchorGenerator((scales,), ((0.5, 1.0, 2.0),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], side, 2),
+        box_head=head,
+        box_predictor=FastRCNNPredictor(network.width, len(CLASSES) + 1),
+        **common,
+    )
+
+
+def _output_channels(network: Network, layer: str) -> int:
+    found: list[int] = []
+    module = network.layers()[layer]
+    hook = module.register_forward_hook(lambda _, inputs, maps: found.append(maps.shape[1]))
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        network.eval().trunk(torch.zeros(1, 3, network.image_size, network.image_size).to(device))
+    hook.remove()
+    return found[0]
+
+
+def _freeze_batchnorm(module: nn.Module) -> None:
+    """Each BatchNorm2d below becomes torchvision's frozen one, of the same numbers."""
+    from torchvision.ops import FrozenBatchNorm2d
+
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+            frozen.load_state_dict(child.state_dict(), strict=False)
+            setattr(module, name, frozen)
+        else:
+            _freeze_batchnorm(child)

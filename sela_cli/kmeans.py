@@ -1,0 +1,142 @@
+"""Labels by k-means, DeepCluster's way: the baseline that balanced labels are compared with.
+
+N rows (images), D columns (features or logits), P principal components, K clusters.
+Nothing keeps these clusters of one size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.decomposition import PCA
+from sklearn.metrics.cluster import contingency_matrix
+from sklearn.preprocessing import normalize
+
+from sela_cli.errors import BadData
+from sela_cli.formats import HeadLabels, Labels
+from sela_cli.scores import Matrix, Scores
+
+COMPONENTS = 256
+# Rows that the principal components are taken from, and beyond which k-means goes in
+# batches: a whole pass costs N x K x P.
+_SAMPLE = 50_000
+_BLOCK = 8192
+# A direction with less of the largest variance is rounding: whitening would blow it up.
+_LEAST_VARIANCE = 1e-6
+_MAX_ITER = 100
+
+
+def kmeans_labels(
+    scores: Scores,
+    path: str,
+    clusters: Sequence[int] | None = None,
+    *,
+    seed: int = 0,
+    before: Labels | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> Labels:
+    """Cluster the rows of every head of `scores`; `path` is how errors name them.
+
+    `clusters`: K of each head, by default as many as the head has columns; of a single
+    matrix (features) each head is then another run, from seed, seed + 1, ... Clusters are
+    numbered as those of `before` that they share most images with, so that a network in
+    training keeps its head. Raises BadData where K or `before` does not fit.
+
+    Source: Caron et al. 2018 (DeepCluster): principal components, whitened, rows of unit
+    length, then k-means.
+    """
+    wanted = list(clusters) if clusters else [matrix.shape[1] for matrix in scores.heads]
+    matrices = scores.heads * len(wanted) if len(scores.heads) == 1 else scores.heads
+    if len(matrices) != len(wanted):
+        raise BadData(
+            f"{path} has {len(matrices)} heads, not the {len(wanted)} asked for",
+            f"cluster the features: {path}::/features",
+        )
+    if before and (before.keys != scores.keys or before.clusters != wanted):
+        raise BadData(
+            f"the earlier labels have heads {before.clusters} of {len(before.keys)} images, "
+            f"{path} needs {wanted} of {len(scores.keys)}",
+            "drop --init",
+        )
+    heads: list[HeadLabels] = []
+    points_NP = np.empty((0, 0), np.float32)
+    for number, (matrix, count) in enumerate(zip(matrices, wanted, strict=True)):
+        if not 1 <= count <= matrix.shape[0]:
+            raise BadData(f"{path}: {count} clusters for {matrix.shape[0]} images")
+        if number == 0 or matrix is not matrices[number - 1]:
+            points_NP = whitened(matrix, path, seed)
+        head = _cluster(points_NP, count, seed + number)
+        if before:
+            earlier_N = before.heads[number].labels_N
+            head.labels_N = renumbered(head.labels_N, earlier_N, count)
+        heads.append(head)
+        progress(number + 1, len(wanted), "k-means")
+    return Labels(scores.keys, scores.index_N, heads)
+
+
+def whitened(matrix: Matrix, path: str, seed: int) -> np.ndarray:
+    """At most 256 principal components of the rows, each of unit variance, rows of length 1.
+
+    Memory: N x P float32, and a sample of the rows. Raises BadData naming a row that is
+    not finite.
+    """
+    count, columns = matrix.shape
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.permutation(count)[:_SAMPLE])
+    sample = _finite(matrix.read(rows), rows, path)
+    pca = PCA(min(COMPONENTS, columns, len(rows)), random_state=seed).fit(sample)
+    variances = pca.explained_variance_
+    kept = max(1, int((variances > _LEAST_VARIANCE * variances[0]).sum()))
+    scale = np.sqrt(np.maximum(variances[:kept], np.finfo(np.float32).tiny)).astype(np.float32)
+    points_NP = np.empty((count, kept), np.float32)
+    for start in range(0, count, _BLOCK):
+        block = np.arange(start, min(start + _BLOCK, count))
+        values = _finite(matrix.read(slice(start, block[-1] + 1)), block, path)
+        points_NP[block] = normalize(pca.transform(values)[:, :kept] / scale)
+    return points_NP
+
+
+def _finite(values: np.ndarray, rows: np.ndarray, path: str) -> np.ndarray:
+    values = np.asarray(values, np.float32)
+    bad = ~np.isfinite(values).all(1)
+    if bad.any():
+        raise BadData(f"{path}: row {rows[bad.argmax()]} is not finite")
+    return values
+
+
+def _cluster(points_NP: np.ndarray, clusters: int, seed: int) -> HeadLabels:
+    if len(points_NP) <= _SAMPLE:
+        model = KMeans(clusters, n_init=1, max_iter=_MAX_ITER, random_state=seed)
+    else:
+        model = MiniBatchKMeans(
+            *(clusters,),
+            batch_size=max(4096, 4 * clusters),
+            # Starts are compared on a sample only: cheap, and batches mend no bad start.
+            n_init=3,
+            max_iter=_MAX_ITER,
+            random_state=seed,
+        )
+    labels_N = model.fit_predict(points_NP).astype(np.int32)
+    nan = float("nan")
+    attributes = {
+        "assign": "kmeans",
+        "n-iters": int(model.n_iter_),
+        "converged": bool(model.n_iter_ < _MAX_ITER),
+    }
+    # What belongs to the balanced solve has no value here.
+    attributes |= dict.fromkeys(("lamb", "tol", "residual", "objective", "lower-bound"), nan)
+    return HeadLabels(labels_N, np.zeros(clusters), attributes)
+
+
+def renumbered(labels_N: np.ndarray, earlier_N: np.ndarray, clusters: int) -> np.ndarray:
+    """The same clusters, each with the number of the earlier one that it shares most with."""
+    everything = np.arange(clusters)
+    # Every number occurs once more on both sides, so that the table is K x K.
+    shared_KK = contingency_matrix(np.r_[labels_N, everything], np.r_[earlier_N, everything])
+    own, earlier = linear_sum_assignment(shared_KK - np.eye(clusters), maximize=True)
+    numbers_K = np.empty(clusters, np.int32)
+    numbers_K[own] = earlier
+    return numbers_K[labels_N]

@@ -1,0 +1,51 @@
+"""A pass over all images in order, batch by batch, dealt out to the processes of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sela_cli import job, parallel
+from sela_cli.images.augment import DrawOf, Draws, drawn_view
+from sela_cli.images.batches import Images
+
+
+@torch.no_grad()
+def in_order(
+    images: Images,
+    size: int,
+    compute: Callable[[Tensor], Sequence[Tensor]],
+    columns: Sequence[int],
+    batch_size: int,
+    device: str = "cpu",
+    augment: DrawOf | None = None,
+    view_of: Callable[[Tensor, int, Draws], Tensor] = drawn_view,
+) -> Iterator[list[Tensor]]:
+    """What `compute` makes of each batch's view of `size` pixels, float32 on the CPU.
+
+    One (n, columns) tensor for each of `columns`. Every process gets all of them, and
+    computes every P-th. `augment` draws the views; the default is the plain centre view.
+    `view_of` makes them, perhaps several of each image.
+    """
+    processes, rank = parallel.size(), parallel.rank()
+    starts = range(0, len(images), batch_size)
+    counts = [min(batch_size, len(images) - start) for start in starts]
+    own = range(rank, len(starts), processes)
+    batches = images.stream(torch.arange(starts[n], starts[n] + counts[n]) for n in own)
+    for first in range(0, len(starts), processes):
+        group = counts[first : first + processes]
+        outputs: Sequence[Tensor | None] = [None] * len(columns)
+        for owner, count in enumerate(group):
+            # Drawn for every batch, so that the views do not depend on who computes them.
+            draws = augment(count, images.side) if augment else Draws()
+            if owner == rank:
+                view = view_of(next(batches).to(device), size, draws)
+                view = view.contiguous(memory_format=torch.channels_last)
+                outputs = [output.float().cpu() for output in compute(view)]
+        for owner, count in enumerate(group):
+            yield [
+                job.from_process(owner, output, (count, width))
+                for output, width in zip(outputs, columns, strict=True)
+            ]

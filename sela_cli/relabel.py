@@ -1,0 +1,52 @@
+"""One head labelled anew, the others kept: the reference's relabelling for small data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+
+from sela_cli import formats, job
+from sela_cli.errors import BadData, UsageError
+from sela_cli.formats import Labels, Provenance
+from sela_cli.labels import LabelSettings, label
+from sela_cli.scores import open_scores
+
+
+def relabel_stage(
+    spec: str,
+    output: str,
+    settings: LabelSettings,
+    head: int,
+    before: str,
+    *,
+    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> Labels:
+    """Label head `head` of the logits `spec`, starting from `before`, and write `output`.
+
+    The other heads keep the labels that they have in `before`. Raises BadData where the
+    two files are not of the same images and heads.
+    """
+    settings.check()
+    kept = formats.read_labels(before)
+    with open_scores(spec) as scores:
+        assert kept.header is not None
+        if head >= len(scores.heads):
+            raise UsageError(f"--head {head}: {spec} has heads 0 to {len(scores.heads) - 1}")
+        if scores.keys != kept.keys or len(scores.heads) != len(kept.heads):
+            raise BadData(f"{before} labels other images or heads than {spec} has")
+        one = replace(scores, heads=[scores.heads[head]])
+        start = replace(kept, heads=[kept.heads[head]])
+        solved = label(one, spec, settings, start, progress)
+        provenance = Provenance("label", asdict(settings) | {"head": head})
+        if scores.header:
+            provenance = provenance.reading("logits", scores.header)
+        else:
+            provenance = provenance.reading_foreign("scores", spec)
+        provenance = provenance.reading("init", kept.header)
+        provenance = provenance.of(scores.dataset_id)
+    heads = [*kept.heads]
+    heads[head] = solved.heads[0]
+    labels = Labels(kept.keys, kept.index_N, heads)
+    job.once(partial(formats.write_labels, output, labels, provenance, force=True))
+    return labels

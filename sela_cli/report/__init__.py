@@ -1,0 +1,1 @@
+"""`sela report`: contents (what the files say), figures (matplotlib), page (HTML)."""

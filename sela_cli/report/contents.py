@@ -1,0 +1,245 @@
+"""What a report shows, read from the folder of a run.
+
+N images, n of one tile, K clusters of a head, T heads, S side of a thumbnail.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import logsumexp
+
+from sela_cli import formats, metrics
+from sela_cli.errors import BadData, NoInput
+from sela_cli.formats import Checkpoint, Labels
+from sela_cli.images.batches import square
+from sela_cli.images.sources import Source, open_source
+from sela_cli.scores import open_scores
+
+Trace = dict[str, np.ndarray]
+_TILE_ROWS = 4096
+_THUMBNAIL_SIDE = 64
+# Below this side JPEG is no smaller than PNG, and blurs what there is.
+_SMALL_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A finished run, as its files tell it. `traces[r][t]` is round r, head t."""
+
+    folder: Path
+    settings: dict[str, Any]
+    rounds: list[dict[str, float]]
+    labels: Labels
+    traces: list[list[Trace]]
+    checkpoint: Checkpoint
+    probes: list[tuple[str, list[dict[str, Any]]]]
+    source: Source
+    truth_N: np.ndarray | None
+    confidence_TN: list[np.ndarray]
+    digests: dict[str, str]
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps an epoch, as training counted them."""
+        return self.checkpoint.step / self.checkpoint.epoch if self.checkpoint.epoch else 1.0
+
+    def heads(self) -> list[dict[str, float]]:
+        """One row a head: sizes, solve, agreement with the classes where there are some."""
+        rows = []
+        pairs = zip(self.labels.heads, self.confidence_TN, strict=True)
+        for number, (head, confidence_N) in enumerate(pairs):
+            row: dict[str, float] = {"head": number} | metrics.sizes(head)
+            row["confidence"] = float(confidence_N.mean())
+            if self.truth_N is not None:
+                row |= metrics.agreement(head.labels_N, self.truth_N)
+            rows.append(row)
+        return rows
+
+
+def read(folder: Path, data: str | None = None) -> Contents:
+    """Read a finished run. `data` names its images if they are not where the run found them.
+
+    Raises NoInput where the run is not finished or its images are missing, BadData where
+    they are others.
+    """
+    if not (folder / "rounds.csv").exists():
+        raise NoInput(f"{folder}: no finished run in it", "give the folder of `sela run --out`")
+    try:
+        run = json.loads((folder / "run.json").read_text())
+        spec = data or run["data"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadData(
+            f"{folder / 'run.json'}: damaged ({error!r})", "name the images by --data"
+        ) from error
+    labels = formats.read_labels(str(folder / "labels.h5"))
+    source = open_source(spec)
+    _check_images(source, labels)
+    with (folder / "rounds.csv").open(newline="") as stream:
+        rounds = [
+            {name: float(cell) for name, cell in row.items() if name != "problems"}
+            for row in csv.DictReader(stream)
+        ]
+    files = sorted(folder.glob("*.h5"))
+    return Contents(
+        folder=folder,
+        settings=run["settings"],
+        rounds=rounds,
+        labels=labels,
+        traces=[_traces(str(path)) for path in sorted(folder.glob("labels-*.h5"))],
+        checkpoint=formats.read_checkpoint(str(folder / "checkpoint.h5")),
+        probes=[
+            (path.name, formats.read_probe(str(path))) for path in sorted(folder.glob("probe*.h5"))
+        ],
+        source=source,
+        truth_N=None if source.truth_N is None else source.truth_N[labels.index_N],
+        confidence_TN=confidences(str(folder / "logits.h5"), labels),
+        digests={path.name: formats.read_header(str(path)).digest for path in files},
+    )
+
+
+def _check_images(source: Source, labels: Labels) -> None:
+    count = len(source)
+    for index, key in zip(labels.index_N.tolist(), labels.keys, strict=True):
+        if index >= count or source.keys[index] != key:
+            raise BadData(
+                f"{source.spec}: image {index} is not the run's '{key}'",
+                "name the images of the run by --data",
+            )
+
+
+def _traces(path: str) -> list[Trace]:
+    with formats.open_file(path, "labels") as (file, _):
+        return [
+            {name: item[()] for name, item in file[f"trace/{head}"].items()}
+            for head in range(len(file["labels"]))
+            if f"trace/{head}" in file
+        ]
+
+
+def confidences(logits_path: str, labels: Labels) -> list[np.ndarray]:
+    """Softmax probability of each image's label, p(y|x) = exp(l_y - logsumexp_k l_k); T of (N,)."""
+    found = []
+    with open_scores(logits_path) as scores:
+        for matrix, head in zip(scores.heads, labels.heads, strict=True):
+            blocks = []
+            for start in range(0, len(head.labels_N), _TILE_ROWS):
+                labels_n = head.labels_N[start : start + _TILE_ROWS]
+                tile = matrix.read(slice(start, start + len(labels_n)))
+                tile_nK = np.asarray(tile, dtype=np.float64)
+                chosen_n = tile_nK[np.arange(len(labels_n)), labels_n]
+                blocks.append(np.exp(chosen_n - logsumexp(tile_nK, axis=1)))
+            found.append(np.concatenate(blocks))
+    return found
+
+
+# ---- the gallery ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One cluster of the gallery. `rows`: some of its images, the surest first.
+
+    `purity` is the share of `name`, the class most frequent in it; None without classes.
+    """
+
+    number: int
+    size: int
+    confidence: float
+    purity: float | None
+    name: str | None
+    rows: list[int]
+
+
+def spread(count: int, limit: int) -> np.ndarray:
+    """At most `limit` of the positions 0..count-1, evenly spread, both ends among them."""
+    if count <= limit:
+        return np.arange(count)
+    return np.linspace(0, count - 1, limit).round().astype(np.int64)
+
+
+def clusters_of(contents: Contents, head: int, limit: int, images: int) -> list[Cluster]:
+    """The clusters of a head, the most confident first, `images` of each.
+
+    Of more than `limit` clusters, and of more than `images` images, those shown are evenly
+    spread over the ranking: the worst are shown too.
+    """
+    labels_N = contents.labels.heads[head].labels_N
+    confidence_N = contents.confidence_TN[head]
+    usage_K = contents.labels.heads[head].usage_K
+    ranked = np.split(np.lexsort((-confidence_N, labels_N)), np.cumsum(usage_K)[:-1])
+    mean_K = np.array([confidence_N[rows].mean() if len(rows) else 0.0 for rows in ranked])
+    order = np.argsort(-mean_K, kind="stable")
+    found = []
+    for number in order[spread(len(order), limit)].tolist():
+        rows = ranked[number]
+        purity = name = None
+        if contents.truth_N is not None and len(rows):
+            counts = np.bincount(contents.truth_N[rows])
+            purity = float(counts.max() / len(rows))
+            name = class_name(contents.source, int(counts.argmax()))
+        found.append(
+            Cluster(
+                number,
+                len(rows),
+                float(mean_K[number]),
+                purity,
+                name,
+                rows[spread(len(rows), images)].tolist(),
+            )
+        )
+    return found
+
+
+def class_name(source: Source, number: int) -> str:
+    """A class as its data set calls it, else its number."""
+    return source.classes[number] if source.classes else str(number)
+
+
+def gallery(contents: Contents, limit: int, images: int) -> dict[str, Any]:
+    """What the page's script draws, JSON values: clusters by head, and each image once."""
+    heads = [
+        clusters_of(contents, head, limit, images) for head in range(len(contents.labels.heads))
+    ]
+    rows = sorted({row for clusters in heads for cluster in clusters for row in cluster.rows})
+    shown = {}
+    for row in rows:
+        shown[row] = {"key": contents.labels.keys[row], "url": thumbnail(contents, row)}
+        if contents.truth_N is not None:
+            shown[row]["name"] = class_name(contents.source, int(contents.truth_N[row]))
+    confidences_of = [
+        {row: round(float(confidence_N[row]), 3) for cluster in clusters for row in cluster.rows}
+        for clusters, confidence_N in zip(heads, contents.confidence_TN, strict=True)
+    ]
+    return {
+        "heads": [
+            {
+                "clusters": len(head.potentials_K),
+                "shown": [asdict(cluster) for cluster in clusters],
+                "confidence": confidence,
+            }
+            for head, clusters, confidence in zip(
+                contents.labels.heads, heads, confidences_of, strict=True
+            )
+        ],
+        "images": shown,
+    }
+
+
+def thumbnail(contents: Contents, row: int) -> str:
+    """An image as a data URL, its centre square at most 64 pixels wide."""
+    from PIL import Image
+
+    pixels = contents.source.image(int(contents.labels.index_N[row]))
+    side = min(_THUMBNAIL_SIDE, *pixels.shape[:2])
+    kind = "png" if side <= _SMALL_SIDE else "jpeg"
+    stream = BytesIO()
+    Image.fromarray(square(pixels, side)).save(stream, kind, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -1,0 +1,168 @@
+"""The report as one HTML page: everything is in it, nothing is fetched. See page.html."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sela_cli import __version__, formats
+from sela_cli.report import figures
+from sela_cli.report.contents import Contents, gallery, read
+
+# The probes that every run with classes writes.
+_NETWORKS = {"probe-000.h5": "fresh", "probe.h5": "trained"}
+
+
+def report_stage(
+    folder: Path,
+    output: str,
+    *,
+    png: Path | None = None,
+    data: str | None = None,
+    clusters: int = 100,
+    images: int = 12,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write the page of the run in `folder`, and its figures into `png`; returns what was shown."""
+    formats.check_output(output, force)
+    contents = read(folder, data)
+    drawn = figures.draw(contents)
+    if png:
+        png.mkdir(parents=True, exist_ok=True)
+        figures.write_pngs(drawn, png, force)
+    shown = gallery(contents, clusters, images)
+    text = page(contents, drawn, shown)
+    with formats.replacing(output, force) as partial:
+        # A file name that is no UTF-8 is shown with question marks.
+        partial.write_text(text, encoding="utf-8", errors="replace")
+    return {
+        "output": output,
+        "images": len(contents.labels.keys),
+        "thumbnails": len(shown["images"]),
+        "clusters": [len(head["shown"]) for head in shown["heads"]],
+        "figures": [str(png / f"{name}.png") for name in drawn] if png else [],
+        "megabytes": len(text) / 1e6,
+    }
+
+
+def page(contents: Contents, drawn: dict[str, Figure], shown: dict[str, Any]) -> str:
+    """The HTML text."""
+    parts = {
+        "title": escape(contents.folder.resolve().name),
+        "version": __version__,
+        "subtitle": escape(_subtitle(contents)),
+        "cards": "".join(_card(name, value) for name, value in _cards(contents)),
+        "figures": "".join(
+            f'<figure id="figure-{name}"><figcaption>{escape(figures.FIGURES[name][1])}'
+            f"</figcaption>{figures.svg(figure)}</figure>"
+            for name, figure in drawn.items()
+        ),
+        "heads": _table(contents.heads()),
+        "probes": _probes(contents),
+        "settings": _pairs(_flat(contents.settings)),
+        "files": _pairs(contents.digests),
+        # No text of the data may end the script.
+        "gallery": json.dumps(shown).replace("<", "\\u003c"),
+    }
+    template = resources.files("sela_cli.report").joinpath("page.html").read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+def _subtitle(contents: Contents) -> str:
+    checkpoint = contents.checkpoint
+    heads = ", ".join(map(str, checkpoint.heads))
+    return (
+        f"{contents.source.spec}: {len(contents.labels.keys):,} images, {checkpoint.arch} at "
+        f"{checkpoint.image_size} pixels, heads of {heads} clusters"
+    )
+
+
+def _cards(contents: Contents) -> list[tuple[str, str]]:
+    last = contents.rounds[-1]
+    cards = [
+        ("epochs", f"{contents.checkpoint.epoch:g}"),
+        ("rounds", f"{len(contents.rounds) - 1}"),
+        ("loss after the last round", _number(last["loss"])),
+        ("labels changed in it", f"{last['churn']:.1%}"),
+    ]
+    if "nmi" in last:
+        cards.append(("NMI, mean of the heads", f"{last['nmi']:.3f}"))
+    cards += [
+        (f"kNN accuracy, {_NETWORKS[name]} network", f"{row['top1']:.1%}")
+        for name, rows in contents.probes
+        for row in rows
+        if name in _NETWORKS and row["method"] == "knn"
+    ]
+    return cards
+
+
+def _card(name: str, value: str) -> str:
+    return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+
+
+def _probes(contents: Contents) -> str:
+    names = ("layer", "method", "setting", "split", "n", "top1", "top5", "epoch", "lr", "loss")
+    rows = [
+        {"file": file} | {name: row[name] for name in names}
+        for file, measured in contents.probes
+        for row in measured
+    ]
+    for row in rows:
+        # -1 stands for none: kNN is not trained.
+        row["epoch"] = math.nan if row["epoch"] < 0 else row["epoch"]
+    hint = "<p>None here. <code>sela probe</code> measures the features by known classes.</p>"
+    return _table(rows) if rows else hint
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """Columns are those of the first row; what is text there is set to the left."""
+    kinds = ["text" if isinstance(value, str) else "number" for value in rows[0].values()]
+    heading = "".join(
+        f'<th class="{kind}">{escape(name)}</th>' for kind, name in zip(kinds, rows[0], strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="{kind}">{_number(value)}</td>'
+            for kind, value in zip(kinds, row.values(), strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{heading}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return escape(str(value))
+    if math.isnan(value):
+        return ""
+    # Whole numbers, and rates too small for four decimals, as they are.
+    return f"{value:.4f}" if abs(value) >= 5e-5 and value % 1 else f"{value:g}"
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    rows = (
+        f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>"
+        for name, value in values.items()
+    )
+    return f'<table class="pairs">{"".join(rows)}</table>'
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `recipe.lr`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,141 @@
+"""Weights from elsewhere as a starting point: torchvision's names, or the reference code's.
+
+D features, K clusters of a head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sela_cli import formats
+from sela_cli.errors import BadData, NoInput
+from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.networks import Network
+
+# Where training scripts keep the state dict within what they save.
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
+_PREFIXES = ("module.", "backbone.", "encoder.", "encoder_q.", "trunk.")
+
+# Names of the reference implementation (a Sequential of numbered layers) to ours.
+_ALEXNET_STAGES = ((0, 1, "conv1"), (4, 5, "conv2"), (8, 9, "conv3"), (11, 12, "conv4"))
+_ALEXNET_NAMES = [
+    (rf"^features\.{number}\.", f"{ours}.{place}.")
+    for conv, norm, ours in (*_ALEXNET_STAGES, (14, 15, "conv5"))
+    for place, number in enumerate((conv, norm))
+] + [(r"^classifier\.1\.", "fc6.1."), (r"^classifier\.4\.", "fc7.1.")]
+_RESNET_NAMES = [(r"^features\.0\.", "conv1."), (r"^features\.1\.", "bn1.")] + [
+    (rf"^features\.{number}\.", f"layer{number - 3}.") for number in (4, 5, 6, 7)
+]
+
+
+def import_stage(
+    path: str, network: Network, output: str, provenance: Provenance, force: bool = False
+) -> dict[str, Any]:
+    """Fill the trunk of a fresh network from a weights file and write it as a checkpoint.
+
+    The heads stay as they are. Returns how many tensors were taken and the names of those
+    that were left out. Raises BadData naming what the trunk lacks.
+    """
+    formats.check_output(output, force)
+    ours, unused = fitted(read_weights(path), network, path)
+    network.trunk.load_state_dict(ours)
+    state = Checkpoint(
+        model=network.arrays(),
+        optimizer={},
+        arch=network.arch,
+        image_size=network.image_size,
+        heads=network.clusters,
+        step=0,
+        epoch=0.0,
+        recipe={},
+    )
+    formats.write_checkpoint(output, state, provenance.reading_foreign("weights", path), force)
+    return {"output": output, "tensors": len(ours), "unused": unused}
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a .pth read without running code from it.
+
+    Raises NoInput where it is missing, BadData where it is something else.
+    """
+    if not Path(path).is_file():
+        raise NoInput(f"{path}: no such file")
+    if path.endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise BadData(f"{path}: not readable safetensors ({error})") from error
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadData(
+            f"{path}: not a file of tensors alone ({reason})",
+            "save its state_dict() with safetensors, where you trust it",
+        ) from error
+    while isinstance(saved, Mapping):
+        inner = next((saved[name] for name in _WRAPPERS if name in saved), None)
+        if not isinstance(inner, Mapping):
+            break
+        saved = inner
+    if not isinstance(saved, Mapping):
+        raise BadData(f"{path} holds a {type(saved).__name__}, not a state dict")
+    return {str(name): item for name, item in saved.items() if isinstance(item, Tensor)}
+
+
+def fitted(
+    weights: Mapping[str, Tensor], network: Network, path: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What of `weights` the trunk takes, by its names, and the names of the rest.
+
+    A convolution's bias before BatchNorm, which our networks do without, is taken off the
+    running mean: the features are the same.
+    """
+    wanted = network.trunk.state_dict()
+    renamed = {_our_name(name, network.arch): tensor for name, tensor in weights.items()}
+    ours = {name: renamed[name] for name in wanted if name in renamed}
+    for name in wanted:
+        stem, _, last = name.rpartition(".")
+        if last == "num_batches_tracked":
+            # It plays no part in eval mode, and old files lack it.
+            ours.setdefault(name, wanted[name])
+        elif last == "running_mean" and name in ours:
+            bias = renamed.get(_conv_before(stem) + ".bias")
+            if bias is not None and _conv_before(stem) + ".bias" not in wanted:
+                ours[name] = ours[name] - bias
+    for name, tensor in wanted.items():
+        if name not in ours:
+            raise BadData(
+                f"{path}: nothing for '{name}' of {network.arch}", "choose the --arch it is of"
+            )
+        if ours[name].shape != tensor.shape:
+            raise BadData(
+                f"{path}: '{name}' has shape {tuple(ours[name].shape)}, {network.arch} at "
+                f"{network.image_size} pixels needs {tuple(tensor.shape)}",
+                "choose the --arch and --image-size it is of",
+            )
+    unused = [name for name in weights if _our_name(name, network.arch) not in wanted]
+    return ours, unused
+
+
+def _our_name(name: str, arch: str) -> str:
+    while prefix := next((each for each in _PREFIXES if name.startswith(each)), ""):
+        name = name.removeprefix(prefix)
+    for pattern, ours in _ALEXNET_NAMES if "alexnet" in arch else _RESNET_NAMES:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def _conv_before(norm: str) -> str:
+    """`conv1.0` of `conv1.1`: AlexNet's convolutions are the only ones with a bias."""
+    return re.sub(r"\.1$", ".0", norm)

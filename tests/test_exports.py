@@ -1,0 +1,175 @@
+"""Labels and logits in other programs' forms, read back by those programs' libraries."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+from sela_cli import cli, exports, extras, formats
+from sela_cli.errors import BadData, CannotCreate, MissingExtra, UsageError
+from sela_cli.formats import HeadLabels, Labels, Provenance
+
+KEYS = ["a/cat.jpg", "b/cat.jpg", "b/dög, two.jpg", "c.jpg"]
+LABELS_TN = ([2, 0, 1, 2], [0, 0, 1, 1])
+
+
+def labels_of(*heads: list[int], keys: list[str] = KEYS) -> Labels:
+    return Labels(
+        keys,
+        np.arange(len(keys)),
+        [HeadLabels(np.array(head), np.zeros(max(head) + 1), {}) for head in heads],
+    )
+
+
+def table_of(path: Path) -> dict[str, list[str]]:
+    """Columns of a CSV or Parquet file, as text."""
+    if path.suffix == ".parquet":
+        columns = parquet.read_table(path).to_pydict()
+        return {name: [str(value) for value in values] for name, values in columns.items()}
+    with path.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_tables_hold_keys_and_labels(suffix: str, tmp_path: Path) -> None:
+    one, two = tmp_path / f"one{suffix}", tmp_path / f"two{suffix}"
+    exports.write_labels_as(labels_of(LABELS_TN[0]), str(one))
+    exports.write_labels_as(labels_of(*LABELS_TN), str(two))
+    first, second = ([str(label) for label in labels] for labels in LABELS_TN)
+    assert table_of(one) == {"key": KEYS, "label": first}
+    assert table_of(two) == {"key": KEYS, "label_0": first, "label_1": second}
+
+
+def test_arrays_hold_labels_in_the_order_of_the_file(tmp_path: Path) -> None:
+    exports.write_labels_as(labels_of(LABELS_TN[0]), str(tmp_path / "one.npy"))
+    exports.write_labels_as(labels_of(*LABELS_TN), str(tmp_path / "two.npy"))
+    np.testing.assert_array_equal(np.load(tmp_path / "one.npy"), LABELS_TN[0])
+    np.testing.assert_array_equal(np.load(tmp_path / "two.npy"), np.transpose(LABELS_TN))
+
+
+def test_labels_go_nowhere_they_should_not(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"\.csv, \.parquet, \.npy"):
+        exports.write_labels_as(labels_of(LABELS_TN[0]), str(tmp_path / "labels.xlsx"))
+    for suffix in exports.LABEL_SUFFIXES:
+        path = tmp_path / f"taken{suffix}"
+        path.write_text("precious")
+        with pytest.raises(CannotCreate, match="--force"):
+            exports.write_labels_as(labels_of(LABELS_TN[0]), str(path))
+        assert path.read_text() == "precious"
+    odd = labels_of([0], keys=["\udcff.jpg"])
+    with pytest.raises(BadData, match="not UTF-8"):
+        exports.write_labels_as(odd, str(tmp_path / "odd.parquet"))
+    assert not (tmp_path / "odd.parquet").exists()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for key in KEYS:
+        path = tmp_path / "photos" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(key)
+    return tmp_path / "photos"
+
+
+def test_links_lead_from_each_cluster_to_its_images(photos: Path, tmp_path: Path) -> None:
+    target = tmp_path / "clusters"
+    assert exports.write_links(labels_of(*LABELS_TN), str(photos), str(target)) == 8
+    for head, labels in enumerate(LABELS_TN):
+        folders = sorted((target / f"head-{head}").iterdir())
+        assert [folder.name for folder in folders] == [f"cluster-{k}" for k in range(len(folders))]
+        for cluster, folder in enumerate(folders):
+            found = {link.read_text() for link in folder.iterdir() if link.is_symlink()}
+            wanted = {key for key, label in zip(KEYS, labels, strict=True) if label == cluster}
+            assert found == wanted and len(list(folder.iterdir())) == len(wanted)
+
+
+def test_links_replace_nothing_and_are_made_whole_or_not_at_all(
+    photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CannotCreate, match="rm -r"):
+        exports.write_links(labels_of(LABELS_TN[0]), str(photos), str(photos))
+    (photos / KEYS[3]).unlink()
+    with pytest.raises(BadData, match=r"has no 'c\.jpg'"):
+        exports.write_links(labels_of(LABELS_TN[0]), str(photos), str(tmp_path / "clusters"))
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_logits_and_features_become_arrays(
+    write_logits: Callable[..., str], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    plain = [rng.normal(size=(9, 3)).astype(np.float32), rng.normal(size=(9, 2))]
+    path = write_logits(*plain)
+    output = str(tmp_path / "out.npy")
+    assert exports.write_logits_as_npy(path, output, head=1) == (9, 2)
+    np.testing.assert_array_equal(np.load(output), plain[1].astype(np.float32))
+    with pytest.raises(UsageError, match=r"heads 0\.\.1, no head 2"):
+        exports.write_logits_as_npy(path, output, head=2, force=True)
+    with pytest.raises(BadData, match="no features"):
+        exports.write_logits_as_npy(path, output, features=True, force=True)
+
+    features, weight, bias = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((9, 5), (4, 5), (4,))
+    )
+    factored = str(tmp_path / "factored.h5")
+    with formats.create_logits(
+        factored,
+        [str(row) for row in range(9)],
+        np.arange(9),
+        Provenance("test", {}),
+        columns={"features": 5},
+        dtype="float16",
+        heads=[(weight, bias)],
+    ) as datasets:
+        datasets["features"][:] = features
+    exports.write_logits_as_npy(factored, output, features=True, force=True)
+    stored = np.load(output)
+    np.testing.assert_array_equal(stored, features.astype(np.float16))
+    exports.write_logits_as_npy(factored, output, force=True)
+    expected = stored.astype(np.float64) @ weight.T.astype(np.float64) + bias
+    np.testing.assert_allclose(np.load(output), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- optional packages ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "arguments"),
+    [
+        ("report", "report runs/none -o report.html"),
+        ("report", "info labels.h5 --plot trace.png"),
+        ("parquet", "export-labels labels.h5 -o labels.parquet"),
+        ("tensorboard", "run --data digits --out run --tensorboard"),
+        ("voc", "finetune --data voc2007:root -c c.h5 -o ap.h5 --task detection"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    extra: str,
+    arguments: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # What import does where a package is not installed.
+    monkeypatch.setitem(sys.modules, extras.EXTRAS[extra][-1], None)
+    monkeypatch.setattr(sys, "argv", ["sela", *arguments.split()])
+    monkeypatch.setattr("sela_cli.interrupt.listen", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == MissingExtra.exit_code == 69
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"pip install 'sela[{extra}]'" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_installed_packages_are_not_missed() -> None:
+    for extra in extras.EXTRAS:
+        extras.require(extra)

@@ -1,0 +1,221 @@
+"""Many processes as one: the same steps, losses, logits and probes, up to rounding.
+
+Two processes with gloo do it all once; this one does the same alone.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+
+from sela_cli import batchwide, formats, job, networks, parallel
+from sela_cli.errors import BadData, UsageError
+from sela_cli.images.augment import AUGMENTATIONS, draw
+from sela_cli.images.batches import open_images
+from sela_cli.logits import forward
+from sela_cli.networks import build
+from sela_cli.probes import LinearProbe, LinearRecipe
+from sela_cli.training import Recipe, Trainer, settle
+
+PROCESSES = 2
+TINY_RUN = (
+    "run --data digits --limit 60 --arch alexnet-small --image-size 16 --heads 5x2 --epochs 2 "
+    "--opts 3 --batch-size 20 --device cpu --json"
+)
+# 25 images a batch: the parts of two processes differ.
+RECIPE = Recipe(epochs=2, batch_size=25, lr=0.05, aug="strong", rotation=True)
+
+
+def values() -> Tensor:
+    return torch.randn(7, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+def normed(norm: nn.Module, mine: slice) -> dict[str, Tensor]:
+    """Output, gradients and statistics of a BatchNorm that sees a part of `values`."""
+    x = values()[mine].requires_grad_()
+    y = norm(x)
+    (y * torch.arange(y[0].numel()).view(y[0].shape)).pow(2).sum().backward()
+    assert x.grad is not None
+    gradients = [parameter.grad for parameter in norm.parameters()]
+    for gradient in gradients:
+        assert gradient is not None
+        parallel.sum_of(gradient)
+    state = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    return {"y": y.detach(), "x": x.grad, "weight": gradients[0], "bias": gradients[1], **state}
+
+
+def everything() -> dict[str, Any]:
+    """What this process, or all of its job, makes of 60 digits."""
+    networks._FILTERS["alexnet-small"] = (8, 12, 12, 12, 8)
+    torch.set_num_threads(1)
+    images, _ = open_images("digits", 32, limit=60)
+    network = build("alexnet-small", 32, [5, 8], seed=3, rotation=True)
+    settle(network, images, RECIPE)
+    settled = {name: array.copy() for name, array in network.arrays().items()}
+    trainer = Trainer(network, RECIPE)
+    labels_TN = [torch.arange(60) % clusters for clusters in (5, 8)]
+    trainer.run(images, labels_TN, 4, lambda: None)
+    generator = torch.Generator().manual_seed(5)
+
+    def augment(count: int, side: int) -> Any:
+        return draw(count, side, AUGMENTATIONS["strong"], generator)
+
+    logits = [
+        torch.cat(blocks)
+        for blocks in zip(*forward(network, network, images, 13, augment=augment), strict=True)
+    ]
+    recipe = LinearRecipe(epochs=2, lrs=(0.01, 0.1), batch_size=25)
+    with LinearProbe(network, ["conv2", "conv5"], 10, recipe, "cpu", "float32") as probe:
+        loss = probe.fit(images, lambda *_: None)
+        classifier = probe.classifiers["conv5"][1].weight.detach().clone()  # type: ignore[index]
+        accuracies = probe.accuracies(images, {"conv2": [0.01, 0.1], "conv5": [0.1]})
+    return {
+        "losses": trainer.losses,
+        "settled": settled,
+        "model": network.arrays(),
+        "logits": logits,
+        "classifier": classifier,
+        "probe": [loss[name] for name in sorted(loss)],
+        "accuracies": accuracies,
+    }
+
+
+def process(rank: int, folder: str) -> None:
+    """One of the two."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
+    )
+    mine = job.share(7)
+    result = {"norm": normed(batchwide.BatchNorm2d(3), mine), **everything()}
+    sums = [parallel.any_of(rank == 1), parallel.any_of(False), parallel.size()]
+
+    def failing() -> None:
+        (Path(folder) / "touched").open("x").close()
+        raise BadData("no")
+
+    try:
+        job.once(failing)
+    except (BadData, job.FailedElsewhere) as error:
+        sums.append(type(error).__name__)
+    try:
+        Trainer(build("alexnet-small", 32, [5], 0), Recipe(batch_size=1)).run(
+            open_images("digits", 32, limit=4)[0], [torch.zeros(4, dtype=torch.long)], 1, print
+        )
+    except UsageError as error:
+        sums.append(str(error))
+    torch.save({"mine": mine, "sums": sums, **result}, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two processes came to."""
+    folder = tmp_path_factory.mktemp("job")
+    multiprocessing.spawn(process, (str(folder),), PROCESSES)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """What one process comes to."""
+    before = networks._FILTERS["alexnet-small"]
+    try:
+        return everything()
+    finally:
+        networks._FILTERS["alexnet-small"] = before
+
+
+def close(one: Any, two: Any, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(two), atol=atol, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_batch_norm_is_that_of_the_whole_batch(both: list[dict[str, Any]]) -> None:
+    """torch's own BatchNorm over all rows is the yardstick: outputs, gradients, statistics."""
+    whole = normed(nn.BatchNorm2d(3), slice(0, 7))
+    for part in both:
+        for name in ("y", "x"):
+            close(part["norm"][name], whole[name][part["mine"]])
+        for name in set(whole) - {"y", "x"}:
+            close(part["norm"][name], whole[name])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(both: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    for part in both:
+        close(part["losses"], alone["losses"])
+        for group in ("settled", "model"):
+            for name, array in alone[group].items():
+                close(part[group][name], array)
+
+
+@pytest.mark.slow
+def test_two_processes_embed_and_probe_as_one(
+    both: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    for part in both:
+        for one, two in zip(part["logits"], alone["logits"], strict=True):
+            close(one, two)
+        close(part["probe"], alone["probe"], atol=1e-4)
+        close(part["classifier"], alone["classifier"], atol=1e-4)
+        assert part["accuracies"].keys() == alone["accuracies"].keys()
+
+
+@pytest.mark.slow
+def test_a_job_agrees_and_fails_as_one(both: list[dict[str, Any]]) -> None:
+    first, second = (part["sums"] for part in both)
+    assert first[:3] == second[:3] == [True, False, PROCESSES]
+    assert (first[3], second[3]) == ("BadData", "FailedElsewhere")
+    assert "--batch-size" in first[4] and first[4] == second[4]
+
+
+def test_shares_are_all_of_it() -> None:
+    assert job.share(7) == slice(0, 7)
+
+
+def test_only_torchrun_starts_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch system's RANK and WORLD_SIZE alone are none."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with job.joined():
+        assert job.number() == 0 and parallel.size() == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert job.number() == 3
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_loop(sela: Callable[..., Any], tmp_path: Path) -> None:
+    """The whole of `sela run`, by two processes and by one: equal labels, one voice."""
+    line = TINY_RUN.split()
+    sela(*line, "--out", "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "sela_cli", *line, "--out", "two"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1 and done.stderr.count("round 1/2") == 1
+    for name in ("labels-000.h5", "labels-001.h5", "labels.h5"):
+        one, two = (formats.read_labels(str(tmp_path / run / name)) for run in ("one", "two"))
+        for left, right in zip(one.heads, two.heads, strict=True):
+            assert (left.labels_N == right.labels_N).mean() > 0.9
+    one, two = (
+        formats.read_checkpoint(str(tmp_path / run / "checkpoint.h5")) for run in ("one", "two")
+    )
+    np.testing.assert_allclose(one.losses, two.losses, atol=1e-4)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {
+        path.name for path in (tmp_path / "two").iterdir()
+    }

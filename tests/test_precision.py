@@ -1,0 +1,131 @@
+"""--precision auto and --compile: chosen by the clock, kept once chosen, the same results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sela_cli import formats, interrupt, loop, networks, precision, training
+from sela_cli.errors import StoppedEarly, UsageError
+from sela_cli.formats import Provenance
+from sela_cli.images.batches import Images, open_images
+from sela_cli.labels import LabelSettings, label_stage
+from sela_cli.logits import embed_stage
+from sela_cli.networks import build
+from sela_cli.training import Recipe, Trainer
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(networks._FILTERS, "alexnet-small", (4, 6, 6, 6, 4))
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    return open_images("digits", 16, limit=40)[0]
+
+
+@pytest.mark.parametrize(
+    ("half", "chosen"), [(0.5, "bfloat16"), (0.95, "float32"), (2.0, "float32")]
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_the_faster_one_is_chosen(
+    half: float, chosen: str, train: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of ours; the network and the random state stay as they are."""
+    clock = SimpleNamespace(now=0.0, cost=0.0)
+
+    def arithmetic(device: str, name: str) -> Any:
+        clock.cost = {"float32": 1.0, "bfloat16": half}[name]
+        return nullcontext()
+
+    def read() -> float:
+        clock.now += clock.cost
+        clock.cost = 0.0
+        return float(clock.now)
+
+    monkeypatch.setattr(precision, "autocast", arithmetic)
+    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=read))
+    network = build("alexnet-small", 16, [5, 4], seed=0)
+    before, state = network.arrays(), torch.get_rng_state()
+    before = {name: array.copy() for name, array in before.items()}
+    assert precision.faster(network, 4, "cpu", train) == chosen
+    assert all(np.array_equal(before[name], array) for name, array in network.arrays().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@contextmanager
+def no_progress(title: str) -> Iterator[Any]:
+    yield lambda done, total, note: None
+
+
+def test_a_run_keeps_the_arithmetic_it_began_in(
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"heads": "5", "epochs": 1.0, "opts": 2, "batch_size": 20, "precision": "auto"}
+    settings = loop.settings_of("digits", 16, options)
+    watcher = loop.Watcher(no_progress, lambda text: None)
+    monkeypatch.setattr(loop, "faster", lambda *_, **__: "bfloat16")
+    monkeypatch.setattr(interrupt, "requested", lambda: True)
+    with pytest.raises(StoppedEarly):
+        loop.run(images, tmp_path / "run", settings, watcher)
+    monkeypatch.setattr(interrupt, "requested", lambda: False)
+    monkeypatch.setattr(loop, "faster", lambda *_, **__: "float32")
+    loop.run(images, tmp_path / "run", settings, watcher)
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["recipe"]
+    recipe = formats.read_checkpoint(str(tmp_path / "run" / "checkpoint.h5")).recipe
+    assert kept["precision"] == recipe["precision"] == "bfloat16"
+
+
+def test_a_training_keeps_the_arithmetic_it_began_in(
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = build("alexnet-small", 16, [5], seed=0)
+    logits, labels, output = (str(tmp_path / name) for name in ("a.h5", "l.h5", "c.h5"))
+    embed_stage(images, network, logits, Provenance("embed", {}, dataset_id=images.dataset_id))
+    label_stage(logits, labels, LabelSettings(assign="random"))
+
+    def prepared(**more: Any) -> training.Job:
+        options = {"epochs": 1.0, "batch_size": 10, "precision": "auto"}
+        return training.prepare("train", "digits", labels, output, options, limit=40, **more)
+
+    def train(job: training.Job) -> str:
+        return str(job.run("cpu", lambda *_: None).recipe["precision"])
+
+    monkeypatch.setattr(training, "faster", lambda *_, **__: "bfloat16")
+    first = prepared(arch="alexnet-small", image_size=16)
+    with monkeypatch.context() as stopping, pytest.raises(StoppedEarly):
+        stopping.setattr(interrupt, "requested", lambda: True)
+        train(first)
+    monkeypatch.setattr(training, "faster", lambda *_, **__: "float32")
+    assert train(prepared(arch="alexnet-small", image_size=16)) == "bfloat16"
+    assert train(prepared(checkpoint=output, force=True)) == "bfloat16"
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match="compiler"):
+        Trainer(build("alexnet-small", 16, [5], 0), Recipe(compile=True))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_step(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for dropout, whose draws are others."""
+    monkeypatch.setattr(networks, "_DROPOUT", 0.0)
+    losses = []
+    for compiled in (False, True):
+        recipe = Recipe(epochs=2, batch_size=10, lr=0.05, aug="paper", compile=compiled)
+        trainer = Trainer(build("alexnet-small", 16, [5, 4], seed=3), recipe)
+        labels_TN = [torch.arange(40) % 5, torch.arange(40) % 4]
+        trainer.run(images, labels_TN, 5, lambda: None)
+        losses.append(trainer.losses)
+    np.testing.assert_allclose(*losses, atol=1e-5)

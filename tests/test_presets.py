@@ -1,0 +1,152 @@
+"""The constants of the paper and of its reference implementation, typed out here once more."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from sela_cli import formats, loop
+from sela_cli.cli import app
+from sela_cli.images.augment import AUGMENTATIONS, Augmentation
+from sela_cli.images.batches import open_images
+from sela_cli.presets import PRESETS
+from sela_cli.training import Recipe
+
+IMAGENET: dict[str, Any] = {
+    "image_size": 224, "lamb": 25, "epochs": 400, "opts": 100, "relabel": "quadratic",
+    "relabel_heads": "all", "batch_size": 256, "momentum": 0.9, "weight_decay": 1e-5,
+    "aug": "imagenet", "assign": "balanced", "marginal": "uniform",
+}  # fmt: skip
+CIFAR: dict[str, Any] = {
+    "arch": "alexnet", "image_size": 224, "lamb": 10, "epochs": 400, "opts": 400,
+    "relabel": "linear", "relabel_heads": "cycle", "batch_size": 128, "momentum": 0.9,
+    "weight_decay": 5e-4, "aug": "paper", "view": "random",
+}  # fmt: skip
+WANTED = {
+    "imagenet-alexnet": IMAGENET | {"arch": "alexnet", "heads": [3000] * 10},
+    "imagenet-resnet50": IMAGENET | {"arch": "resnet50", "heads": [3000] * 10},
+    "cifar10": CIFAR | {"heads": [128] * 10},
+    "cifar100": CIFAR | {"heads": [512] * 10},
+    "svhn": CIFAR | {"heads": [128]},
+}
+# Epoch -> learning rate.
+RATES = {
+    "imagenet": {0: 0.05, 149: 0.05, 150: 5e-3, 299: 5e-3, 300: 5e-4, 350: 5e-5, 399: 5e-5},
+    "cifar": {0: 0.03, 239: 0.03, 240: 3e-3, 319: 3e-3, 320: 3e-4, 399: 3e-4},
+}
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings with those of training and labelling beside the others."""
+    parts = settings["recipe"] | settings["labels"]
+    return {name: value for name, value in settings.items() if name not in ("recipe", "labels")} | (
+        parts
+    )
+
+
+def planned(*options: str) -> tuple[dict[str, Any], str]:
+    """What `sela run --dry-run` says, as values and as text."""
+    line = ["run", "--data", "digits", "--limit", "20", "--out", "absent", "--dry-run", *options]
+    text = CliRunner().invoke(app, line)
+    values = CliRunner().invoke(app, [*line, "--json"])
+    assert (text.exit_code, values.exit_code) == (0, 0), text.output
+    return flat(json.loads(values.stdout)["settings"]), text.stdout
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_constants_are_those_of_the_paper(name: str) -> None:
+    settings = loop.settings_of(name, None, {})
+    shown = flat(formats.through_json(asdict(settings)))
+    assert {option: shown[option] for option in WANTED[name]} == WANTED[name]
+    kind = "imagenet" if "imagenet" in name else "cifar"
+    for epoch, rate in RATES[kind].items():
+        assert settings.recipe.lr_at(epoch, settings.recipe.batch_size) == pytest.approx(rate)
+    positions = settings.positions
+    power = 2 if kind == "imagenet" else 1
+    wanted = [401.01 * (k / (settings.opts - 1)) ** power for k in range(settings.opts)]
+    assert positions == pytest.approx([position for position in wanted if position < 400])
+
+
+@pytest.mark.parametrize(("epochs", "milestones"), [(200, (120, 160)), (800, (480, 640))])
+def test_shorter_and_longer_cifar_runs_have_the_papers_milestones(
+    epochs: int, milestones: tuple[int, int]
+) -> None:
+    recipe = loop.settings_of("cifar10", None, {"epochs": float(epochs)}).recipe
+    for number, epoch in enumerate(milestones):
+        assert recipe.lr_at(epoch - 1, 128) == pytest.approx(0.03 * 0.1**number)
+        assert recipe.lr_at(epoch, 128) == pytest.approx(0.03 * 0.1 ** (number + 1))
+
+
+def test_augmentations_are_those_of_the_paper() -> None:
+    common = {"jitter": 0.4, "hue": 0.4, "jitter_share": 1.0, "grey": 0.2, "blur": 0, "flip": 0.5}
+    assert AUGMENTATIONS["imagenet"] == Augmentation(scale=(0.08, 1.0), **common)
+    assert AUGMENTATIONS["paper"] == Augmentation(scale=(0.2, 1.0), **common)
+
+
+def test_a_dry_run_shows_every_constant() -> None:
+    # Small, so that no network of the paper's size is built.
+    shown, text = planned("--preset", "cifar10", "--arch", "alexnet-small", "--image-size", "16")
+    lines = dict(line.split(" = ") for line in text.splitlines() if " = " in line)
+    assert set(shown) - set(lines) == {"arch", "heads", "image_size"}
+    assert "alexnet-small at 16 pixels" in text and "heads [128, 128" in text
+    for name in ("lamb", "epochs", "opts", "relabel", "relabel_heads", "lr", "momentum", "view"):
+        assert lines[name] == str(shown[name])
+
+
+OTHER: dict[str, Any] = {
+    "arch": "resnet18", "image_size": 32, "heads": "7x2", "lamb": 3.0, "epochs": 5.0, "opts": 6,
+    "relabel": {"linear": "quadratic", "quadratic": "linear"},
+    "relabel_heads": {"cycle": "all", "all": "cycle"}, "batch_size": 9, "lr": 0.7,
+    "lr_milestones": (0.1,), "weight_decay": 0.5, "aug": "strong", "view": "centre",
+    "store": {"logits": "features", "features": "logits"},
+    "dtype": {"float32": "float16", "float16": "float32"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_any_constant_can_be_overridden(name: str) -> None:
+    for option, before in PRESETS[name].items():
+        other = OTHER[option]
+        value = other[before] if isinstance(other, dict) else other
+        settings = loop.settings_of(name, None, {option: value})
+        shown = flat(asdict(settings))
+        expected = (7, 7) if option == "heads" else value
+        assert shown[option] == expected != before
+
+
+def test_the_papers_ablations_are_options() -> None:
+    """Table 1 and 2: #opts, K and T at 160 epochs."""
+    for opts, heads in ((0, "3000x1"), (40, "3000x1"), (160, "3000x1"), (80, "10000x1")):
+        options = {"opts": opts, "heads": heads, "epochs": 160.0}
+        settings = loop.settings_of("imagenet-alexnet", None, options)
+        assert settings.heads == (int(heads.split("x")[0]),)
+        assert len(settings.positions) == max(opts - 1, 0)
+        assert all(position < 160 for position in settings.positions)
+
+
+@pytest.mark.parametrize(("options", "batch_size"), [([], 256), (["--rotation"], 64)])
+def test_retraining_is_the_papers(options: list[str], batch_size: int, tmp_path: Path) -> None:
+    """Table 5: any labels, here of no network at all, 90 epochs, a tenth of the rate every 30."""
+    images, _ = open_images("digits", 16, limit=20)
+    attributes = dict.fromkeys(formats.LABEL_ATTRIBUTES, 0)
+    head = formats.HeadLabels(np.arange(20) % 3, np.zeros(3), attributes)
+    path = str(tmp_path / "labels.h5")
+    formats.write_labels(
+        path,
+        formats.Labels(images.keys, images.index_N, [head]),
+        formats.Provenance("test", {}, dataset_id=images.dataset_id),
+    )
+    line = ["retrain", "--data", "digits", "--limit", "20", "--labels", path, "-o", "absent.h5"]
+    line += ["--arch", "alexnet-small", "--image-size", "16", "--dry-run", "--json", *options]
+    shown = json.loads(CliRunner().invoke(app, line).stdout)
+    recipe = Recipe.of(shown["recipe"])
+    assert (recipe.epochs, recipe.batch_size, recipe.weight_decay) == (90, batch_size, 1e-5)
+    assert recipe.rotation == bool(options)
+    for epoch, rate in {0: 0.05, 29: 0.05, 30: 5e-3, 59: 5e-3, 60: 5e-4, 89: 5e-4}.items():
+        assert recipe.lr_at(epoch, batch_size) == pytest.approx(rate)

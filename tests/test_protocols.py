@@ -1,0 +1,100 @@
+"""The paper's probe protocols from the command line: their plans, and short real runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sela_cli import formats
+from sela_cli.cli import app
+from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.networks import build
+
+
+def sela(*arguments: object) -> dict[str, Any]:
+    """`sela ARGUMENTS --json`: its result."""
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json", "-q"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def save(path: Path, arch: str, image_size: int) -> Path:
+    network = build(arch, image_size, [3], seed=0)
+    state = Checkpoint(network.arrays(), {}, arch, image_size, [3], 0, 0.0, {})
+    formats.write_checkpoint(str(path), state, Provenance("test", {}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve training and six test images of three colours; two untrained networks."""
+    folder = tmp_path_factory.mktemp("protocols")
+    rng = np.random.default_rng(0)
+    for number in range(18):
+        label = number % 3
+        pixels = rng.integers(0, 60, (32, 32, 3), np.uint8)
+        pixels[..., label] += 180
+        path = folder / ("train" if number < 12 else "val") / f"class{label}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    save(folder / "alexnet.h5", "alexnet-small", 32)
+    save(folder / "resnet.h5", "resnet18", 32)
+    return folder
+
+
+def probe(world: Path, network: str, *options: object) -> dict[str, Any]:
+    data = ["--data", world / "train", "--test", world / "val", "--device", "cpu"]
+    return sela("probe", *data, "-c", world / f"{network}.h5", *options)
+
+
+@pytest.mark.parametrize("protocol", ["imagenet-linear", "places-linear"])
+def test_plan_of_the_large_scale_protocols(protocol: str, world: Path) -> None:
+    plan = probe(world, "alexnet", "-o", world / "no.h5", "--protocol", protocol, "--dry-run")
+    assert plan["layers"] == ["conv1", "conv2", "conv3", "conv4", "conv5"]
+    assert plan["linear"]["epochs"] == 36 and plan["linear"]["crops"] == 10
+    assert (plan["train"], plan["test"], plan["method"]) == (12, 6, "linear")
+    plan = probe(world, "resnet", "-o", world / "no.h5", "--protocol", protocol, "--dry-run")
+    assert plan["layers"] == ["features"] and plan["linear"]["epochs"] == 146
+    assert not (world / "no.h5").exists()
+
+
+def test_options_override_a_protocol(world: Path) -> None:
+    plan = probe(
+        *(world, "alexnet", "-o", world / "no.h5", "--protocol", "imagenet-linear", "--dry-run"),
+        *("--epochs", 3, "--lr", "0.1,0.2", "--layers", "conv4", "--crops", 1),
+    )
+    assert plan["layers"] == ["conv4"]
+    assert (plan["linear"]["epochs"], plan["linear"]["crops"]) == (3, 1)
+    assert plan["linear"]["lrs"] == [0.1, 0.2] and plan["linear"]["batch_size"] == 192
+
+
+@pytest.mark.parametrize("network", ["alexnet", "resnet"])
+def test_a_short_large_scale_probe(network: str, world: Path, tmp_path: Path) -> None:
+    output = tmp_path / "probe.h5"
+    short = ("--epochs", 4, "--batch-size", 6)
+    result = probe(world, network, "-o", output, "--protocol", "imagenet-linear", *short)
+    rows = formats.read_probe(str(output))
+    layers = ["features"] if network == "resnet" else ["conv1", "conv2", "conv3", "conv4", "conv5"]
+    assert [row["layer"] for row in rows] == [row["layer"] for row in result["results"]] == layers
+    assert max(row["top1"] for row in rows) > 0.6
+    assert {row["setting"] for row in rows} == {f"crops={1 if network == 'resnet' else 10}"}
+
+
+def test_small_linear_reports_the_chosen_rate(world: Path, tmp_path: Path) -> None:
+    options = ("--protocol", "small-linear", "--epochs", 2, "--layers", "conv5")
+    rows = probe(world, "alexnet", "-o", tmp_path / "probe.h5", *options)["results"]
+    assert [row["lr"] for row in rows[:-1]] == [0.1, 0.03, 0.01, 0.003]
+    assert {row["split"] for row in rows[:-1]} == {"validation 0.1"}
+    assert rows[-1]["split"] == "test" and rows[-1]["n"] == 6
+
+
+def test_knn_sweeps_twenty_settings(world: Path, tmp_path: Path) -> None:
+    output = tmp_path / "probe.h5"
+    rows = probe(world, "alexnet", "-o", output, "--protocol", "knn", "--pca", 8)["results"]
+    assert len({row["setting"] for row in rows}) == len(rows) == 2 * 5 * 2

@@ -1,0 +1,414 @@
+"""The report: its numbers are those of the files, its page needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.special import softmax
+
+from sela_cli import formats, loop, networks
+from sela_cli.errors import BadData, CannotCreate, NoInput
+from sela_cli.formats import HeadLabels, Labels
+from sela_cli.images.batches import open_images
+from sela_cli.images.sources import open_source
+from sela_cli.loop import Watcher, settings_of
+from sela_cli.report import contents as contents_of
+from sela_cli.report import figures, page
+from sela_cli.report.contents import Contents
+
+IMAGES, HEADS, ROUNDS = 60, (5, 8), 3
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@contextmanager
+def no_progress(title: str) -> Iterator[Any]:
+    yield lambda done, total, note: None
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a very small network on a few digits."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    options: dict[str, Any] = {"heads": "5,8", "epochs": 3.0, "opts": 4, "batch_size": 16}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(networks._FILTERS, "alexnet-small", (4, 6, 6, 6, 4))
+        images = open_images("digits", 16, limit=IMAGES)[0]
+        settings = settings_of("digits", 16, options)
+        loop.run(images, folder, settings, Watcher(no_progress, lambda text: None))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def contents(run_folder: Path) -> Contents:
+    return contents_of.read(run_folder)
+
+
+@pytest.fixture(scope="module")
+def text(contents: Contents) -> str:
+    return page_of(contents)
+
+
+def page_of(contents: Contents, clusters: int = 100, images: int = 12) -> str:
+    shown = contents_of.gallery(contents, clusters, images)
+    return page.page(contents, figures.draw(contents), shown)
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and the text of each <script>."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] == "script" and self.cdata_elem == "script":
+            self.scripts.append(data)
+
+
+def data_of(text: str) -> dict[str, Any]:
+    return json.loads(Elements(text).scripts[0])
+
+
+# ---- the numbers ------------------------------------------------------------
+
+
+def test_confidence_is_the_softmax_at_the_label(
+    write_logits: Callable[..., str], rng: np.random.Generator
+) -> None:
+    heads_NK = [rng.normal(size=(50, 3)) * 5, rng.normal(size=(50, 7)) + 1000]
+    labels_TN = [rng.integers(0, logits.shape[1], 50) for logits in heads_NK]
+    heads = [
+        HeadLabels(labels_N, np.zeros(logits.shape[1]), {})
+        for labels_N, logits in zip(labels_TN, heads_NK, strict=True)
+    ]
+    found = contents_of.confidences(write_logits(*heads_NK), Labels([], np.arange(50), heads))
+    for confidence_N, logits_NK, labels_N in zip(found, heads_NK, labels_TN, strict=True):
+        expected_NK = softmax(logits_NK.astype(np.float32).astype(np.float64), axis=1)
+        np.testing.assert_allclose(confidence_N, expected_NK[np.arange(50), labels_N])
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@given(st.integers(1, 10_000), st.integers(2, 200))
+def test_a_spread_has_both_ends_and_even_steps(count: int, limit: int) -> None:
+    chosen = contents_of.spread(count, limit)
+    assert len(chosen) == min(count, limit)
+    assert chosen[0] == 0 and chosen[-1] == count - 1
+    steps = np.diff(chosen)
+    assert len(steps) == 0 or (steps.min() >= 1 and steps.max() - steps.min() <= 1)
+
+
+@pytest.mark.parametrize("head", range(len(HEADS)))
+def test_the_gallery_shows_each_cluster_as_it_is(contents: Contents, head: int) -> None:
+    clusters = contents_of.clusters_of(contents, head, limit=100, images=4)
+    labels_N, confidence_N = contents.labels.heads[head].labels_N, contents.confidence_TN[head]
+    assert sorted(cluster.number for cluster in clusters) == list(range(HEADS[head]))
+    assert contents.truth_N is not None
+    for cluster in clusters:
+        members = np.flatnonzero(labels_N == cluster.number)
+        assert cluster.size == len(members) and len(cluster.rows) == min(4, len(members))
+        assert set(cluster.rows) <= set(members.tolist())
+        surest_first = confidence_N[cluster.rows]
+        assert (np.diff(surest_first) <= 0).all()
+        assert surest_first[0] == confidence_N[members].max()
+        assert surest_first[-1] == confidence_N[members].min()
+        assert cluster.confidence == pytest.approx(confidence_N[members].mean())
+        classes = contents.truth_N[members].tolist()
+        assert cluster.purity == max(map(classes.count, classes)) / len(classes)
+        assert cluster.name is not None
+        assert classes.count(int(cluster.name)) == max(map(classes.count, classes))
+    assert [c.confidence for c in clusters] == sorted(c.confidence for c in clusters)[::-1]
+    fewer = contents_of.clusters_of(contents, head, limit=3, images=4)
+    assert [fewer[0], fewer[-1]] == [clusters[0], clusters[-1]] and len(fewer) == 3
+
+
+def test_without_classes_there_is_no_purity(contents: Contents) -> None:
+    unknown = replace(contents, truth_N=None)
+    assert {c.purity for c in contents_of.clusters_of(unknown, 0, 100, 4)} == {None}
+    assert figures.agreement(unknown) is None
+    shown = data_of(page_of(unknown))
+    assert all("name" not in image for image in shown["images"].values())
+
+
+# ---- figures ----------------------------------------------------------------
+
+
+def test_curves_are_those_of_the_run(contents: Contents) -> None:
+    losses = contents.checkpoint.losses
+    step, mean = figures.loss(contents).axes[0].lines[:2]
+    np.testing.assert_array_equal(step.get_ydata(), losses)
+    assert step.get_xdata()[-1] == pytest.approx(3.0)
+    per_epoch = len(losses) // 3
+    assert mean.get_ydata()[-1] == pytest.approx(losses[-per_epoch:].mean())
+    churn = figures.relabel(contents).axes[0].lines[0].get_ydata()
+    assert list(churn) == [row["churn"] for row in contents.rounds[1:]]
+    agreement = figures.agreement(contents)
+    assert agreement is not None
+    nmi, ari = (line.get_ydata() for line in agreement.axes[0].lines)
+    assert [list(nmi), list(ari)] == [
+        [row[name] for row in contents.rounds] for name in ("nmi", "ari")
+    ]
+
+
+def test_residuals_have_a_line_a_round_and_head(contents: Contents) -> None:
+    lines = figures.residuals(contents).axes[0].lines
+    # And one of the tolerance.
+    assert len(lines) == ROUNDS * len(HEADS) + 1
+    for line, head in zip(lines[-1 - len(HEADS) : -1], contents.labels.heads, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), head.trace["residual"])
+
+
+def test_sizes_count_every_cluster_once(contents: Contents) -> None:
+    for outline in figures.sizes(contents).axes[0].patches:
+        x, y = outline.get_xy().T
+        heights = dict(zip(x[:-1], y[1:], strict=True))
+        assert sum(heights.values()) == pytest.approx(1)
+        middle = sum(left * height for left, height in heights.items())
+        # Sizes are N/K up to one image.
+        assert middle == pytest.approx(1, abs=0.3)
+
+
+def test_filters_are_the_layer_that_sees_the_colours(contents: Contents) -> None:
+    model = contents.checkpoint.model
+    kernels = figures.first_layer(model)
+    np.testing.assert_array_equal(kernels, model["trunk.conv1.0.weight"])
+    (sheet,) = figures.filters(contents).axes[0].images
+    pixels = np.asarray(sheet.get_array())
+    assert pixels.min() == 0 and pixels.max() == 1
+    height, width = kernels.shape[2:]
+    first = pixels[1 : 1 + height, 1 : 1 + width]
+    kernel = kernels[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(
+        first, (kernel - kernel.min()) / (kernel.max() - kernel.min()), atol=1e-6
+    )
+
+
+def test_pngs_are_written_whole_and_not_over_others(contents: Contents, tmp_path: Path) -> None:
+    drawn = figures.draw(contents)
+    assert set(drawn) == set(figures.FIGURES)
+    figures.write_pngs(drawn, tmp_path)
+    for name in drawn:
+        with Image.open(tmp_path / f"{name}.png") as image:
+            image.load()
+            assert image.width > 600
+    with pytest.raises(CannotCreate, match="--force"):
+        figures.write_pngs(drawn, tmp_path)
+
+
+# ---- the page ---------------------------------------------------------------
+
+
+def test_the_page_fetches_nothing(text: str) -> None:
+    elements = Elements(text)
+    assert not {tag for tag, _ in elements.tags} & {"link", "iframe", "object", "embed", "base"}
+    for _, attributes in elements.tags:
+        for name, value in attributes.items():
+            if name in {"src", "href", "xlink:href", "srcset", "action", "poster"}:
+                assert value is not None and value.startswith(("data:", "#"))
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    (policy,) = (
+        attributes["content"]
+        for _, attributes in elements.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy is not None and policy.startswith("default-src 'none'")
+
+
+def test_thumbnails_are_the_images(contents: Contents, text: str) -> None:
+    shown = data_of(text)["images"]
+    assert len(shown) == IMAGES
+    for row, image in shown.items():
+        assert image["key"] == contents.labels.keys[int(row)]
+        kind, encoded = image["url"].split(",")
+        assert kind == "data:image/png;base64"
+        pixels = np.asarray(Image.open(BytesIO(base64.b64decode(encoded))))
+        expected = contents.source.image(int(contents.labels.index_N[int(row)]))
+        np.testing.assert_array_equal(pixels, expected)
+
+
+def test_large_photos_become_small(contents: Contents, tmp_path: Path) -> None:
+    Image.fromarray(np.full((300, 500, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    photo = replace(contents, source=open_source(str(tmp_path)))
+    kind, encoded = contents_of.thumbnail(photo, 0).split(",")
+    assert kind == "data:image/jpeg;base64"
+    assert Image.open(BytesIO(base64.b64decode(encoded))).size == (64, 64)
+
+
+def test_the_page_is_the_same_each_time(contents: Contents, text: str) -> None:
+    assert page_of(contents) == text
+
+
+def test_names_can_not_break_out_of_the_page(contents: Contents, text: str) -> None:
+    bad = "</script><script>alert(1)</script><!--"
+    keys = [f"{key}{bad}" for key in contents.labels.keys]
+    hostile = page_of(replace(contents, labels=replace(contents.labels, keys=keys)))
+    assert len(Elements(hostile).scripts) == len(Elements(text).scripts) == 2
+    assert {image["key"] for image in data_of(hostile)["images"].values()} == set(keys)
+
+
+def test_tables_tell_what_the_files_say(contents: Contents, text: str) -> None:
+    for _, rows in contents.probes:
+        for row in rows:
+            assert f'<td class="number">{row["top1"]:.4f}'.rstrip("0").rstrip(".") in text
+    for name, digest in contents.digests.items():
+        assert f"<th>{name}</th><td>{digest}</td>" in text
+    for row in contents.heads():
+        assert f'<td class="number">{row["nmi"]:.4f}</td>' in text
+
+
+# ---- what is refused --------------------------------------------------------
+
+
+def test_unfinished_runs_and_other_images_are_refused(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(NoInput, match="no finished run"):
+        contents_of.read(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    with pytest.raises(BadData, match="is not the run's 'digits/0000'"):
+        contents_of.read(run_folder, str(tmp_path))
+    output = tmp_path / "report.html"
+    output.write_text("precious")
+    with pytest.raises(CannotCreate, match="--force"):
+        page.report_stage(run_folder, str(output))
+    assert output.read_text() == "precious"
+
+
+def test_a_run_that_names_no_images_needs_them_named(run_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy)
+    run = json.loads((copy / "run.json").read_text())
+    assert run.pop("data") == "digits"
+    (copy / "run.json").write_text(json.dumps(run))
+    with pytest.raises(BadData, match="--data"):
+        contents_of.read(copy)
+    assert contents_of.read(copy, "digits").labels.keys
+
+
+def test_trace_of_labels(run_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "trace.png"
+    figures.write_trace(str(run_folder / "labels.h5"), str(output))
+    with Image.open(output) as image:
+        image.load()
+    with pytest.raises(BadData, match="random"):
+        figures.write_trace(str(run_folder / "labels-000.h5"), str(tmp_path / "none.png"))
+    heads = formats.read_labels(str(run_folder / "labels.h5")).heads
+    drawn = figures.trace([head.trace for head in heads], 1e-4)
+    for axes, name in zip(drawn.axes, ("iteration", "seconds"), strict=True):
+        for line, head in zip(axes.lines[: len(heads)], heads, strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), head.trace[name])
+            np.testing.assert_array_equal(line.get_ydata(), head.trace["residual"])
+
+
+# ---- in a browser -----------------------------------------------------------
+
+# Runs in the page after its own script; what it finds is the text of the last element.
+PROBE = """
+<script>
+const set = (id, value) => {
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event("input"));
+};
+const cards = () => [...document.querySelectorAll(".cluster")];
+const numbers = () => cards().map((card) => Number(card.dataset.cluster));
+(async () => {
+  const found = {};
+  const images = [...document.images];
+  await Promise.all(images.map((image) => image.decode()));
+  found.loaded = images.filter((image) => image.naturalWidth > 0).length;
+  found.headings = [...document.querySelectorAll(".cluster h3")].map((h) => h.textContent);
+  found.heads = [0, 1].map((head) => { set("head", head); return cards().length; });
+  found.orders = {};
+  for (const option of document.getElementById("order").options) {
+    set("order", option.value);
+    found.orders[option.value] = numbers();
+  }
+  found.classes = {};
+  for (const option of document.getElementById("class").options) {
+    set("class", option.value);
+    found.classes[option.value] = numbers();
+  }
+  set("class", "");
+  set("find", "3");
+  found.byNumber = numbers();
+  set("find", "DIGITS/0000");
+  found.byName = numbers();
+  set("find", "no such image");
+  found.nothing = numbers();
+  found.count = document.getElementById("count").textContent;
+  const results = document.createElement("pre");
+  results.id = "results";
+  results.textContent = JSON.stringify(found);
+  document.body.append(results);
+})();
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium: install one to test the page in it")
+def test_images_load_and_filters_work_in_a_browser(
+    contents: Contents, text: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(text.replace("</body>", f"{PROBE}</body>"))
+    assert BROWSER is not None
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+    options = ["--headless", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    done = subprocess.run(
+        [BROWSER, *options, *sandbox, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    match = re.search(r'<pre id="results">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert match, done.stderr[-2000:]
+    found = json.loads(match[1])
+    first, second = (contents_of.clusters_of(contents, head, 100, 12) for head in (0, 1))
+    assert found["loaded"] == sum(len(cluster.rows) for cluster in first)
+    assert found["headings"][0].startswith(f"Cluster {first[0].number}{first[0].size} images")
+    assert found["heads"] == list(HEADS)
+    # The second head was chosen last.
+    by = {
+        "confidence": lambda c: -c.confidence,
+        "unsure": lambda c: c.confidence,
+        "purity": lambda c: -c.purity,
+        "impure": lambda c: c.purity,
+        "size": lambda c: -c.size,
+        "number": lambda c: c.number,
+    }
+    assert set(found["orders"]) == set(by)
+    for name, numbers in found["orders"].items():
+        ordered = sorted(second, key=lambda c, key=by[name]: (key(c), c.number))
+        assert numbers == [cluster.number for cluster in ordered]
+    for name, numbers in found["classes"].items():
+        assert numbers == [
+            c.number for c in sorted(second, key=lambda c: c.number) if name in ("", c.name)
+        ]
+    assert found["byNumber"] == [3]
+    row = contents.labels.keys.index("digits/0000")
+    assert found["byName"] == [c.number for c in second if row in c.rows]
+    assert found["nothing"] == [] and found["count"] == f"0 of {HEADS[1]} clusters"

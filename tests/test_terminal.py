@@ -1,0 +1,101 @@
+"""What people see: bars on a terminal, plain lines elsewhere, nothing with --quiet."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from sela_cli import terminal
+from sela_cli.terminal import Terminal
+
+STAGE = """
+from sela_cli.terminal import Terminal
+with Terminal(quiet={quiet}).progress("embed", "images") as progress:
+    for done in range(0, 1001, 100):
+        progress(done, 1000, "loss 2.5")
+"""
+
+
+def on_a_terminal(code: str, **environment: str) -> str:
+    """Everything that Python code writes to a terminal of 100 columns."""
+    leader, follower = pty.openpty()
+    seen: list[bytes] = []
+
+    def watch() -> None:
+        try:
+            while part := os.read(leader, 65536):
+                seen.append(part)
+        except OSError as error:
+            # Linux's way to say that the other side is closed.
+            assert error.errno == errno.EIO
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    environment = {"TERM": "xterm", "COLUMNS": "100", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stderr=follower, env={**os.environ, **environment}
+    )
+    os.close(follower)
+    watcher.join()
+    os.close(leader)
+    assert done.returncode == 0
+    return b"".join(seen).decode()
+
+
+def test_a_bar_tells_count_rate_time_left_and_loss() -> None:
+    screen = on_a_terminal(STAGE.format(quiet=False))
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
+    assert "embed" in text and "1000/1000" in text and "loss 2.5" in text
+    assert re.search(r"\d+ images/s, 0:00:00 left", text)
+    # It takes itself away: the last it does is to clear its line.
+    assert screen.rstrip().endswith("\x1b[2K")
+
+
+def test_colours_are_left_out_on_request_and_all_when_quiet() -> None:
+    assert not re.search(
+        r"\x1b\[[0-9;]*3[0-9]", on_a_terminal(STAGE.format(quiet=False), NO_COLOR="1")
+    )
+    assert on_a_terminal(STAGE.format(quiet=True)) == ""
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be moved by the test."""
+    now = [0.0]
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_elsewhere_a_line_every_half_minute(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Terminal().progress("train", "images") as progress:
+        for second in range(0, 91, 10):
+            clock[0] = second
+            progress(20 * second, 6000, "loss 2.5")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train: 600/6000, 20 images/s, 0:04:30 left, loss 2.5"
+    assert lines[2] == "train: 1800/6000, 20 images/s, 0:03:30 left, loss 2.5"
+    assert len(lines) == 3
+
+
+def test_an_open_end_has_no_time_left(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Terminal().progress("label") as progress:
+        clock[0] = 31.0
+        progress(12, 0, "residual 1.0e-03")
+        clock[0] = 62.0
+        progress(0, 0, "5 rows to move")
+    assert capsys.readouterr().err.splitlines() == [
+        "label: iteration 12, 0:00:31, residual 1.0e-03",
+        "label: 0:01:02, 5 rows to move",
+    ]

@@ -1,0 +1,228 @@
+"""Backbones that leave and come in: the same features on both sides, and no code run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision import models
+from typer.testing import CliRunner
+
+from sela_cli import formats
+from sela_cli.cli import app
+from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
+from sela_cli.export import FixedMaxPool, export_stage
+from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.networks import Network, build
+from sela_cli.training import network_of
+from sela_cli.weights import import_stage
+
+
+def lived_in(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Parameters and statistics as if trained: nothing is zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=generator)
+                near_one = name.endswith("running_var") or tensor.ndim == 1
+                tensor.copy_(noise + 0.5 if near_one else (noise - 0.5) * 0.1)
+    return module.eval()
+
+
+def save(network: Network, path: Path) -> Checkpoint:
+    state = Checkpoint(
+        network.arrays(), {}, network.arch, network.image_size, network.clusters, 0, 0.0, {}
+    )
+    formats.write_checkpoint(str(path), state, Provenance("test", {}))
+    return formats.read_checkpoint(str(path))
+
+
+def views(count: int, side: int) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def imported(path: Path, network: Network) -> Network:
+    """Through the file that `sela import` writes."""
+    output = str(path.with_name("imported.h5"))
+    import_stage(str(path), network, output, Provenance("import", {}), force=True)
+    return network_of(formats.read_checkpoint(output), output).eval()
+
+
+# ---- export ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_resnet_loads_in_torchvision(tmp_path: Path) -> None:
+    network = build("resnet18", 224, [5], seed=0)
+    lived_in(network)
+    path = tmp_path / "backbone.safetensors"
+    export_stage(network, save(network, tmp_path / "c.h5"), str(path))
+    theirs = models.resnet18(weights=None)
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(load_file(path))
+    assert torch.equal(theirs.eval()(views(2, 64)), network.trunk(views(2, 64)))
+
+
+def test_the_file_says_what_it_is(tmp_path: Path) -> None:
+    network = build("alexnet-small", 16, [5], seed=0)
+    state = save(network, tmp_path / "c.h5")
+    path = tmp_path / "backbone.safetensors"
+    export_stage(network, state, str(path))
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+    assert state.header and facts["checkpoint"] == state.header.digest
+    assert (facts["arch"], facts["image-size"], facts["features"]) == (
+        *("alexnet-small", "16"),
+        str(network.width),
+    )
+    with pytest.raises(CannotCreate, match="--force"):
+        export_stage(network, state, str(path))
+    with pytest.raises(UsageError, match="safetensors"):
+        export_stage(network, state, str(tmp_path / "backbone.pt"))
+
+
+@pytest.mark.parametrize(("side", "outputs"), [(13, 6), (2, 4), (4, 4), (7, 3), (1, 1)])
+def test_fixed_pooling_is_adaptive_pooling(side: int, outputs: int) -> None:
+    maps = views(3, side)
+    assert torch.equal(FixedMaxPool(side, outputs)(maps), nn.AdaptiveMaxPool2d(outputs)(maps))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["alexnet-small", "resnet18"])
+def test_onnx_gives_the_same_features(arch: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    network = build(arch, 16, [5], seed=0)
+    lived_in(network)
+    path = str(tmp_path / "backbone.onnx")
+    facts = export_stage(network, save(network, tmp_path / "c.h5"), path)
+    session = runtime.InferenceSession(path)
+    assert session.get_modelmeta().custom_metadata_map == facts
+    # Not the number of images that it was exported with.
+    (found,) = session.run(None, {"image": views(5, 16).numpy()})
+    with torch.no_grad():
+        expected = network.trunk(views(5, 16))
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+
+
+# ---- import ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@torch.no_grad()
+def test_torchvision_weights_come_in(suffix: str, tmp_path: Path) -> None:
+    theirs = lived_in(models.resnet18(weights=None))
+    path = tmp_path / f"resnet18{suffix}"
+    if suffix == ".pth":
+        torch.save(
+            {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in theirs.state_dict().items()}},
+            path,
+        )
+    else:
+        save_file(theirs.state_dict(), path)
+    network = imported(path, build("resnet18", 224, [7, 9], seed=0))
+    theirs.fc = nn.Identity()  # type: ignore[assignment]
+    assert torch.equal(network.trunk(views(2, 64)), theirs(views(2, 64)))
+    assert network.clusters == [7, 9]
+
+
+class ReferenceAlexNet(nn.Module):
+    """The layout of the reference: numbered layers, convolutions with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs, kernel, stride, pool in (
+            *((3, 64, 5, 2, True), (64, 192, 3, 1, True), (192, 384, 3, 1, False)),
+            *((384, 256, 3, 1, False), (256, 256, 3, 1, False)),
+        ):
+            layers += [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)]
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+            layers += [nn.MaxPool2d(3, 2, 1)] if pool else []
+        self.features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(4))
+        self.classifier = nn.Sequential(
+            *(nn.Dropout(), nn.Linear(4096, 1024), nn.ReLU()),
+            *(nn.Dropout(), nn.Linear(1024, 1024), nn.ReLU()),
+        )
+        self.top_layer0 = nn.Linear(1024, 3)
+
+    def forward(self, view: Tensor) -> Tensor:
+        return self.classifier(self.features(view).flatten(1))
+
+
+@torch.no_grad()
+def test_reference_alexnet_comes_in_with_its_biases(tmp_path: Path) -> None:
+    theirs = lived_in(ReferenceAlexNet())
+    torch.save(theirs.state_dict(), tmp_path / "alexnet.pth")
+    network = build("alexnet-small", 32, [3], seed=0)
+    network = imported(tmp_path / "alexnet.pth", network)
+    torch.testing.assert_close(network.trunk(views(4, 32)), theirs(views(4, 32)))
+
+
+def test_what_was_exported_comes_back(tmp_path: Path) -> None:
+    network = build("resnet18", 32, [2], seed=0)
+    lived_in(network)
+    path = tmp_path / "backbone.safetensors"
+    export_stage(network, save(network, tmp_path / "c.h5"), str(path))
+    back = imported(path, build("resnet18", 32, [2], seed=1))
+    for name, tensor in network.trunk.state_dict().items():
+        assert torch.equal(back.trunk.state_dict()[name], tensor)
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"state_dict": Evil(tmp_path / "owned")}, tmp_path / "evil.pth")
+    with pytest.raises(BadData, match=r"evil\.pth"):
+        imported(tmp_path / "evil.pth", build("alexnet-small", 16, [2], seed=0))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    save_file(
+        build("alexnet-small", 16, [2], seed=0).trunk.state_dict(), tmp_path / "a.safetensors"
+    )
+    with pytest.raises(BadData, match=r"nothing for 'conv1\.weight'.*--arch"):
+        imported(tmp_path / "a.safetensors", build("resnet18", 16, [2], seed=0))
+    with pytest.raises(BadData, match="shape"):
+        imported(tmp_path / "a.safetensors", build("alexnet", 16, [2], seed=0))
+    for name in ("text.pth", "text.safetensors"):
+        (tmp_path / name).write_text("no tensors")
+        with pytest.raises(BadData, match=name):
+            imported(tmp_path / name, build("alexnet-small", 16, [2], seed=0))
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(BadData, match="list"):
+        imported(tmp_path / "list.pth", build("alexnet-small", 16, [2], seed=0))
+    with pytest.raises(NoInput, match="absent"):
+        imported(tmp_path / "absent.pth", build("alexnet-small", 16, [2], seed=0))
+
+
+def test_from_the_command_line_there_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(build("alexnet-small", 16, [2], seed=0), tmp_path / "checkpoint.h5")
+    size = ["--arch", "alexnet-small", "--image-size", "16"]
+    for line in (
+        ["export", "checkpoint.h5", "-o", "backbone.safetensors"],
+        ["import", "backbone.safetensors", *size, "--heads", "4x2", "-o", "start.h5"],
+    ):
+        done = CliRunner().invoke(app, line, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    start = formats.read_checkpoint("start.h5")
+    assert start.heads == [4, 4] and start.step == 0
+    assert start.header and start.header.inputs[0]["path"] == "backbone.safetensors"
