@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import sklearn.datasets  # noqa: F401 (once here, instead of in each child)
+import torch._dynamo  # noqa: F401 (the same: an optimizer imports it, which takes 2 s)
 
 from sela_cli import cli, formats, loop, networks, probes, training  # noqa: F401 (the same)
 

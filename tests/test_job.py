@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-from sela_cli import batchwide, formats, job, networks, parallel
+from sela_cli import batchwide, cli, formats, interrupt, job, networks, parallel
 from sela_cli.errors import BadData, UsageError
 from sela_cli.images.augment import AUGMENTATIONS, draw
 from sela_cli.images.batches import open_images
@@ -193,10 +192,14 @@ def test_only_torchrun_starts_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_runs_the_loop(sela: Callable[..., Any], tmp_path: Path) -> None:
+def test_torchrun_runs_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of `sela run`, by two processes and by one: equal labels, one voice."""
     line = TINY_RUN.split()
-    sela(*line, "--out", "one")
+    monkeypatch.setattr(interrupt, "listen", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["sela", *line, "--out", str(tmp_path / "one")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, "-m", "sela_cli", *line, "--out", "two"],
