@@ -30,10 +30,12 @@ _ANNEAL_TOL = 0.003
 # Rows that the range of the scores is taken from.
 _SPREAD = 1024
 # Rows of the samples, per cluster and at least; of fewer than twice as many all are taken.
-_SAMPLE, _LEAST_SAMPLE = (4, 16), (4096, 8192)
+_SAMPLE, _LEAST_SAMPLE = (4, 32), (4096, 8192)
 # Half the side of the box, and how often the bounds that hold are looked for.
 _BOX = 5.0
 _BOX_ROUNDS = 6
+# With more than this share of the coordinates at the sides, the rest is not worth solving for.
+_MOST_HELD = 0.25
 _DAMPING = 1e-6
 # Where a cluster has less than this share of its due, the quadratic model says nothing
 # about it: Sinkhorn steps bring it back.
@@ -42,8 +44,9 @@ _STARVED = 1e-6
 # processor has it), of a sparse one, of a Cholesky factor in float64.
 _DENSE = 1 / 64 if FAST_BFLOAT16 else 1 / 32
 _SPARSE, _FACTOR = 8.0, 1 / 16
-# A Hessian of all rows that costs no more steps than this is taken whenever one is due.
-_CHEAP = 4.0
+# A Hessian of all rows that costs no more steps than this is taken whenever one is due,
+# unless they are so many times the sample's.
+_CHEAP, _MANY = 4.0, 4
 # A sample's Hessian is good for residuals above this. One is due when a step lowers the
 # logarithm of the residual by less than _FAST; _RATE is what is expected of the first.
 _NOISE = 0.02
@@ -62,7 +65,7 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
         return problem.solution(point)
     samples = _samples(problem.rows)
     if problem.residual(point) > _NEAR:
-        point = problem.read(_anneal(problem, samples[0]))
+        point = problem.read(_anneal(problem, *samples))
     return problem.solution(_Descent(problem, samples[-1]).run(point))
 
 
@@ -87,7 +90,7 @@ def _samples(rows: Rows) -> list[Rows]:
     return samples
 
 
-def _anneal(problem: Problem, small: Rows) -> Tensor:
+def _anneal(problem: Problem, small: Rows, large: Rows) -> Tensor:
     """Potentials by way of smaller lambdas, each four times the one before.
 
     The first is so small that no plan entry is near 0 or 1. They are solved on a sample,
@@ -101,7 +104,7 @@ def _anneal(problem: Problem, small: Rows) -> Tensor:
         costs = _Costs(problem, breadth(small, lamb, prices_K * lamb))
         rows = problem.rows if costs.exact <= _CHEAP and level <= 2 else small
         softer = problem.at(rows, lamb, _ANNEAL_TOL)
-        descent = _Descent(softer, small)
+        descent = _Descent(softer, small if rows is small else large)
         prices_K = descent.run(softer.read(prices_K * lamb)).a_K / lamb
         if problem.over():
             break
@@ -168,8 +171,12 @@ class _Descent:
         cheap = self.costs.exact <= _CHEAP
         left = math.log(self.residual / problem.tol)
         worth = self.residual < _NOISE and left > (self.costs.exact + 1) * rate
-        if self.hessian_KK is None or worth or (rate < _FAST and (cheap or self.residual > _NOISE)):
-            rows = problem.rows if cheap or worth else self.sample
+        # Steps to where a sample says no more, at this rate and at that of a fresh Hessian.
+        saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
+        sampled = self.costs.exact * total(self.sample) / problem.count
+        if self.hessian_KK is None or worth or (rate < _FAST if cheap else saved > sampled):
+            near = problem.count <= _MANY * total(self.sample)
+            rows = problem.rows if worth or (cheap and near) else self.sample
             self.hessian_KK = laplacian(rows, problem.lamb, point.a_K, self.costs.sparse)
         return self.hessian_KK
 
@@ -185,25 +192,26 @@ def _update(hessian_KK: Tensor, moved_K: Tensor, turned_K: Tensor) -> None:
 
 
 def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor) -> Tensor:
-    """The change that minimises the quadratic model within the box, or nearly."""
+    """The change that minimises the quadratic model within the box, or nearly.
+
+    Coordinates that leave the box are held at its side, and the others follow: by one
+    factor for all rounds.
+    """
     clusters = len(s_K)
     # F does not change along (1, ..., 1): the constant makes the system regular there.
     system_KK = hessian_KK + 1 / clusters**2
     system_KK.diagonal().add_(_DAMPING * s_K)
-    change_K = torch.zeros_like(s_K)
-    free_K = torch.ones(clusters, dtype=torch.bool)
-    for attempt in range(_BOX_ROUNDS):
-        free, bound = free_K.nonzero()[:, 0], (~free_K).nonzero()[:, 0]
-        if not len(free):
+    factor_KK = torch.linalg.cholesky(system_KK)
+    free_K = torch.cholesky_solve(-gradient_K[:, None], factor_KK)[:, 0]
+    free_K -= free_K.median()
+    change_K, held = free_K, torch.zeros(clusters, dtype=torch.bool)
+    for _ in range(_BOX_ROUNDS):
+        outside = change_K.abs() > _BOX * (1 + 1e-9)
+        held |= outside
+        if not outside.any() or int(held.sum()) > clusters * _MOST_HELD:
             break
-        wanted = -gradient_K[free] - system_KK[free][:, bound] @ change_K[bound]
-        factor = torch.linalg.cholesky(system_KK[free][:, free])
-        change_K[free] = torch.cholesky_solve(wanted[:, None], factor)[:, 0]
-        if attempt == 0:
-            change_K -= change_K.median()
-        free_K &= change_K.abs() <= _BOX
-        outside = int(free_K.sum()) < len(free)
-        change_K.clamp_(-_BOX, _BOX)
-        if not outside:
-            break
-    return change_K
+        units = torch.eye(clusters, dtype=s_K.dtype)[:, held]
+        answers = torch.cholesky_solve(units, factor_KK)
+        excess = free_K[held] - change_K[held].clamp(-_BOX, _BOX)
+        change_K = free_K - answers @ torch.linalg.solve(answers[held], excess)
+    return change_K.clamp(-_BOX, _BOX)
