@@ -263,12 +263,14 @@ def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
     for number, head in enumerate(labels.heads):
         values = metrics.sizes(head) | head.attributes
         values["gap"] = values["objective"] - values["lower-bound"]
+        values["seconds"] = float(head.trace["seconds"][-1]) if "seconds" in head.trace else 0.0
         heads.append(values)
         line = f"head {number}: {metrics.sizes_text(values)}"
         if values["assign"] in ("balanced", "argmax"):
             line += (
                 f", objective {values['objective']:.4f} (bound {values['lower-bound']:.4f}), "
-                f"residual {values['residual']:.1e} in {values['n-iters']} passes"
+                f"residual {values['residual']:.1e} in {values['n-iters']} passes, "
+                f"{values['seconds']:.1f} s"
             )
         lines.append(line)
     return {"output": output, "rows": len(labels.keys), "heads": heads}, "\n".join(lines)
@@ -348,7 +350,7 @@ def _curvature(clusters: int) -> int:
     return clusters**2 * (8 * torch.get_num_threads() + 48)
 
 
-def _in_memory(rows: ScoreRows, settings: LabelSettings) -> Rows:
+def _in_memory(rows: Rows, settings: LabelSettings) -> Rows:
     """The rows in float32, read once, where they fit beside all else; or as they are."""
     count, clusters = rows.shape
     others = max(_balancing(clusters), _curvature(clusters)) + _BASE
@@ -387,14 +389,17 @@ def _solve_head(
         "lbfgs": (lbfgs.solve, lbfgs.solve),
         "sinkhorn": (sinkhorn.solve, sinkhorn.solve),
     }[solver]
-    kept = _in_memory(rows, settings)
-    mine: Rows = kept
-    if parallel.size() > 1:
-        cuts = [rows.shape[0] * rank // parallel.size() for rank in range(parallel.size() + 1)]
-        mine = Part(kept, cuts[parallel.rank()], cuts[parallel.rank() + 1])
-    marginal_K, bounds = _sizes(kept, settings)
+    share, size = parallel.rank(), parallel.size()
+    count = rows.shape[0]
+    part: Rows = rows
+    if size > 1:
+        part = Part(rows, count * share // size, count * (share + 1) // size)
+    part = _in_memory(part, settings)
+    # Every process makes the labels of all rows; solving is what takes time.
+    whole = rows if size > 1 else part
+    marginal_K, bounds = _sizes(whole, settings)
     problem = Problem(
-        mine,
+        part,
         marginal_K,
         settings.lamb,
         settings.tol,
@@ -411,17 +416,17 @@ def _solve_head(
             raise StoppedEarly("stopped while balancing the sizes", "run it again")
 
     if settings.assign == "balanced":
-        sharp_K = assignment.sharpen(kept, problem, solution.potentials_K, refine)
-        slack = _SLACK * assignment.objective(kept, assignment.argmax(kept, sharp_K))
+        sharp_K = assignment.sharpen(whole, problem, solution.potentials_K, refine)
+        slack = _SLACK * assignment.objective(whole, assignment.argmax(whole, sharp_K))
         labels_N, prices_K = assignment.balanced(
-            kept,
+            whole,
             sharp_K,
             bounds,
             slack,
             progress=lambda left: moving(f"{name} {left} rows to move"),
         )
     else:
-        labels_N = assignment.argmax(kept, prices_K)
+        labels_N = assignment.argmax(whole, prices_K)
     return HeadLabels(
         labels_N=labels_N,
         potentials_K=solution.potentials_K.numpy(),
@@ -432,8 +437,8 @@ def _solve_head(
             "residual": solution.residual,
             "n-iters": solution.trace[-1].iteration,
             "converged": solution.converged,
-            "objective": assignment.objective(kept, labels_N),
-            "lower-bound": assignment.lower_bound(kept, prices_K, bounds),
+            "objective": assignment.objective(whole, labels_N),
+            "lower-bound": assignment.lower_bound(whole, prices_K, bounds),
         },
         trace=_columns(solution),
     )

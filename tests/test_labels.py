@@ -1,0 +1,235 @@
+"""The label stage: its options, its memory, and many processes, on files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from sela_cli import assignment, formats
+from sela_cli.assignment import Bounds
+from sela_cli.errors import UsageError
+from sela_cli.labels import LabelSettings, ScoreRows, label_stage
+from sela_cli.relabel import relabel_stage
+from sela_cli.scores import open_scores
+
+ROOT = Path(__file__).parent.parent
+
+
+def scores(count: int, clusters: int, seed: int = 0) -> np.ndarray:
+    """Float32 scores of a few features, so that clusters correlate."""
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((count, 6))
+    heads = np.random.default_rng(99).standard_normal((6, clusters))
+    return (features @ heads).astype(np.float32)
+
+
+@pytest.fixture
+def matrix(tmp_path: Path) -> Path:
+    path = tmp_path / "scores.npy"
+    np.save(path, scores(600, 12))
+    return path
+
+
+def label(path: Path, **options: object) -> formats.HeadLabels:
+    output = str(path.parent / f"labels{len(list(path.parent.iterdir()))}.h5")
+    init = options.pop("init", None)
+    label_stage(str(path), output, LabelSettings(**options), init=init)  # type: ignore[arg-type]
+    return formats.read_labels(output).heads[0]
+
+
+@pytest.mark.parametrize("solver", ["newton", "lbfgs", "sinkhorn"])
+def test_every_solver_ends_at_the_same_labels(matrix: Path, solver: str) -> None:
+    found = label(matrix, solver=solver, tol=1e-8, max_iter=20_000)
+    wanted = label(matrix, tol=1e-8)
+    assert found.attributes["converged"]
+    assert (found.labels_N == wanted.labels_N).all()
+    np.testing.assert_allclose(found.potentials_K, wanted.potentials_K, atol=1e-4)
+
+
+def test_fixed_labels_follow_the_saved_potentials(matrix: Path) -> None:
+    solved = label(matrix, assign="argmax", lamb=10.0)
+    again = label(matrix, assign="fixed", init=str(next(matrix.parent.glob("labels*.h5"))))
+    assert (again.labels_N == solved.labels_N).all()
+    np.save(matrix.parent / "new.npy", scores(50, 12, seed=5))
+    new = label(
+        matrix.parent / "new.npy",
+        assign="fixed",
+        init=str(next(matrix.parent.glob("labels1.h5"))),
+    )
+    expected = (10.0 * scores(50, 12, seed=5) + solved.potentials_K).argmax(1)
+    assert (new.labels_N == expected).all()
+    assert new.potentials_K.tolist() == solved.potentials_K.tolist()
+
+
+def test_a_single_new_row_can_be_labelled(matrix: Path) -> None:
+    label(matrix)
+    np.save(matrix.parent / "one.npy", scores(1, 12, seed=6))
+    init = str(next(matrix.parent.glob("labels*.h5")))
+    assert label(matrix.parent / "one.npy", assign="fixed", init=init).labels_N.shape == (1,)
+
+
+@pytest.mark.parametrize(("low", "high"), [(40, 60), (None, 55), (45, None), (50, 50), (0, 600)])
+def test_sizes_keep_to_their_bounds(matrix: Path, low: int | None, high: int | None) -> None:
+    head = label(matrix, min_size=low, max_size=high)
+    assert head.usage_K.min() >= (low or 0) and head.usage_K.max() <= (high or 600)
+    assert head.attributes["objective"] >= head.attributes["lower-bound"] - 1e-9
+    equal = label(matrix)
+    assert head.attributes["objective"] <= equal.attributes["objective"] + 1e-4
+
+
+def test_loose_bounds_are_no_bounds(matrix: Path) -> None:
+    head = label(matrix, min_size=0, max_size=600)
+    assert (head.labels_N == np.load(matrix).argmax(1)).mean() > 0.99
+
+
+@pytest.mark.parametrize(("low", "high"), [(51, None), (None, 49), (30, 20)])
+def test_impossible_sizes_are_refused(matrix: Path, low: int | None, high: int | None) -> None:
+    with pytest.raises(UsageError, match="cannot hold"):
+        label(matrix, min_size=low, max_size=high)
+
+
+def test_the_nearest_marginal_solves_its_own_equations() -> None:
+    """r_k is c s_k with one c wherever no bound is met."""
+    rows = ScoreRows(_matrix(scores(500, 7)), "scores")
+    bounds = Bounds(np.full(7, 50), np.full(7, 90))
+    r_K = assignment.nearest_marginal(rows, 2.0, bounds).numpy()
+    s_K = np.exp(log_softmax(2.0 * scores(500, 7).astype(np.float64), axis=1)).mean(0)
+    free = (r_K > 50.01 / 500) & (r_K < 89.99 / 500)
+    assert 0 < free.sum() < 7 and r_K.sum() == pytest.approx(1)
+    np.testing.assert_allclose((r_K / s_K)[free], (r_K / s_K)[free][0], rtol=1e-9)
+    assert ((r_K / s_K)[r_K <= 50.01 / 500] >= (r_K / s_K)[free][0]).all()
+
+
+def _matrix(array: np.ndarray):  # type: ignore[no-untyped-def]
+    from sela_cli.scores import Matrix
+
+    return Matrix(array.shape, lambda rows: array[rows], "scores")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rows_kept_and_rows_streamed_give_the_same_bits(tmp_path: Path, dtype: type) -> None:
+    np.save(tmp_path / "scores.npy", scores(90_000, 16).astype(dtype))
+    kept = label(tmp_path / "scores.npy", assign="argmax")
+    # Too little for the rows, enough for all else.
+    streamed = label(tmp_path / "scores.npy", assign="argmax", max_memory=702 << 20)
+    assert (kept.labels_N == streamed.labels_N).all()
+    assert kept.potentials_K.tolist() == streamed.potentials_K.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ">f4"])
+@pytest.mark.parametrize("name", ["scores.npy", "scores.h5"])
+def test_stored_rows_come_back(tmp_path: Path, name: str, dtype: str) -> None:
+    """Slices and scattered rows, read past the libraries."""
+    array = scores(300, 5).astype(dtype)
+    path = tmp_path / name
+    if name.endswith("npy"):
+        np.save(path, array)
+    else:
+        with h5py.File(path, "w") as file:
+            file["scores"] = array
+    with open_scores(str(path)) as opened:
+        read = opened.heads[0].read
+        for rows in (slice(0, 300), slice(17, 18), np.array([0, 1, 2, 9, 200, 299]), np.array([5])):
+            np.testing.assert_array_equal(read(rows), array[rows])
+
+
+def test_one_head_is_labelled_and_the_others_kept(tmp_path: Path) -> None:
+    path = str(tmp_path / "logits.h5")
+    keys = [str(row) for row in range(200)]
+    heads = [scores(200, 4, seed) for seed in (1, 2)]
+    with formats.create_logits(
+        path,
+        keys,
+        np.arange(200),
+        formats.Provenance("test", {}),
+        columns={"logits/0": 4, "logits/1": 4},
+        dtype="float32",
+    ) as datasets:
+        for dataset, head in zip(datasets.values(), heads, strict=True):
+            dataset[:] = head
+    before = str(tmp_path / "before.h5")
+    label_stage(path, before, LabelSettings(assign="random"))
+    after = str(tmp_path / "after.h5")
+    relabel_stage(path, after, LabelSettings(), 1, before)
+    kept, solved = formats.read_labels(after).heads
+    assert (kept.labels_N == formats.read_labels(before).heads[0].labels_N).all()
+    whole = str(tmp_path / "whole.h5")
+    label_stage(path, whole, LabelSettings())
+    assert (solved.labels_N == formats.read_labels(whole).heads[1].labels_N).all()
+
+
+def test_kmeans_is_a_method_of_the_command(matrix: Path) -> None:
+    head = label(matrix, method="kmeans", clusters=(5,))
+    assert head.attributes["assign"] == "kmeans" and len(head.usage_K) == 5
+
+
+def run_label(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "sela_cli", "label", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("assign", ["balanced", "argmax"])
+def test_two_processes_label_as_one(tmp_path: Path, assign: str) -> None:
+    """Large enough for samples; by gloo, started as a user would."""
+    np.save(tmp_path / "scores.npy", scores(40_001, 16))
+    files = [str(tmp_path / name) for name in ("one.h5", "two.h5")]
+    launchers = ((), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    for output, launcher in zip(files, launchers, strict=True):
+        done = run_label(
+            str(tmp_path / "scores.npy"), "-o", output, "--assign", assign, "--tol", "1e-6",
+            launcher=launcher,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (formats.read_labels(path).heads[0] for path in files)
+    np.testing.assert_allclose(one.potentials_K, two.potentials_K, atol=1e-2)
+    assert (one.labels_N == two.labels_N).mean() > 0.9999
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's accounting")
+def test_memory_stays_within_what_was_allowed(tmp_path: Path) -> None:
+    """A file of more than the limit leaves the process below it."""
+    path = tmp_path / "scores.npy"
+    array = np.lib.format.open_memmap(path, "w+", np.float32, (250_000, 1000))
+    for start in range(0, len(array), 10_000):
+        array[start : start + 10_000] = scores(10_000, 1000, seed=start)
+    array.flush()
+    del array
+    code = (
+        "import os, resource, sys; from sela_cli.cli import main\n"
+        "try: main()\n"
+        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [
+            sys.executable, "-c", code, "label", str(path), "-o", str(tmp_path / "labels.h5"),
+            "--max-memory", "900M", "--assign", "argmax", "--lamb", "1", "-q",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert path.stat().st_size > 900 << 20
+    assert int(done.stderr.split()[-1]) << 10 <= 900 << 20
+
+
+def test_torch_threads_are_left_as_they_were(matrix: Path) -> None:
+    before = torch.get_num_threads()
+    label(matrix)
+    assert torch.get_num_threads() == before
