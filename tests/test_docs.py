@@ -119,6 +119,21 @@ def test_the_commands_of_the_readme_run(block: str, world: Path) -> None:
         assert (world / "runs" / "demo" / "labels.h5").exists()
 
 
+def test_the_cifar_example_is_understood(world: Path, tmp_path: Path) -> None:
+    """By its plan: training takes an hour."""
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "cifar10.sh"), "--dry-run"],
+        env={**os.environ, "PATH": tools, "DATA": "photos", "OUT": str(tmp_path / "run")},
+        cwd=world,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resnet18" in done.stdout and not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few filters: the tutorial's test is about its commands."""
