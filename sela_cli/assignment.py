@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sela_cli.semidual import Problem, Solution, soft_sizes
+from sela_cli.semidual import Problem, Solution
 from sela_cli.tiles import Rows, map_rows, map_spans
 
 # `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
@@ -57,19 +57,20 @@ def argmax(rows: Rows, prices_K: Tensor, dtype: torch.dtype = torch.float64) -> 
     return np.concatenate([part for parts in map_spans(rows, work, dtype) for part in parts])
 
 
-def nearest_marginal(rows: Rows, lamb: float, bounds: Bounds) -> Tensor:
-    """Shares within the bounds that are closest to those of softmax_k(lambda logp_ik).
+def nearest_marginal(rows: Rows, bounds: Bounds) -> Tensor:
+    """Shares within the bounds that are closest to those of the rows' first choices.
 
-    In relative entropy: r_k = c s_k cut to its bounds, with the c at which they sum to 1.
+    In relative entropy: r_k = c h_k cut to its bounds, with the c at which they sum to 1.
     """
-    count = rows.shape[0]
-    s_K = soft_sizes(rows, lamb, torch.zeros(rows.shape[1], dtype=torch.float64)).s_K.numpy()
+    count, clusters = rows.shape
+    chosen_N = argmax(rows, torch.zeros(clusters, dtype=torch.float64))
     # A marginal is positive; half a row is as good as none.
+    h_K = np.maximum(np.bincount(chosen_N, minlength=clusters), 0.5) / count
     low_K, high_K = np.maximum(bounds.low_K, 0.5) / count, bounds.high_K / count
-    below, above = -800.0, 800.0
+    below, above = -np.log(2.0 * count), np.log(2.0 * count)
     for _ in range(100):
         middle = (below + above) / 2
-        share_K = np.clip(np.exp(np.log(s_K) + middle), low_K, high_K)
+        share_K = np.clip(h_K * np.exp(middle), low_K, high_K)
         below, above = (middle, above) if share_K.sum() < 1 else (below, middle)
     return torch.from_numpy(share_K / share_K.sum())
 

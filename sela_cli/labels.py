@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -360,20 +360,29 @@ def _in_memory(rows: Rows, settings: LabelSettings) -> Rows:
     return rows
 
 
-def _sizes(rows: Rows, settings: LabelSettings) -> tuple[Tensor, Bounds]:
-    """The marginal to solve for, and the bounds on the clusters' sizes."""
+class _Sizes(NamedTuple):
+    """The marginal to solve for, the sizes that labels are given, and those that are allowed."""
+
+    marginal_K: Tensor
+    given: Bounds
+    allowed: Bounds
+
+
+def _sizes(rows: Rows, settings: LabelSettings) -> _Sizes:
     count, clusters = rows.shape
     if (settings.min_size, settings.max_size) == (None, None):
         marginal_K = marginal(settings.marginal, clusters)
-        return marginal_K, assignment.size_bounds(count, marginal_K.numpy())
-    low, high = settings.min_size or 0, settings.max_size or count
-    if not 0 <= low <= high or not low * clusters <= count <= high * clusters:
+        bounds = assignment.size_bounds(count, marginal_K.numpy())
+        return _Sizes(marginal_K, bounds, bounds)
+    low, high = settings.min_size or 0, min(settings.max_size or count, count)
+    if not low <= high or not low * clusters <= count <= high * clusters:
         raise UsageError(
             f"{clusters} clusters of {low} to {high} rows cannot hold {count} rows",
             "mend --min-size and --max-size",
         )
-    bounds = Bounds(np.full(clusters, low), np.full(clusters, high))
-    return assignment.nearest_marginal(rows, settings.lamb, bounds), bounds
+    allowed = Bounds(np.full(clusters, low), np.full(clusters, high))
+    marginal_K = assignment.nearest_marginal(rows, allowed)
+    return _Sizes(marginal_K, assignment.size_bounds(count, marginal_K.numpy()), allowed)
 
 
 def _solve_head(
@@ -397,10 +406,10 @@ def _solve_head(
     part = _in_memory(part, settings)
     # Every process makes the labels of all rows; solving is what takes time.
     whole = rows if size > 1 else part
-    marginal_K, bounds = _sizes(whole, settings)
+    sizes = _sizes(whole, settings)
     problem = Problem(
         part,
-        marginal_K,
+        sizes.marginal_K,
         settings.lamb,
         settings.tol,
         settings.max_iter,
@@ -421,7 +430,7 @@ def _solve_head(
         labels_N, prices_K = assignment.balanced(
             whole,
             sharp_K,
-            bounds,
+            sizes.given,
             slack,
             progress=lambda left: moving(f"{name} {left} rows to move"),
         )
@@ -438,7 +447,7 @@ def _solve_head(
             "n-iters": solution.trace[-1].iteration,
             "converged": solution.converged,
             "objective": assignment.objective(whole, labels_N),
-            "lower-bound": assignment.lower_bound(whole, prices_K, bounds),
+            "lower-bound": assignment.lower_bound(whole, prices_K, sizes.allowed),
         },
         trace=_columns(solution),
     )
