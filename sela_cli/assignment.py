@@ -50,11 +50,16 @@ def size_bounds(count: int, marginal_K: np.ndarray) -> Bounds:
 def argmax(rows: Rows, prices_K: Tensor, dtype: torch.dtype = torch.float64) -> np.ndarray:
     """The cluster that each row prefers, argmax_k logp_ik + g_k. Returns labels_N, int64."""
     prices_K = prices_K.to(dtype)
+    # Written in place: small results among large tiles would keep the heap from shrinking.
+    labels_N = np.empty(rows.shape[0], np.int64)
 
-    def work(tiles: Iterator[tuple[int, Tensor]]) -> list[np.ndarray]:
-        return [(tile_nK + prices_K).argmax(1).numpy() for _, tile_nK in tiles]
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
+        for start, tile_nK in tiles:
+            labels_N[start : start + len(tile_nK)] = (tile_nK + prices_K).argmax(1).numpy()
 
-    return np.concatenate([part for parts in map_spans(rows, work, dtype) for part in parts])
+    for _ in map_spans(rows, work, dtype):
+        pass
+    return labels_N
 
 
 def nearest_marginal(rows: Rows, bounds: Bounds) -> Tensor:
