@@ -330,6 +330,9 @@ class _Output(io.FileIO):
             self._failed = False
         return len(data)
 
+    def flush(self) -> None:
+        """Nothing is held back."""
+
     def truncate(self, size: int | None = None) -> int:
         return 0 if self._failed else super().truncate(size)
 

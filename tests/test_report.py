@@ -377,7 +377,7 @@ def test_images_load_and_filters_work_in_a_browser(
     path.write_text(text.replace("</body>", f"{PROBE}</body>"))
     assert BROWSER is not None
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-    options = ["--headless", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    options = ["--headless", "--disable-gpu", "--virtual-time-budget=120000", "--dump-dom"]
     done = subprocess.run(
         [BROWSER, *options, *sandbox, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
         capture_output=True,
