@@ -269,6 +269,9 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, default=Path("benchmarks/inputs"))
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks.md"))
     parser.add_argument("--parts", default="small,large", help="small, large, or both")
+    parser.add_argument(
+        "--sizes", default="10000x1000,100000x1000,1000000x1000,1281167x3000", help="N x K of files"
+    )
     parser.add_argument("--log", type=Path, default=Path("benchmarks/inputs/rows.md"))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--child", nargs=4)
@@ -328,13 +331,7 @@ def main() -> None:
             "",
         ]
     if "large" in options.parts:
-        sizes = [
-            (10_000, 1000),
-            (100_000, 1000),
-            (1_000_000, 1000),
-            (100_000, 3000),
-            (1_281_167, 3000),
-        ]
+        sizes = [tuple(map(int, size.split("x"))) for size in options.sizes.split(",")]
         lines += [
             "## Whole commands on files",
             "",
