@@ -34,8 +34,10 @@ _SAMPLE, _LEAST_SAMPLE = (4, 32), (4096, 8192)
 # Half the side of the box, and how often the bounds that hold are looked for.
 _BOX = 5.0
 _BOX_ROUNDS = 6
-# With more than this share of the coordinates at the sides, the rest is not worth solving for.
-_MOST_HELD = 0.25
+# With more of the coordinates at the sides, and more than half, the rest is not solved for.
+_MANY_HELD = 64
+# A step along which F falls by less than this for each unit of gradient is no good.
+_DESCENT = 0.1
 _DAMPING = 1e-6
 # Where a cluster has less than this share of its due, the quadratic model says nothing
 # about it: Sinkhorn steps bring it back.
@@ -208,10 +210,22 @@ def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor) -> Tensor:
     for _ in range(_BOX_ROUNDS):
         outside = change_K.abs() > _BOX * (1 + 1e-9)
         held |= outside
-        if not outside.any() or int(held.sum()) > clusters * _MOST_HELD:
+        if not outside.any() or int(held.sum()) > max(clusters / 2, _MANY_HELD):
             break
         units = torch.eye(clusters, dtype=s_K.dtype)[:, held]
         answers = torch.cholesky_solve(units, factor_KK)
         excess = free_K[held] - change_K[held].clamp(-_BOX, _BOX)
         change_K = free_K - answers @ torch.linalg.solve(answers[held], excess)
-    return change_K.clamp(-_BOX, _BOX)
+    change_K = change_K.clamp(-_BOX, _BOX)
+    # Held coordinates are never let go: where that leads nowhere, damping shortens the step.
+    damping = _DAMPING
+    while held.any() and float(gradient_K @ change_K) > -_DESCENT * float(gradient_K.abs().sum()):
+        damping *= 10
+        system_KK.diagonal().add_(damping * s_K)
+        factor_KK = torch.linalg.cholesky(system_KK)
+        change_K = torch.cholesky_solve(-gradient_K[:, None], factor_KK)[:, 0]
+        change_K -= change_K.mean()
+        longest = float(change_K.abs().max())
+        if longest <= _BOX or damping >= 1:
+            return change_K * min(1.0, _BOX / longest)
+    return change_K
