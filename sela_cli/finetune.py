@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sela_cli import extras, formats, interrupt, voc
+from sela_cli import extras, formats, interrupt, passes, voc
 from sela_cli.errors import SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Provenance
-from sela_cli.images.augment import AUGMENTATIONS, MEAN, STD, random_view, ten_views
+from sela_cli.images.augment import AUGMENTATIONS, MEAN, STD, random_view
 from sela_cli.images.batches import Images, stored_side
 from sela_cli.images.sources import Source
 from sela_cli.networks import AlexNet, Network
@@ -195,12 +195,10 @@ def _fully_connected(trunk: nn.Module) -> list[nn.Module]:
 def classifier_scores(model: nn.Module, images: Images, size: int, device: str) -> np.ndarray:
     """Mean logits (N, C) of ten crops."""
     model.eval()
-    scores = []
-    for start in range(0, len(images), 16):
-        rows = torch.arange(start, min(start + 16, len(images)))
-        views = ten_views(images.batch(rows).to(device), size)
-        scores.append(model(views).reshape(10, len(rows), -1).mean(0).cpu())
-    return torch.cat(scores).numpy()
+    batches = passes.over_ten_crops(
+        images, size, lambda view: [model(view)], [len(CLASSES)], 16, device
+    )
+    return torch.cat([scores for (scores,) in batches]).numpy()
 
 
 # ---- detection ------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sela_cli import job, parallel
-from sela_cli.images.augment import DrawOf, Draws, drawn_view
+from sela_cli.images.augment import DrawOf, Draws, drawn_view, ten_views
 from sela_cli.images.batches import Images
 
 
@@ -49,3 +49,22 @@ def in_order(
                 job.from_process(owner, output, (count, width))
                 for output, width in zip(outputs, columns, strict=True)
             ]
+
+
+def over_ten_crops(
+    images: Images,
+    size: int,
+    compute: Callable[[Tensor], Sequence[Tensor]],
+    columns: Sequence[int],
+    batch_size: int,
+    device: str = "cpu",
+) -> Iterator[list[Tensor]]:
+    """`in_order` on ten crops of each image: what `compute` makes of them, averaged."""
+
+    def mean_of_crops(view: Tensor) -> list[Tensor]:
+        return [output.reshape(10, -1, output.shape[1]).mean(0) for output in compute(view)]
+
+    def crops(batch: Tensor, size: int, draws: Draws) -> Tensor:
+        return ten_views(batch, size)
+
+    return in_order(images, size, mean_of_crops, columns, batch_size, device, view_of=crops)

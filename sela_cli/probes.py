@@ -22,7 +22,7 @@ from sela_cli import formats, interrupt, job, parallel, passes
 from sela_cli.batchwide import BatchNorm2d
 from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.formats import Provenance
-from sela_cli.images.augment import AUGMENTATIONS, Draws, draw, drawn_view, ten_views
+from sela_cli.images.augment import AUGMENTATIONS, draw, drawn_view
 from sela_cli.images.batches import SMALL, Images
 from sela_cli.logits import forward
 from sela_cli.networks import Network
@@ -333,14 +333,6 @@ def votes(similarity_Mk: Tensor, classes_Mk: Tensor, classes: int, sigma: float)
     return torch.zeros(len(weights), classes).scatter_add_(1, classes_Mk, weights)
 
 
-def knn_scores(
-    bank_ND: Tensor, truth_N: Tensor, query_MD: Tensor, classes: int, k: int, sigma: float
-) -> Tensor:
-    """`votes` of the `neighbours`: one setting of weighted kNN."""
-    similarity, nearest = neighbours(bank_ND, query_MD, k)
-    return votes(similarity, truth_N[nearest], classes, sigma)
-
-
 def top_accuracies(scores_NC: Tensor, truth_N: Tensor) -> tuple[float, float]:
     """Fractions of rows whose true class scores highest, and among the five highest."""
     five = scores_NC.topk(min(5, scores_NC.shape[1]), dim=1).indices == truth_N[:, None]
@@ -497,21 +489,17 @@ class LinearProbe:
         each = [(name, lr) for name, chosen in rates.items() for lr in chosen]
         scores: dict[tuple[str, float], list[Tensor]] = {key: [] for key in each}
 
-        def crop(batch: Tensor, size: int, draws: Draws) -> Tensor:
-            return ten_views(batch, size)
-
-        def mean_logits(view: Tensor) -> list[Tensor]:
+        def all_logits(view: Tensor) -> list[Tensor]:
             logits = self._logits(view, rates)
-            return [logits[key].reshape(crops, -1, self.classes).mean(0) for key in each]
+            return [logits[key] for key in each]
 
-        outputs = passes.in_order(
+        outputs = (passes.in_order if crops == 1 else passes.over_ten_crops)(
             images,
             self.network.image_size,
-            mean_logits,
+            all_logits,
             [self.classes] * len(each),
             max(1, self.recipe.batch_size // crops),
             self.device,
-            view_of=drawn_view if crops == 1 else crop,
         )
         for batch in outputs:
             for key, logits in zip(each, batch, strict=True):

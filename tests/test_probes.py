@@ -13,7 +13,7 @@ from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from sela_cli import formats
+from sela_cli import formats, probes
 from sela_cli.errors import BadData, CannotCreate, UsageError
 from sela_cli.formats import Provenance
 from sela_cli.images.augment import ten_views
@@ -25,11 +25,11 @@ from sela_cli.probes import (
     LinearProbe,
     LinearRecipe,
     holdout,
-    knn_scores,
     principal_components,
     probe_stage,
     recipes,
     top_accuracies,
+    votes,
 )
 
 COLOURS = np.array([[230, 30, 30], [30, 230, 30], [30, 30, 230]])
@@ -75,6 +75,14 @@ def neighbours(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     bank = centres[truth_N] + 1.2 * torch.randn(300, 12, generator=generator)
     query = centres.repeat(200, 1) + 1.2 * torch.randn(1000, 12, generator=generator)
     return bank, truth_N, query
+
+
+def knn_scores(
+    bank: Tensor, truth_N: Tensor, query: Tensor, classes: int, k: int, sigma: float
+) -> Tensor:
+    """One setting of weighted kNN."""
+    similarity, nearest = probes.neighbours(bank, query, k)
+    return votes(similarity, truth_N[nearest], classes, sigma)
 
 
 @pytest.mark.parametrize("k", [1, 10, 37, 300])
