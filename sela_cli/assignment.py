@@ -135,6 +135,7 @@ def balanced(
     bounds: Bounds,
     slack: float = 0.0,
     progress: Callable[[int], None] = lambda left: None,
+    preferred_N: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Tensor]:
     """Labels whose cluster sizes lie within `bounds`, of least objective.
 
@@ -142,9 +143,10 @@ def balanced(
     `slack` is 0. Otherwise a moved row may lose up to `slack` nats more than the one that
     minds least, which moves many rows at a time. Returns labels_N and the prices that go
     with them. `progress` is told how many rows are still too many.
+    `preferred_N`: the `argmax` at these prices, where it is known.
     """
     assert bounds.low_K.sum() <= rows.shape[0] <= bounds.high_K.sum()
-    labels_N = argmax(rows, prices_K)
+    labels_N = argmax(rows, prices_K) if preferred_N is None else preferred_N.copy()
     surplus_K = np.bincount(labels_N, minlength=len(prices_K))
     surplus_K -= _cheapest_sizes(rows.shape[0], prices_K, bounds)
     prices = prices_K.numpy().copy()

@@ -45,8 +45,6 @@ def _write_parquet(output: str, labels: Labels, force: bool) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    count = len(labels.heads)
-    names = ["label"] if count == 1 else [f"label_{number}" for number in range(count)]
     try:
         keys = pyarrow.array(labels.keys, pyarrow.string())
     except UnicodeEncodeError as error:
@@ -55,7 +53,7 @@ def _write_parquet(output: str, labels: Labels, force: bool) -> None:
             "write .csv or .npy",
         ) from error
     columns = [pyarrow.array(head.labels_N, pyarrow.int32()) for head in labels.heads]
-    table = pyarrow.table([keys, *columns], names=["key", *names])
+    table = pyarrow.table([keys, *columns], names=["key", *labels.columns])
     with formats.replacing(output, force) as partial:
         parquet.write_table(table, partial)
 

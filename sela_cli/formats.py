@@ -57,6 +57,12 @@ LABEL_ATTRIBUTES = (
 _CHUNK_BYTES = 1 << 24
 
 
+def unsolved(assign: str) -> dict[str, Any]:
+    """Attributes of labels that no solve made: what belongs to one is NaN."""
+    nothing: dict[str, Any] = dict.fromkeys(LABEL_ATTRIBUTES, float("nan"))
+    return nothing | {"assign": assign, "n-iters": 0, "converged": True}
+
+
 @dataclass(frozen=True)
 class Provenance:
     """How a file came to be: the command, its resolved options, and what it read."""
@@ -126,6 +132,12 @@ class Labels:
     def clusters(self) -> list[int]:
         """K of each head."""
         return [len(head.potentials_K) for head in self.heads]
+
+    @property
+    def columns(self) -> list[str]:
+        """What tables call the heads: `label`, or `label_0`, `label_1`, ... of several."""
+        count = len(self.heads)
+        return ["label"] if count == 1 else [f"label_{number}" for number in range(count)]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from sklearn.preprocessing import normalize
 
 from sela_cli.errors import BadData
-from sela_cli.formats import HeadLabels, Labels
+from sela_cli.formats import HeadLabels, Labels, unsolved
 from sela_cli.scores import Matrix, Scores
 
 COMPONENTS = 256
@@ -120,15 +120,8 @@ def _cluster(points_NP: np.ndarray, clusters: int, seed: int) -> HeadLabels:
             random_state=seed,
         )
     labels_N = model.fit_predict(points_NP).astype(np.int32)
-    nan = float("nan")
-    attributes = {
-        "assign": "kmeans",
-        "n-iters": int(model.n_iter_),
-        "converged": bool(model.n_iter_ < _MAX_ITER),
-    }
-    # What belongs to the balanced solve has no value here.
-    attributes |= dict.fromkeys(("lamb", "tol", "residual", "objective", "lower-bound"), nan)
-    return HeadLabels(labels_N, np.zeros(clusters), attributes)
+    known = {"n-iters": int(model.n_iter_), "converged": bool(model.n_iter_ < _MAX_ITER)}
+    return HeadLabels(labels_N, np.zeros(clusters), unsolved("kmeans") | known)
 
 
 def renumbered(labels_N: np.ndarray, earlier_N: np.ndarray, clusters: int) -> np.ndarray:

@@ -91,7 +91,7 @@ class LabelSettings:
 
 @dataclass(frozen=True)
 class ScoreRows:
-    """A matrix as float64 rows for the solver, every value checked as it is read."""
+    """A matrix as rows for the solver, every value checked as it is read."""
 
     matrix: Matrix
     path: str
@@ -104,13 +104,15 @@ class ScoreRows:
 
     def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K)."""
-        return self._checked(self.matrix.read(slice(start, stop)), np.arange(start, stop), dtype)
+        return self._checked(self.matrix.read(slice(start, stop)), range(start, stop), dtype)
 
     def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
         return self._checked(self.matrix.read(rows_n), rows_n, dtype)
 
-    def _checked(self, block_nK: np.ndarray, which_n: np.ndarray, dtype: torch.dtype) -> Tensor:
+    def _checked(
+        self, block_nK: np.ndarray, which_n: np.ndarray | range, dtype: torch.dtype
+    ) -> Tensor:
         # What float32 holds exactly needs no float64 before its maximum is taken off.
         exact = block_nK.dtype in (np.float16, np.float32) and self.input_kind == "logits"
         wide = dtype if exact else torch.float64
@@ -198,15 +200,9 @@ def label_stage(
     for path in (output, csv_path):
         if path:
             formats.check_output(path, force)
-    provenance = Provenance("label", asdict(settings))
     with open_scores(spec) as scores:
-        if scores.header:
-            provenance = provenance.reading("logits", scores.header)
-        else:
-            provenance = provenance.reading_foreign("scores", spec)
         start = formats.read_labels(init) if init else None
-        if start and start.header:
-            provenance = provenance.reading("init", start.header)
+        provenance = provenance_of(scores, spec, asdict(settings), start)
         if settings.method == "kmeans":
             labels = kmeans_labels(
                 scores,
@@ -218,7 +214,6 @@ def label_stage(
             )
         else:
             labels = label(scores, spec, settings, start, progress)
-        provenance = provenance.of(scores.dataset_id)
 
     def write() -> None:
         formats.write_labels(output, labels, provenance, force)
@@ -227,6 +222,20 @@ def label_stage(
 
     job.once(write)
     return labels
+
+
+def provenance_of(
+    scores: Scores, spec: str, parameters: dict[str, Any], init: Labels | None
+) -> Provenance:
+    """What labels of these scores come from."""
+    provenance = Provenance("label", parameters)
+    if scores.header:
+        provenance = provenance.reading("logits", scores.header)
+    else:
+        provenance = provenance.reading_foreign("scores", spec)
+    if init and init.header:
+        provenance = provenance.reading("init", init.header)
+    return provenance.of(scores.dataset_id)
 
 
 def warning(labels: Labels, output: str) -> StoppedEarly | None:
@@ -317,12 +326,10 @@ def label(
 
 
 def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadLabels:
-    nan = float("nan")
-    values = ("random", nan, nan, nan, 0, True, nan, nan)
     return HeadLabels(
         labels_N=assignment.random_balanced(count, clusters, generator),
         potentials_K=np.zeros(clusters),
-        attributes=dict(zip(formats.LABEL_ATTRIBUTES, values, strict=True)),
+        attributes=formats.unsolved("random"),
     )
 
 
@@ -398,14 +405,11 @@ def _solve_head(
         "lbfgs": (lbfgs.solve, lbfgs.solve),
         "sinkhorn": (sinkhorn.solve, sinkhorn.solve),
     }[solver]
-    share, size = parallel.rank(), parallel.size()
-    count = rows.shape[0]
-    part: Rows = rows
-    if size > 1:
-        part = Part(rows, count * share // size, count * (share + 1) // size)
-    part = _in_memory(part, settings)
+    shared = parallel.size() > 1
+    mine = job.share(rows.shape[0])
+    part = _in_memory(Part(rows, mine.start, mine.stop) if shared else rows, settings)
     # Every process makes the labels of all rows; solving is what takes time.
-    whole = rows if size > 1 else part
+    whole = rows if shared else part
     sizes = _sizes(whole, settings)
     problem = Problem(
         part,
@@ -426,13 +430,15 @@ def _solve_head(
 
     if settings.assign == "balanced":
         sharp_K = assignment.sharpen(whole, problem, solution.potentials_K, refine)
-        slack = _SLACK * assignment.objective(whole, assignment.argmax(whole, sharp_K))
+        preferred_N = assignment.argmax(whole, sharp_K)
+        slack = _SLACK * assignment.objective(whole, preferred_N)
         labels_N, prices_K = assignment.balanced(
             whole,
             sharp_K,
             sizes.given,
             slack,
             progress=lambda left: moving(f"{name} {left} rows to move"),
+            preferred_N=preferred_N,
         )
     else:
         labels_N = assignment.argmax(whole, prices_K)
@@ -460,18 +466,16 @@ def _columns(solution: Solution) -> dict[str, np.ndarray]:
 
 def _fixed_head(rows: ScoreRows, settings: LabelSettings, before: HeadLabels) -> HeadLabels:
     """The labels that saved potentials give to rows that they were not solved for."""
-    nan = float("nan")
     lamb = before.attributes["lamb"]
     if not math.isfinite(lamb):
         raise BadData("--fixed: these labels were not solved for", "solve with sela label first")
     kept = _in_memory(rows, settings)
     labels_N = assignment.argmax(kept, torch.from_numpy(before.potentials_K) / lamb)
-    objective = assignment.objective(kept, labels_N)
-    values = ("fixed", lamb, nan, nan, 0, True, objective, nan)
+    known = {"lamb": lamb, "objective": assignment.objective(kept, labels_N)}
     return HeadLabels(
         labels_N=labels_N,
         potentials_K=before.potentials_K,
-        attributes=dict(zip(formats.LABEL_ATTRIBUTES, values, strict=True)),
+        attributes=formats.unsolved("fixed") | known,
     )
 
 
@@ -482,8 +486,6 @@ def write_csv(path: str, labels: Labels, force: bool = False) -> None:
         partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
     ):
         writer = csv.writer(stream)
-        count = len(labels.heads)
-        names = ["label"] if count == 1 else [f"label_{number}" for number in range(count)]
-        writer.writerow(["key", *names])
+        writer.writerow(["key", *labels.columns])
         columns = [head.labels_N.tolist() for head in labels.heads]
         writer.writerows(zip(labels.keys, *columns, strict=True))

@@ -29,8 +29,8 @@ _NEAR = 0.02
 _ANNEAL_TOL = 0.003
 # Rows that the range of the scores is taken from.
 _SPREAD = 1024
-# Rows of the samples, per cluster and at least; of fewer than twice as many all are taken.
-_SAMPLE, _LEAST_SAMPLE = (4, 32), (4096, 8192)
+# Rows of a sample, per cluster and at least; of fewer than twice as many all are taken.
+_SMALL, _LARGE = (4, 4096), (32, 8192)
 # Half the side of the box, and how often the bounds that hold are looked for.
 _BOX = 5.0
 _BOX_ROUNDS = 6
@@ -65,31 +65,27 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
         rate = math.log(problem.residual(before) / max(problem.residual(point), 1e-300))
     if problem.residual(point) <= problem.tol or problem.over():
         return problem.solution(point)
-    samples = _samples(problem.rows)
+    sample = _sample(problem, _LARGE)
     if problem.residual(point) > _NEAR:
-        point = problem.read(_anneal(problem, *samples))
-    return problem.solution(_Descent(problem, samples[-1]).run(point))
+        point = problem.read(_anneal(problem, _sample(problem, _SMALL), sample))
+    return problem.solution(_Descent(problem, sample).run(point))
 
 
 def refine(problem: Problem, init_K: Tensor) -> Solution:
     """Go on from potentials that are nearly right: no annealing."""
-    descent = _Descent(problem, _samples(problem.rows)[-1])
+    descent = _Descent(problem, _sample(problem, _LARGE))
     return problem.solution(descent.run(problem.read(init_K)))
 
 
-def _samples(rows: Rows) -> list[Rows]:
-    """A smaller and a larger sample, drawn evenly and kept in memory."""
-    count, clusters = rows.shape
-    samples = []
-    for share, least in zip(_SAMPLE, _LEAST_SAMPLE, strict=True):
-        size = max(share * clusters, least) // parallel.size()
-        # Of all processes together, so that they agree.
-        if total(rows) <= 2 * size * parallel.size():
-            samples.append(rows)
-        else:
-            chosen_n = np.random.default_rng(0).choice(count, size, replace=False)
-            samples.append(InMemory.of(rows, np.sort(chosen_n)))
-    return samples
+def _sample(problem: Problem, size: tuple[int, int]) -> Rows:
+    """Rows drawn evenly and kept in memory; all of them where they are few."""
+    rows, (share, least) = problem.rows, size
+    # Of all processes together, so that they agree.
+    wanted = max(share * rows.shape[1], least) // parallel.size()
+    if problem.count <= 2 * wanted * parallel.size():
+        return rows
+    chosen_n = np.random.default_rng(0).choice(rows.shape[0], wanted, replace=False)
+    return InMemory.of(rows, np.sort(chosen_n))
 
 
 def _anneal(problem: Problem, small: Rows, large: Rows) -> Tensor:
@@ -136,6 +132,7 @@ class _Descent:
 
     def __init__(self, problem: Problem, sample: Rows) -> None:
         self.problem, self.sample = problem, sample
+        self.sampled = total(sample)
         self.hessian_KK: Tensor | None = None
         self.costs: _Costs | None = None
         self.boxed = False
@@ -164,20 +161,18 @@ class _Descent:
     def _hessian(self, point: Point) -> Tensor:
         """The Hessian to use: taken anew where that costs less than the steps it may save."""
         problem = self.problem
-        first = self.hessian_KK is None
         if self.costs is None or self.boxed:
-            width = breadth(self.sample, problem.lamb, point.a_K)
-            self.costs = _Costs(problem, width)
+            self.costs = _Costs(problem, breadth(self.sample, problem.lamb, point.a_K))
         before, self.residual = self.residual, problem.residual(point)
-        rate = _RATE if first else max(math.log(before / self.residual), 1e-3)
+        rate = _RATE if self.hessian_KK is None else max(math.log(before / self.residual), 1e-3)
         cheap = self.costs.exact <= _CHEAP
         left = math.log(self.residual / problem.tol)
         worth = self.residual < _NOISE and left > (self.costs.exact + 1) * rate
         # Steps to where a sample says no more, at this rate and at that of a fresh Hessian.
         saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
-        sampled = self.costs.exact * total(self.sample) / problem.count
+        sampled = self.costs.exact * self.sampled / problem.count
         if self.hessian_KK is None or worth or (rate < _FAST if cheap else saved > sampled):
-            near = problem.count <= _MANY * total(self.sample)
+            near = problem.count <= _MANY * self.sampled
             rows = problem.rows if worth or (cheap and near) else self.sample
             self.hessian_KK = laplacian(rows, problem.lamb, point.a_K, self.costs.sparse)
         return self.hessian_KK

@@ -8,8 +8,8 @@ from functools import partial
 
 from sela_cli import formats, job
 from sela_cli.errors import BadData, UsageError
-from sela_cli.formats import Labels, Provenance
-from sela_cli.labels import LabelSettings, label
+from sela_cli.formats import Labels
+from sela_cli.labels import LabelSettings, label, provenance_of
 from sela_cli.scores import open_scores
 
 
@@ -30,7 +30,6 @@ def relabel_stage(
     settings.check()
     kept = formats.read_labels(before)
     with open_scores(spec) as scores:
-        assert kept.header is not None
         if head >= len(scores.heads):
             raise UsageError(f"--head {head}: {spec} has heads 0 to {len(scores.heads) - 1}")
         if scores.keys != kept.keys or len(scores.heads) != len(kept.heads):
@@ -38,13 +37,7 @@ def relabel_stage(
         one = replace(scores, heads=[scores.heads[head]])
         start = replace(kept, heads=[kept.heads[head]])
         solved = label(one, spec, settings, start, progress)
-        provenance = Provenance("label", asdict(settings) | {"head": head})
-        if scores.header:
-            provenance = provenance.reading("logits", scores.header)
-        else:
-            provenance = provenance.reading_foreign("scores", spec)
-        provenance = provenance.reading("init", kept.header)
-        provenance = provenance.of(scores.dataset_id)
+        provenance = provenance_of(scores, spec, asdict(settings) | {"head": head}, kept)
     heads = [*kept.heads]
     heads[head] = solved.heads[0]
     labels = Labels(kept.keys, kept.index_N, heads)

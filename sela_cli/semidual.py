@@ -200,10 +200,13 @@ def soft_sizes(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype = torch.
     def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
         s_K = torch.zeros_like(a_K)
         for _, tile_nK in tiles:
-            s_K += column_sums(tile_nK, lamb, a_K).to(s_K)
+            s_K += _plan(tile_nK, lamb, a_K).sum(0).to(s_K)
         return s_K
 
-    s_K = parallel.sum_of(sum(map_spans(rows, work, dtype), torch.zeros_like(a_K))) / total(rows)
+    sums_K = sum(map_spans(rows, work, dtype), torch.zeros_like(a_K))
+    # The number of rows goes along: one exchange between processes a read.
+    sums = parallel.sum_of(torch.cat([sums_K, sums_K.new_tensor([rows.shape[0]])]))
+    s_K = sums[:-1] / sums[-1]
     log_s_K = s_K.log()
     dead = (s_K < _UNDERFLOW[dtype]).nonzero()[:, 0]
     if len(dead):
@@ -211,12 +214,8 @@ def soft_sizes(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype = torch.
     return Point(a_K, log_s_K)
 
 
-def column_sums(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
-    """sum_i softmax_k(lambda score_ik + a_k) of a tile, (K,)."""
-    return _plan(tile_nK, lamb, a_K).sum(0)
-
-
 def _plan(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
+    """softmax_k(lambda score_ik + a_k) of a tile."""
     return torch.softmax(torch.add(a_K.to(tile_nK), tile_nK, alpha=lamb), 1)
 
 
