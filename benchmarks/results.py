@@ -1,0 +1,185 @@
+"""What the method learns, in small: runs, ablations and probes, to docs/results.md.
+
+    python benchmarks/results.py run cifar10 --train CIFAR/train --test CIFAR/test --out runs/results
+    python benchmarks/results.py run ablations --train CIFAR/train --test CIFAR/test --out runs/results
+    python benchmarks/results.py write --out runs/results
+
+Folders of CIFAR-10 with a subfolder for each class. Every experiment has a folder of its
+own with what `sela` wrote and `record.json`, its commands and seconds; one whose record is
+there is not run again. `write` reads the records and the probe files only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sela_cli import formats
+from sela_cli.formats import HeadLabels, Labels, Provenance
+from sela_cli.images.batches import open_images
+
+SEEDS = (0, 1, 2)
+LIMIT = 10_000
+# The long runs: examples/cifar10.sh and, beside it, true labels instead of found ones.
+LONG = "--arch resnet18 --image-size 32 --precision bfloat16 --batch-size 64 --lr 0.05"
+LONG += " --lr-schedule cosine --weight-decay 0.0005 --aug paper"
+LONG_EPOCHS = 24
+# The ablations: a network ten times as fast.
+SHORT = "--arch alexnet-small --image-size 32 --precision bfloat16 --batch-size 64 --lr 0.03"
+SHORT += " --lr-schedule cosine --weight-decay 0.0005 --aug paper"
+SHORT_EPOCHS = 20
+ABLATIONS = {
+    "balanced": "--heads 128x5 --opts 20",
+    "argmax": "--heads 128x5 --opts 20 --assign argmax",
+    "opts0": "--heads 128x5 --opts 0",
+    "one-head": "--heads 128x1 --opts 20",
+}
+PROBE = "--method both --epochs 10 --lr 0.01,0.03,0.1 --aug crop-flip --precision bfloat16"
+
+
+class Experiment:
+    """A folder, and the `sela` commands whose output lies in it."""
+
+    def __init__(self, folder: Path, data: Path, test: Path) -> None:
+        self.folder, self.data, self.test = folder, data, test
+        self.commands: list[dict[str, Any]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "record.json").exists()
+
+    def sela(self, command: str) -> None:
+        """One command; it goes on where an earlier try was stopped."""
+        print(f"{self.folder.name}: sela {command}", flush=True)
+        began = time.perf_counter()
+        words = [sys.executable, "-m", "sela_cli", *shlex.split(command)]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seconds = round(time.perf_counter() - began, 1)
+        self.commands.append({"command": self.neutral(command), "seconds": seconds})
+
+    def neutral(self, command: str) -> str:
+        for path, name in ((self.folder, "DIR"), (self.data, "TRAIN"), (self.test, "TEST")):
+            command = command.replace(str(path), name)
+        return command
+
+    def probe(self, checkpoint: Path, layers: str, seed: int) -> None:
+        self.sela(
+            f"probe --data {self.data} --test {self.test} --limit {LIMIT} -c {checkpoint} "
+            f"--layers {layers} {PROBE} --seed {seed} -o {self.folder}/test.h5 --force"
+        )
+
+    def finish(self) -> None:
+        record = {
+            "commands": self.commands,
+            "date": datetime.now(UTC).date().isoformat(),
+            "commit": commit(),
+            "torch": torch.__version__,
+            "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        }
+        (self.folder / "record.json").write_text(json.dumps(record, indent=1))
+
+
+def commit() -> str:
+    words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def write_truth(spec: Path, image_size: int, output: Path) -> None:
+    """The true classes as a labels file of one head, for the supervised control."""
+    images, _ = open_images(str(spec), image_size, limit=LIMIT)
+    assert images.truth_N is not None
+    classes = int(images.truth_N.max()) + 1
+    head = HeadLabels(
+        images.truth_N.astype(np.int32), np.zeros(classes), formats.unsolved("balanced")
+    )
+    labels = Labels(images.keys, images.index_N, [head])
+    formats.write_labels(
+        str(output), labels, Provenance("label", {}, dataset_id=images.dataset_id), force=True
+    )
+
+
+def run_cifar10(arguments: argparse.Namespace) -> None:
+    """A fresh, a self-labelled and a supervised ResNet-18, of as many steps each."""
+    train, test, out = arguments.train, arguments.test, arguments.out
+    data = f"--data {train} --limit {LIMIT}"
+
+    fresh = Experiment(out / "cifar10-fresh", train, test)
+    if not fresh.done:
+        fresh.sela(f"run {data} --heads 128x10 {LONG} --epochs 0 --opts 0 --out {fresh.folder}/run")
+        fresh.probe(fresh.folder / "run/checkpoint.h5", "layer4", 0)
+        fresh.finish()
+    control = Experiment(out / "cifar10-supervised", train, test)
+    if not control.done:
+        write_truth(train, 32, control.folder / "truth.h5")
+        control.sela(
+            f"retrain {data} --labels {control.folder}/truth.h5 {LONG} --epochs {LONG_EPOCHS} "
+            f"-o {control.folder}/checkpoint.h5"
+        )
+        control.probe(control.folder / "checkpoint.h5", "layer4", 0)
+        control.finish()
+    sela = Experiment(out / "cifar10-sela", train, test)
+    if not sela.done:
+        sela.sela(
+            f"run {data} --preset cifar10 --heads 128x10 {LONG} --epochs {LONG_EPOCHS} "
+            f"--opts {LONG_EPOCHS} --relabel linear --relabel-heads all --view random "
+            f"--out {sela.folder}/run"
+        )
+        sela.probe(sela.folder / "run/checkpoint.h5", "layer4", 0)
+        sela.finish()
+
+
+def run_ablations(arguments: argparse.Namespace) -> None:
+    """Three seeds of each variant of one short run, a fresh network, and a retrained one."""
+    train, test, out = arguments.train, arguments.test, arguments.out
+    data = f"--data {train} --limit {LIMIT}"
+    for seed in SEEDS:
+        for name, options in ({"fresh": "--heads 128x5 --opts 0"} | ABLATIONS).items():
+            epochs = 0 if name == "fresh" else SHORT_EPOCHS
+            part = Experiment(out / f"{name}-{seed}", train, test)
+            if part.done:
+                continue
+            part.sela(
+                f"run {data} {SHORT} {options} --lamb 10 --epochs {epochs} --relabel linear "
+                f"--view random --seed {seed} --out {part.folder}/run"
+            )
+            part.probe(part.folder / "run/checkpoint.h5", "conv5", seed)
+            part.finish()
+        part = Experiment(out / f"retrain-{seed}", train, test)
+        if not part.done:
+            part.sela(
+                f"retrain {data} {SHORT} --labels {out}/balanced-{seed}/run/labels.h5 "
+                f"--epochs {SHORT_EPOCHS} --seed {seed + 100} -o {part.folder}/checkpoint.h5"
+            )
+            part.probe(part.folder / "checkpoint.h5", "conv5", seed)
+            part.finish()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run")
+    run.add_argument("part", choices=["cifar10", "ablations"])
+    run.add_argument("--train", type=Path, required=True)
+    run.add_argument("--test", type=Path, required=True)
+    run.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    {"cifar10": run_cifar10, "ablations": run_ablations}[arguments.part](arguments)
+
+
+if __name__ == "__main__":
+    main()
