@@ -54,13 +54,18 @@ LABEL_ATTRIBUTES = (
     "objective",
     "lower-bound",
 )
+# Earlier files lack these.
+LATER_LABEL_ATTRIBUTES = ("status", "bytes-read")
+# What it took to come by a result is not the result: left out of the digest.
+COSTS = ("seconds", "bytes-read")
 _CHUNK_BYTES = 1 << 24
 
 
 def unsolved(assign: str) -> dict[str, Any]:
     """Attributes of labels that no solve made: what belongs to one is NaN."""
     nothing: dict[str, Any] = dict.fromkeys(LABEL_ATTRIBUTES, float("nan"))
-    return nothing | {"assign": assign, "n-iters": 0, "converged": True}
+    nothing |= {"assign": assign, "n-iters": 0, "converged": True}
+    return nothing | {"status": "unsolved", "bytes-read": 0}
 
 
 @dataclass(frozen=True)
@@ -188,17 +193,17 @@ def dataset_id(keys: Sequence[str]) -> str:
 
 
 def payload_digest(file: h5py.File) -> str:
-    """Hash of the results in a file: all of it but provenance and times."""
+    """Hash of the results in a file: all of it but provenance and costs."""
     digest = hashlib.sha256()
 
     def add_attributes(name: str, item: h5py.Group | h5py.Dataset) -> None:
         for key in sorted(item.attrs):
-            if not (name == "" and key in ENVELOPE):
+            if not (name == "" and key in ENVELOPE) and key not in COSTS:
                 text = json.dumps(_plain(item.attrs[key]))
                 digest.update(f"{name}@{key}\0{text}".encode())
 
     def add(name: str, item: h5py.Group | h5py.Dataset) -> None:
-        if name.rsplit("/", 1)[-1] == "seconds":
+        if name.rsplit("/", 1)[-1] in COSTS:
             return
         add_attributes(name, item)
         if isinstance(item, h5py.Dataset):
@@ -468,6 +473,9 @@ def write_labels(path: str, labels: Labels, provenance: Provenance, force: bool 
                 f"potentials/{number}", data=head.potentials_K, dtype=np.float64
             )
             potentials.attrs.update({name: head.attributes[name] for name in LABEL_ATTRIBUTES})
+            for name in LATER_LABEL_ATTRIBUTES:
+                if name in head.attributes:
+                    potentials.attrs[name] = head.attributes[name]
             file[f"usage/{number}"] = head.usage_K.astype(np.int64)
             for name, values in head.trace.items():
                 file[f"trace/{number}/{name}"] = values
@@ -809,12 +817,14 @@ def read_labels(path: str) -> Labels:
             missing = [name for name in LABEL_ATTRIBUTES if name not in potentials.attrs]
             if missing:
                 raise BadData(f"{path}: 'potentials/{number}' lacks attribute {missing[0]}")
+            known = [*LABEL_ATTRIBUTES]
+            known += [name for name in LATER_LABEL_ATTRIBUTES if name in potentials.attrs]
             trace = f"trace/{number}"
             heads.append(
                 HeadLabels(
                     labels_N=labels_N,
                     potentials_K=potentials[()],
-                    attributes={name: _plain(potentials.attrs[name]) for name in LABEL_ATTRIBUTES},
+                    attributes={name: _plain(potentials.attrs[name]) for name in known},
                     trace=_datasets(path, file, trace) if trace in file else {},
                 )
             )

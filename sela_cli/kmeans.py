@@ -72,6 +72,7 @@ def kmeans_labels(
         if before:
             earlier_N = before.heads[number].labels_N
             head.labels_N = renumbered(head.labels_N, earlier_N, count)
+        head.attributes["bytes-read"] = matrix.tally.take()
         heads.append(head)
         progress(number + 1, len(wanted), "k-means")
     return Labels(scores.keys, scores.index_N, heads)

@@ -104,20 +104,16 @@ class ScoreRows:
 
     def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K)."""
-        return self._checked(self.matrix.read(slice(start, stop)), range(start, stop), dtype)
+        return self._checked(self.matrix.tensor(slice(start, stop)), range(start, stop), dtype)
 
     def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
-        return self._checked(self.matrix.read(rows_n), rows_n, dtype)
+        return self._checked(self.matrix.tensor(rows_n), rows_n, dtype)
 
-    def _checked(
-        self, block_nK: np.ndarray, which_n: np.ndarray | range, dtype: torch.dtype
-    ) -> Tensor:
+    def _checked(self, tile_nK: Tensor, which_n: np.ndarray | range, dtype: torch.dtype) -> Tensor:
         # What float32 holds exactly needs no float64 before its maximum is taken off.
-        exact = block_nK.dtype in (np.float16, np.float32) and self.input_kind == "logits"
-        wide = dtype if exact else torch.float64
-        tile_nK = torch.from_numpy(np.ascontiguousarray(block_nK, block_nK.dtype.newbyteorder("=")))
-        tile_nK = tile_nK.to(wide)
+        exact = tile_nK.dtype in (torch.float16, torch.float32) and self.input_kind == "logits"
+        tile_nK = tile_nK.to(dtype if exact else torch.float64)
         if self.input_kind == "probabilities":
             bad_n = (tile_nK < 0).any(1) | ~(tile_nK.sum(1) > 0) | tile_nK.isinf().any(1)
             problem = "not probabilities (negative, all zero, NaN or infinite)"
@@ -279,8 +275,10 @@ def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
             line += (
                 f", objective {values['objective']:.4f} (bound {values['lower-bound']:.4f}), "
                 f"residual {values['residual']:.1e} in {values['n-iters']} passes, "
-                f"{values['seconds']:.1f} s"
+                f"{values['seconds']:.1f} s, {values['bytes-read'] / 1e6:.1f} MB read"
             )
+            if not values["converged"]:
+                line += f" ({values['status']})"
         lines.append(line)
     return {"output": output, "rows": len(labels.keys), "heads": heads}, "\n".join(lines)
 
@@ -298,6 +296,7 @@ def label(
             f"--init has {len(init.heads)} heads, {path} has {len(scores.heads)}", "drop --init"
         )
     generator = torch.Generator().manual_seed(settings.seed)
+    taken = _keep_features(scores, settings)
     heads = []
     for number, matrix in enumerate(scores.heads):
         count, clusters = matrix.shape
@@ -318,10 +317,10 @@ def label(
             if len(init_K) != clusters:
                 raise BadData(f"--init head {number} has {len(init_K)} clusters, not {clusters}")
             if settings.assign == "fixed":
-                heads.append(_fixed_head(rows, settings, init.heads[number]))
+                heads.append(_fixed_head(rows, settings, init.heads[number], taken))
                 continue
         name = f"head {number + 1}/{len(scores.heads)}"
-        heads.append(_solve_head(rows, settings, init_K, name, progress))
+        heads.append(_solve_head(rows, settings, init_K, taken, name, progress))
     return Labels(scores.keys, scores.index_N, heads)
 
 
@@ -357,14 +356,42 @@ def _curvature(clusters: int) -> int:
     return clusters**2 * (8 * torch.get_num_threads() + 48)
 
 
-def _in_memory(rows: Rows, settings: LabelSettings) -> Rows:
-    """The rows in float32, read once, where they fit beside all else; or as they are."""
-    count, clusters = rows.shape
-    others = max(_balancing(clusters), _curvature(clusters)) + _BASE
-    # The factor: samples, and what the allocator keeps.
-    if 4 * count * clusters * 1.25 + others <= settings.max_memory:
+def _in_memory(rows: Rows, settings: LabelSettings, taken: int) -> Rows:
+    """The rows in float32, read once, where they fit beside all else; or as they are.
+
+    `taken`: bytes that are in use already.
+    """
+    if _kept_bytes(rows.shape) + taken <= _spare(rows.shape[1], settings):
         return InMemory.of(rows)
     return rows
+
+
+def _kept_bytes(shape: tuple[int, int]) -> int:
+    # A quarter: samples, and what the allocator keeps.
+    return 5 * shape[0] * shape[1]
+
+
+def _spare(clusters: int, settings: LabelSettings) -> int:
+    """Bytes that are left for the scores."""
+    return settings.max_memory - max(_balancing(clusters), _curvature(clusters)) - _BASE
+
+
+def _keep_features(scores: Scores, settings: LabelSettings) -> int:
+    """Read the features once for all heads where they fit. Returns the bytes they take.
+
+    Beside the scores of a head at a time, or else in their place: keeping the scores saves
+    more, as making them again costs a product in every pass.
+    """
+    if scores.features is None or settings.assign == "random":
+        return 0
+    widest = max((matrix.shape for matrix in scores.heads), key=lambda shape: shape[1])
+    spare = _spare(widest[1], settings)
+    taken, one_head = scores.features.bytes_to_keep, _kept_bytes(widest)
+    both = len(scores.heads) > 1 and taken + one_head <= spare
+    if both or (one_head > spare and taken <= spare):
+        scores.features.keep()
+        return taken
+    return 0
 
 
 class _Sizes(NamedTuple):
@@ -396,6 +423,7 @@ def _solve_head(
     rows: ScoreRows,
     settings: LabelSettings,
     init_K: Tensor | None,
+    taken: int,
     name: str,
     progress: Callable[[int, int, str], None],
 ) -> HeadLabels:
@@ -407,7 +435,7 @@ def _solve_head(
     }[solver]
     shared = parallel.size() > 1
     mine = job.share(rows.shape[0])
-    part = _in_memory(Part(rows, mine.start, mine.stop) if shared else rows, settings)
+    part = _in_memory(Part(rows, mine.start, mine.stop) if shared else rows, settings, taken)
     # Every process makes the labels of all rows; solving is what takes time.
     whole = rows if shared else part
     sizes = _sizes(whole, settings)
@@ -454,9 +482,23 @@ def _solve_head(
             "converged": solution.converged,
             "objective": assignment.objective(whole, labels_N),
             "lower-bound": assignment.lower_bound(whole, prices_K, sizes.allowed),
+            "status": _status(solution, settings),
+            "bytes-read": _bytes_read(rows),
         },
         trace=_columns(solution),
     )
+
+
+def _status(solution: Solution, settings: LabelSettings) -> str:
+    """Why the solve ended."""
+    if solution.converged:
+        return "converged"
+    return "max-iter" if len(solution.trace) >= settings.max_iter else "stopped"
+
+
+def _bytes_read(rows: ScoreRows) -> int:
+    """Of the head's scores, from where they are stored, by all processes."""
+    return int(parallel.sum_of(torch.tensor(rows.matrix.tally.take())))
 
 
 def _columns(solution: Solution) -> dict[str, np.ndarray]:
@@ -464,14 +506,17 @@ def _columns(solution: Solution) -> dict[str, np.ndarray]:
     return {name: np.array(column) for name, column in zip(Step._fields, values, strict=True)}
 
 
-def _fixed_head(rows: ScoreRows, settings: LabelSettings, before: HeadLabels) -> HeadLabels:
+def _fixed_head(
+    rows: ScoreRows, settings: LabelSettings, before: HeadLabels, taken: int
+) -> HeadLabels:
     """The labels that saved potentials give to rows that they were not solved for."""
     lamb = before.attributes["lamb"]
     if not math.isfinite(lamb):
         raise BadData("--fixed: these labels were not solved for", "solve with sela label first")
-    kept = _in_memory(rows, settings)
+    kept = _in_memory(rows, settings, taken)
     labels_N = assignment.argmax(kept, torch.from_numpy(before.potentials_K) / lamb)
     known = {"lamb": lamb, "objective": assignment.objective(kept, labels_N)}
+    known["bytes-read"] = _bytes_read(rows)
     return HeadLabels(
         labels_N=labels_N,
         potentials_K=before.potentials_K,

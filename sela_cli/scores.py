@@ -13,10 +13,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 
 import h5py
 import numpy as np
 import torch
+from torch import Tensor
 
 from sela_cli import formats
 from sela_cli.errors import BadData, NoInput, SelaError
@@ -29,15 +31,111 @@ _SUFFIXES = {
     ".npz": "npz",
     ".safetensors": "safetensors",
 }
+# Of features that are being kept, at a time.
+_BLOCK_VALUES = 1 << 23
 
 
-@dataclass(frozen=True)
+Which = slice | np.ndarray
+_CPU = torch.device("cpu")
+
+
+class Tally:
+    """Bytes that have been read; several threads add to it."""
+
+    def __init__(self) -> None:
+        self._bytes, self._lock = 0, Lock()
+
+    def add(self, count: int) -> None:
+        """Count so many more."""
+        with self._lock:
+            self._bytes += count
+
+    def take(self) -> int:
+        """How many there were since this was last asked."""
+        with self._lock:
+            count, self._bytes = self._bytes, 0
+        return count
+
+
 class Matrix:
-    """N x K scores of one head. `read` takes a slice or an ascending array of rows."""
+    """N x K scores of one head, read by a slice or an ascending array of rows."""
 
-    shape: tuple[int, int]
-    read: Callable[[slice | np.ndarray], np.ndarray]
-    name: str
+    def __init__(self, shape: tuple[int, int], load: Callable[[Which], np.ndarray], name: str):
+        self.shape, self.name, self.tally = shape, name, Tally()
+        self._load = load
+
+    def read(self, rows: Which) -> np.ndarray:
+        """The named rows, as they are stored."""
+        block_nK = self._load(rows)
+        self.tally.add(block_nK.nbytes)
+        return block_nK
+
+    def tensor(self, rows: Which, device: torch.device = _CPU) -> Tensor:
+        """The named rows as a tensor, which a device is sent as they are stored."""
+        block_nK = self.read(rows)
+        block_nK = np.ascontiguousarray(block_nK, block_nK.dtype.newbyteorder("="))
+        return sent(torch.from_numpy(block_nK), device)
+
+
+class Features:
+    """N x D features that the scores of several heads are made of.
+
+    They are read again whenever they are asked for, until they are kept.
+    """
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self.kept_ND: Tensor | None = None
+
+    def keep(self, device: torch.device = _CPU) -> None:
+        """Read them all, once, into memory or that of a device."""
+        count, width = self.matrix.shape
+        step = max(1, _BLOCK_VALUES // width)
+        for start in range(0, count, step):
+            block_nD = self.matrix.tensor(slice(start, start + step), device)
+            if self.kept_ND is None:
+                dtype = torch.float16 if block_nD.dtype == torch.float16 else torch.float32
+                self.kept_ND = torch.empty(count, width, dtype=dtype, device=device)
+            self.kept_ND[start : start + step] = block_nD
+
+    @property
+    def bytes_to_keep(self) -> int:
+        """Memory that they take when kept."""
+        count, width = self.matrix.shape
+        return count * width * (2 if self.matrix.read(slice(0)).dtype == np.float16 else 4)
+
+    def tensor(self, rows: Which, device: torch.device) -> Tensor:
+        """The named rows, float32."""
+        if self.kept_ND is None:
+            return self.matrix.tensor(rows, device).float()
+        chosen = rows if isinstance(rows, slice) else torch.from_numpy(rows)
+        return self.kept_ND[chosen].to(device, torch.float32)
+
+
+class Product(Matrix):
+    """Scores of one head as features times weights, worked out whenever they are read."""
+
+    def __init__(self, features: Features, weight_KD: np.ndarray, bias_K: np.ndarray, name: str):
+        super().__init__((features.matrix.shape[0], len(bias_K)), self.read, name)
+        self.features, self.tally = features, features.matrix.tally
+        self._weight_KD, self._bias_K = torch.from_numpy(weight_KD), torch.from_numpy(bias_K)
+
+    def read(self, rows: Which) -> np.ndarray:
+        """The named rows, float32."""
+        return self.tensor(rows).numpy()
+
+    def tensor(self, rows: Which, device: torch.device = _CPU) -> Tensor:
+        """The named rows, float32."""
+        block_nD = self.features.tensor(rows, device)
+        # By torch, which keeps to the calling thread; NumPy's BLAS would start more.
+        return torch.addmm(self._bias_K.to(device), block_nD, self._weight_KD.to(device).T)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; the copy to a GPU goes on while the processor does."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -100,6 +198,7 @@ class Scores:
     keys: list[str]
     index_N: np.ndarray
     header: formats.Header | None
+    features: Features | None = None
 
     @property
     def dataset_id(self) -> str:
@@ -161,10 +260,11 @@ def _scores_of_hdf5(stack: ExitStack, path: str, file: h5py.File, name: str) -> 
     if header.kind != "logits":
         raise BadData(f"{path} holds {header.kind}, but logits are needed here")
     keys, index_N = formats.read_images(path, file)
+    features = None
     if name:
         heads = [_of_dataset(stack, path, file, name)]
     elif "features" in file:
-        heads = _factored(stack, path, file)
+        heads, features = _factored(stack, path, file)
         if not heads:
             raise BadData(f"{path}: group 'heads' is missing, which goes with 'features'")
     else:
@@ -177,7 +277,7 @@ def _scores_of_hdf5(stack: ExitStack, path: str, file: h5py.File, name: str) -> 
             raise BadData(
                 f"{path}: dataset '{head.name}' has {head.shape[0]} rows for {len(keys)} keys"
             )
-    return Scores(heads, keys, index_N, header)
+    return Scores(heads, keys, index_N, header, features)
 
 
 def _only_matrix(path: str, file: h5py.File) -> str:
@@ -216,25 +316,15 @@ def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matr
     return Matrix(item.shape, read, item.name)
 
 
-def _factored(stack: ExitStack, path: str, file: h5py.File) -> list[Matrix]:
-    features = _of_dataset(stack, path, file, "features")
-    rows, width = features.shape
-    heads = []
+def _factored(stack: ExitStack, path: str, file: h5py.File) -> tuple[list[Matrix], Features]:
+    features = Features(_of_dataset(stack, path, file, "features"))
+    width = features.matrix.shape[1]
+    heads: list[Matrix] = []
     for number in range(len(file.get("heads", ()))):
         weight_KD = formats.dataset(path, file, f"heads/{number}/weight", (None, width))[()]
         bias_K = formats.dataset(path, file, f"heads/{number}/bias", (len(weight_KD),))[()]
-
-        def read(
-            which: slice | np.ndarray,
-            weight: torch.Tensor = torch.from_numpy(weight_KD),
-            bias: torch.Tensor = torch.from_numpy(bias_K),
-        ) -> np.ndarray:
-            block_nD = torch.from_numpy(features.read(which).astype(np.float32))
-            # By torch, which keeps to the calling thread; NumPy's BLAS would start more.
-            return torch.addmm(bias, block_nD, weight.T).numpy()
-
-        heads.append(Matrix((rows, len(weight_KD)), read, f"features x heads/{number}"))
-    return heads
+        heads.append(Product(features, weight_KD, bias_K, f"features x heads/{number}"))
+    return heads, features
 
 
 def _open_npy(stack: ExitStack, path: str, actual: str, name: str) -> Scores:

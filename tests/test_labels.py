@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,7 +18,7 @@ from sela_cli.assignment import Bounds
 from sela_cli.errors import UsageError
 from sela_cli.labels import LabelSettings, ScoreRows, label_stage
 from sela_cli.relabel import relabel_stage
-from sela_cli.scores import open_scores
+from sela_cli.scores import Features, open_scores
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,6 +167,70 @@ def test_one_head_is_labelled_and_the_others_kept(tmp_path: Path) -> None:
     whole = str(tmp_path / "whole.h5")
     label_stage(path, whole, LabelSettings())
     assert (solved.labels_N == formats.read_labels(whole).heads[1].labels_N).all()
+
+
+@pytest.mark.parametrize("memory", [4 << 30, 702 << 20])
+def test_every_byte_that_is_read_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    """Kept in memory, and read again in each pass."""
+    np.save(tmp_path / "scores.npy", scores(40_000, 32))
+    read = os.preadv
+    counted: list[int] = []
+
+    def preadv(*arguments: Any) -> int:
+        counted.append(read(*arguments))
+        return counted[-1]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    head = label(tmp_path / "scores.npy", assign="argmax", max_memory=memory)
+    assert head.attributes["bytes-read"] == sum(counted) >= 4 * 40_000 * 32
+
+
+def factored(path: Path, dtype: str = "float16") -> str:
+    """Features and three heads."""
+    rng = np.random.default_rng(4)
+    heads = [
+        (rng.standard_normal((clusters, 12)).astype(np.float32), np.zeros(clusters, np.float32))
+        for clusters in (20, 24, 28)
+    ]
+    keys = [str(row) for row in range(40_000)]
+    with formats.create_logits(
+        str(path),
+        keys,
+        np.arange(len(keys)),
+        formats.Provenance("test", {}),
+        columns={"features": 12},
+        dtype=dtype,
+        heads=heads,
+    ) as datasets:
+        datasets["features"][:] = rng.standard_normal((len(keys), 12))
+    return str(path)
+
+
+@pytest.mark.parametrize("memory", [4 << 30, 702 << 20])
+def test_features_are_read_once_for_all_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    """Beside the scores of a head, and where those do not fit; labels are the same bits."""
+    path = factored(tmp_path / "features.h5")
+    once = label_stage(path, str(tmp_path / "once.h5"), LabelSettings(max_memory=memory)).heads
+    monkeypatch.setattr(Features, "keep", lambda self: None)
+    again = label_stage(path, str(tmp_path / "again.h5"), LabelSettings(max_memory=memory)).heads
+    size = 40_000 * 12 * 2
+    assert [head.attributes["bytes-read"] for head in once] == [size, 0, 0]
+    assert all(head.attributes["bytes-read"] >= size for head in again)
+    for kept, read in zip(once, again, strict=True):
+        assert (kept.labels_N == read.labels_N).all()
+        assert kept.potentials_K.tolist() == read.potentials_K.tolist()
+
+
+def test_the_status_says_why_a_solve_ended(matrix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert label(matrix).attributes["status"] == "converged"
+    assert label(matrix, max_iter=2, tol=1e-12).attributes["status"] == "max-iter"
+    assert label(matrix, assign="random").attributes["status"] == "unsolved"
+    monkeypatch.setattr("sela_cli.interrupt.requested", lambda: True)
+    assert label(matrix, tol=1e-12).attributes["status"] == "stopped"
 
 
 def test_kmeans_is_a_method_of_the_command(matrix: Path) -> None:
