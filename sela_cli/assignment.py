@@ -13,6 +13,7 @@ linear-programming duality of the transportation problem.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -49,13 +50,13 @@ def size_bounds(count: int, marginal_K: np.ndarray) -> Bounds:
 
 def argmax(rows: Rows, prices_K: Tensor, dtype: torch.dtype = torch.float64) -> np.ndarray:
     """The cluster that each row prefers, argmax_k logp_ik + g_k. Returns labels_N, int64."""
-    prices_K = prices_K.to(dtype)
     # Written in place: small results among large tiles would keep the heap from shrinking.
     labels_N = np.empty(rows.shape[0], np.int64)
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
         for start, tile_nK in tiles:
-            labels_N[start : start + len(tile_nK)] = (tile_nK + prices_K).argmax(1).numpy()
+            labels_n = (tile_nK + prices_K.to(tile_nK)).argmax(1)
+            labels_N[start : start + len(tile_nK)] = labels_n.cpu().numpy()
 
     for _ in map_spans(rows, work, dtype):
         pass
@@ -91,7 +92,7 @@ def objective(rows: Rows, labels_N: np.ndarray) -> float:
     def work(tiles: Iterator[tuple[int, Tensor]]) -> float:
         total = 0.0
         for start, tile_nK in tiles:
-            labels_n = torch.from_numpy(labels_N[start : start + len(tile_nK)])
+            labels_n = torch.from_numpy(labels_N[start : start + len(tile_nK)]).to(rows.device)
             total += float(functional.cross_entropy(tile_nK, labels_n, reduction="sum"))
         return total
 
@@ -109,7 +110,7 @@ def lower_bound(rows: Rows, prices_K: Tensor, bounds: Bounds) -> float:
     def work(tiles: Iterator[tuple[int, Tensor]]) -> float:
         total = 0.0
         for _, tile_nK in tiles:
-            best_n = (tile_nK + prices_K).amax(1)
+            best_n = (tile_nK + prices_K.to(tile_nK)).amax(1)
             total += float((best_n - torch.logsumexp(tile_nK, 1)).sum())
         return total
 
@@ -150,7 +151,8 @@ def balanced(
     surplus_K = np.bincount(labels_N, minlength=len(prices_K))
     surplus_K -= _cheapest_sizes(rows.shape[0], prices_K, bounds)
     prices = prices_K.numpy().copy()
-    loss_KK = _least_losses(rows, labels_N)
+    on_cpu = rows.device.type == "cpu"
+    loss_KK = (_least_losses if on_cpu else _least_losses_on_device)(rows, labels_N)
     while surplus_K.any():
         progress(int(surplus_K.clip(0).sum()))
         for path in _cheapest_paths(loss_KK, prices, surplus_K > 0, surplus_K < 0):
@@ -181,6 +183,22 @@ def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
     for part_KK in map_spans(rows, work):
         np.minimum(loss_KK, part_KK, out=loss_KK)
     return loss_KK
+
+
+def _least_losses_on_device(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
+    """The same on a GPU, which has no use for sorted rows."""
+    clusters = rows.shape[1]
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+        loss_KK = torch.full((clusters, clusters), torch.inf, device=rows.device).double()
+        for start, tile_nK in tiles:
+            labels_n1 = torch.from_numpy(labels_N[start : start + len(tile_nK), None])
+            labels_n1 = labels_n1.to(rows.device)
+            loss_nK = tile_nK.gather(1, labels_n1) - tile_nK
+            loss_KK.scatter_reduce_(0, labels_n1.expand_as(loss_nK), loss_nK, "amin")
+        return loss_KK
+
+    return reduce(torch.minimum, map_spans(rows, work)).cpu().numpy()
 
 
 def _cheapest_paths(
@@ -261,14 +279,14 @@ def _move_along(
 
 def _losses(rows: Rows, members: np.ndarray, source: int, target: int) -> np.ndarray:
     def work(block_nK: Tensor) -> np.ndarray:
-        return (block_nK[:, source] - block_nK[:, target]).numpy()
+        return (block_nK[:, source] - block_nK[:, target]).cpu().numpy()
 
     return np.concatenate(list(map_rows(rows, members, work)))
 
 
 def _least_loss(rows: Rows, members: np.ndarray, cluster: int) -> np.ndarray:
     def work(block_nK: Tensor) -> np.ndarray:
-        return (block_nK[:, [cluster]] - block_nK).amin(0).numpy()
+        return (block_nK[:, [cluster]] - block_nK).amin(0).cpu().numpy()
 
     least_K = np.full(rows.shape[1], np.inf)
     for part_K in map_rows(rows, members, work):

@@ -24,7 +24,7 @@ from sela_cli.formats import HeadLabels, Labels, Provenance
 from sela_cli.kmeans import kmeans_labels
 from sela_cli.scores import Matrix, Scores, open_scores
 from sela_cli.semidual import Problem, Solution, Step
-from sela_cli.tiles import InMemory, Part, Rows, tile_rows
+from sela_cli.tiles import CPU, InMemory, Part, Resident, Rows, less_maximum, tile_rows
 
 ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
 INPUT_KINDS = ("logits", "probabilities")
@@ -33,6 +33,10 @@ SOLVERS = ("auto", "newton", "lbfgs", "sinkhorn")
 
 # Python and torch without a matrix, in bytes.
 _BASE = 700 << 20
+# Of a GPU: torch's own, and the tiles being worked on; and for each pair of clusters, the
+# losses, Hessians and samples.
+_DEVICE_BASE = 4 << 30
+_DEVICE_MATRICES = 256
 # Beyond this a Newton step, which grows with K^3, takes longer than the reads it saves.
 _NEWTON_CLUSTERS = 4096
 # A moved row may lose this share of the mean cost more than it must.
@@ -96,24 +100,27 @@ class ScoreRows:
     matrix: Matrix
     path: str
     input_kind: str = "logits"
+    device: torch.device = CPU
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.matrix.shape
 
-    def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Rows start..stop-1, (n, K)."""
-        return self._checked(self.matrix.tensor(slice(start, stop)), range(start, stop), dtype)
+    def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
+        """Rows start..stop-1, (n, K); logits as they are stored where `dtype` is None."""
+        tile_nK = self.matrix.tensor(slice(start, stop), self.device)
+        return self._checked(tile_nK, range(start, stop), dtype)
 
     def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
-        return self._checked(self.matrix.tensor(rows_n), rows_n, dtype)
+        return self._checked(self.matrix.tensor(rows_n, self.device), rows_n, dtype)
 
-    def _checked(self, tile_nK: Tensor, which_n: np.ndarray | range, dtype: torch.dtype) -> Tensor:
-        # What float32 holds exactly needs no float64 before its maximum is taken off.
-        exact = tile_nK.dtype in (torch.float16, torch.float32) and self.input_kind == "logits"
-        tile_nK = tile_nK.to(dtype if exact else torch.float64)
+    def _checked(
+        self, stored_nK: Tensor, which_n: np.ndarray | range, dtype: torch.dtype | None
+    ) -> Tensor:
+        exact = stored_nK.dtype in (torch.float16, torch.float32) and self.input_kind == "logits"
+        tile_nK = stored_nK.to((dtype or torch.float32) if exact else torch.float64)
         if self.input_kind == "probabilities":
             bad_n = (tile_nK < 0).any(1) | ~(tile_nK.sum(1) > 0) | tile_nK.isinf().any(1)
             problem = "not probabilities (negative, all zero, NaN or infinite)"
@@ -130,7 +137,9 @@ class ScoreRows:
             raise BadData(f"{self.path}: '{self.matrix.name}', row {row}: {problem}", mend)
         if self.input_kind == "probabilities":
             tile_nK = tile_nK.clamp(min=_LEAST_PROBABILITY).log_()
-        return tile_nK.sub(tile_nK.amax(1, keepdim=True)).to(dtype)
+        if dtype is None:
+            return stored_nK if exact else tile_nK
+        return less_maximum(tile_nK, dtype)
 
 
 def marginal(spec: str, clusters: int) -> Tensor:
@@ -181,6 +190,7 @@ def label_stage(
     init: str | None = None,
     csv_path: str | None = None,
     force: bool = False,
+    device: str = "cpu",
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> Labels:
     """Label the scores that `spec` names and write `output`; see docs/schema.md.
@@ -209,7 +219,7 @@ def label_stage(
                 progress=progress,
             )
         else:
-            labels = label(scores, spec, settings, start, progress)
+            labels = label(scores, spec, settings, start, progress, device)
 
     def write() -> None:
         formats.write_labels(output, labels, provenance, force)
@@ -289,6 +299,7 @@ def label(
     settings: LabelSettings,
     init: Labels | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    device: str = "cpu",
 ) -> Labels:
     """Solve every head of `scores`; `path` is how errors name it."""
     if init and len(init.heads) != len(scores.heads):
@@ -296,7 +307,8 @@ def label(
             f"--init has {len(init.heads)} heads, {path} has {len(scores.heads)}", "drop --init"
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    taken = _keep_features(scores, settings)
+    where = torch.device(device)
+    taken = _keep_features(scores, settings, where)
     heads = []
     for number, matrix in enumerate(scores.heads):
         count, clusters = matrix.shape
@@ -307,7 +319,7 @@ def label(
                 f"{path}: '{matrix.name}' has {clusters} clusters for {count} images",
                 "use at most as many clusters as images",
             )
-        rows = ScoreRows(matrix, path, settings.input_kind)
+        rows = ScoreRows(matrix, path, settings.input_kind, where)
         if settings.assign == "random":
             heads.append(_random_head(count, clusters, generator))
             continue
@@ -356,27 +368,35 @@ def _curvature(clusters: int) -> int:
     return clusters**2 * (8 * torch.get_num_threads() + 48)
 
 
-def _in_memory(rows: Rows, settings: LabelSettings, taken: int) -> Rows:
-    """The rows in float32, read once, where they fit beside all else; or as they are.
+def _kept(rows: Rows, settings: LabelSettings, taken: int) -> Rows:
+    """The rows read once and kept, where they fit beside all else; or as they are.
 
-    `taken`: bytes that are in use already.
+    In float32, or on a GPU as they are stored. `taken`: bytes that are in use already.
     """
-    if _kept_bytes(rows.shape) + taken <= _spare(rows.shape[1], settings):
+    if rows.device.type != "cpu":
+        size = rows.tile(0, 0, None).element_size()
+        fit = _bytes(rows.shape, size) <= _spare(rows.shape[1], settings, rows.device)
+        return Resident.of(rows) if fit else rows
+    if _bytes(rows.shape) + taken <= _spare(rows.shape[1], settings, rows.device):
         return InMemory.of(rows)
     return rows
 
 
-def _kept_bytes(shape: tuple[int, int]) -> int:
-    # A quarter: samples, and what the allocator keeps.
-    return 5 * shape[0] * shape[1]
+def _bytes(shape: tuple[int, int], size: int = 4) -> int:
+    # A quarter more: samples, and what the allocator keeps.
+    return shape[0] * shape[1] * size * 5 // 4
 
 
-def _spare(clusters: int, settings: LabelSettings) -> int:
-    """Bytes that are left for the scores."""
-    return settings.max_memory - max(_balancing(clusters), _curvature(clusters)) - _BASE
+def _spare(clusters: int, settings: LabelSettings, device: torch.device) -> int:
+    """Bytes that are left for the scores, in memory or in that of the GPU."""
+    if device.type == "cpu":
+        return settings.max_memory - max(_balancing(clusters), _curvature(clusters)) - _BASE
+    # What a training before this has left to torch is free too.
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] - _DEVICE_BASE - _DEVICE_MATRICES * clusters**2
 
 
-def _keep_features(scores: Scores, settings: LabelSettings) -> int:
+def _keep_features(scores: Scores, settings: LabelSettings, device: torch.device) -> int:
     """Read the features once for all heads where they fit. Returns the bytes they take.
 
     Beside the scores of a head at a time, or else in their place: keeping the scores saves
@@ -385,11 +405,11 @@ def _keep_features(scores: Scores, settings: LabelSettings) -> int:
     if scores.features is None or settings.assign == "random":
         return 0
     widest = max((matrix.shape for matrix in scores.heads), key=lambda shape: shape[1])
-    spare = _spare(widest[1], settings)
-    taken, one_head = scores.features.bytes_to_keep, _kept_bytes(widest)
+    spare = _spare(widest[1], settings, device)
+    taken, one_head = _bytes(scores.features.shape, scores.features.size), _bytes(widest)
     both = len(scores.heads) > 1 and taken + one_head <= spare
     if both or (one_head > spare and taken <= spare):
-        scores.features.keep()
+        scores.features.keep(device)
         return taken
     return 0
 
@@ -435,7 +455,7 @@ def _solve_head(
     }[solver]
     shared = parallel.size() > 1
     mine = job.share(rows.shape[0])
-    part = _in_memory(Part(rows, mine.start, mine.stop) if shared else rows, settings, taken)
+    part = _kept(Part(rows, mine.start, mine.stop) if shared else rows, settings, taken)
     # Every process makes the labels of all rows; solving is what takes time.
     whole = rows if shared else part
     sizes = _sizes(whole, settings)
@@ -513,7 +533,7 @@ def _fixed_head(
     lamb = before.attributes["lamb"]
     if not math.isfinite(lamb):
         raise BadData("--fixed: these labels were not solved for", "solve with sela label first")
-    kept = _in_memory(rows, settings, taken)
+    kept = _kept(rows, settings, taken)
     labels_N = assignment.argmax(kept, torch.from_numpy(before.potentials_K) / lamb)
     known = {"lamb": lamb, "objective": assignment.objective(kept, labels_N)}
     known["bytes-read"] = _bytes_read(rows)

@@ -363,10 +363,22 @@ class _Run:
             def solve(output: str) -> Labels:
                 if head is None:
                     return label_stage(
-                        logits, output, settings.labels, init=before, force=True, progress=progress
+                        logits,
+                        output,
+                        settings.labels,
+                        init=before,
+                        force=True,
+                        device=self.device,
+                        progress=progress,
                     )
                 return relabel_stage(
-                    logits, output, settings.labels, head, before, progress=progress
+                    logits,
+                    output,
+                    settings.labels,
+                    head,
+                    before,
+                    device=self.device,
+                    progress=progress,
                 )
 
             solved = self._label(labels, solve)

@@ -20,6 +20,7 @@ def relabel_stage(
     head: int,
     before: str,
     *,
+    device: str = "cpu",
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> Labels:
     """Label head `head` of the logits `spec`, starting from `before`, and write `output`.
@@ -36,7 +37,7 @@ def relabel_stage(
             raise BadData(f"{before} labels other images or heads than {spec} has")
         one = replace(scores, heads=[scores.heads[head]])
         start = replace(kept, heads=[kept.heads[head]])
-        solved = label(one, spec, settings, start, progress)
+        solved = label(one, spec, settings, start, progress, device)
         provenance = provenance_of(scores, spec, asdict(settings) | {"head": head}, kept)
     heads = [*kept.heads]
     heads[head] = solved.heads[0]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sela_cli import formats
 from sela_cli.errors import BadData, NoInput, SelaError
+from sela_cli.tiles import CPU
 
 _MAGIC = {b"\x89HDF": "hdf5", b"\x93NUM": "npy", b"PK\x03\x04": "npz"}
 _SUFFIXES = {
@@ -36,7 +37,6 @@ _BLOCK_VALUES = 1 << 23
 
 
 Which = slice | np.ndarray
-_CPU = torch.device("cpu")
 
 
 class Tally:
@@ -70,7 +70,7 @@ class Matrix:
         self.tally.add(block_nK.nbytes)
         return block_nK
 
-    def tensor(self, rows: Which, device: torch.device = _CPU) -> Tensor:
+    def tensor(self, rows: Which, device: torch.device = CPU) -> Tensor:
         """The named rows as a tensor, which a device is sent as they are stored."""
         block_nK = self.read(rows)
         block_nK = np.ascontiguousarray(block_nK, block_nK.dtype.newbyteorder("="))
@@ -87,9 +87,9 @@ class Features:
         self.matrix = matrix
         self.kept_ND: Tensor | None = None
 
-    def keep(self, device: torch.device = _CPU) -> None:
+    def keep(self, device: torch.device = CPU) -> None:
         """Read them all, once, into memory or that of a device."""
-        count, width = self.matrix.shape
+        count, width = self.shape
         step = max(1, _BLOCK_VALUES // width)
         for start in range(0, count, step):
             block_nD = self.matrix.tensor(slice(start, start + step), device)
@@ -99,10 +99,14 @@ class Features:
             self.kept_ND[start : start + step] = block_nD
 
     @property
-    def bytes_to_keep(self) -> int:
-        """Memory that they take when kept."""
-        count, width = self.matrix.shape
-        return count * width * (2 if self.matrix.read(slice(0)).dtype == np.float16 else 4)
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        return self.matrix.shape
+
+    @property
+    def size(self) -> int:
+        """Bytes of one value when kept."""
+        return 2 if self.matrix.read(slice(0)).dtype == np.float16 else 4
 
     def tensor(self, rows: Which, device: torch.device) -> Tensor:
         """The named rows, float32."""
@@ -116,7 +120,7 @@ class Product(Matrix):
     """Scores of one head as features times weights, worked out whenever they are read."""
 
     def __init__(self, features: Features, weight_KD: np.ndarray, bias_K: np.ndarray, name: str):
-        super().__init__((features.matrix.shape[0], len(bias_K)), self.read, name)
+        super().__init__((features.shape[0], len(bias_K)), self.read, name)
         self.features, self.tally = features, features.matrix.tally
         self._weight_KD, self._bias_K = torch.from_numpy(weight_KD), torch.from_numpy(bias_K)
 
@@ -124,7 +128,7 @@ class Product(Matrix):
         """The named rows, float32."""
         return self.tensor(rows).numpy()
 
-    def tensor(self, rows: Which, device: torch.device = _CPU) -> Tensor:
+    def tensor(self, rows: Which, device: torch.device = CPU) -> Tensor:
         """The named rows, float32."""
         block_nD = self.features.tensor(rows, device)
         # By torch, which keeps to the calling thread; NumPy's BLAS would start more.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,13 +198,19 @@ def soft_sizes(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype = torch.
     the cluster can recover.
     """
 
-    def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
-        s_K = torch.zeros_like(a_K)
-        for _, tile_nK in tiles:
-            s_K += _plan(tile_nK, lamb, a_K).sum(0).to(s_K)
-        return s_K
+    kernel = _kernel(rows.device)
 
-    sums_K = sum(map_spans(rows, work, dtype), torch.zeros_like(a_K))
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+        s_K = torch.zeros_like(a_K, device=rows.device)
+        for _, tile_nK in tiles:
+            if kernel:
+                s_K += kernel(tile_nK, lamb, a_K, dtype)
+            else:
+                s_K += _plan(tile_nK, lamb, a_K).sum(0).to(s_K)
+        return s_K.cpu()
+
+    spans = map_spans(rows, work, None if kernel else dtype)
+    sums_K = sum(spans, torch.zeros_like(a_K))
     # The number of rows goes along: one exchange between processes a read.
     sums = parallel.sum_of(torch.cat([sums_K, sums_K.new_tensor([rows.shape[0]])]))
     s_K = sums[:-1] / sums[-1]
@@ -214,6 +221,21 @@ def soft_sizes(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype = torch.
     return Point(a_K, log_s_K)
 
 
+@cache
+def _kernel(device: torch.device) -> Callable[[Tensor, float, Tensor, torch.dtype], Tensor] | None:
+    """The pass as one kernel, on a GPU that Triton can make it for."""
+    if device.type != "cuda":
+        return None
+    try:
+        from sela_cli.fused import column_sums
+
+        # Besides the GPU it takes a C compiler.
+        column_sums(torch.zeros(1, 1, device=device), 1.0, torch.zeros(1), torch.float32)
+    except Exception:
+        return None
+    return column_sums
+
+
 def _plan(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
     """softmax_k(lambda score_ik + a_k) of a tile."""
     return torch.softmax(torch.add(a_K.to(tile_nK), tile_nK, alpha=lamb), 1)
@@ -221,12 +243,12 @@ def _plan(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
 
 def _log_sizes(rows: Rows, lamb: float, a_K: Tensor, columns: Tensor) -> Tensor:
     def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
-        logs = torch.full((len(columns),), -torch.inf, dtype=a_K.dtype)
+        logs = torch.full((len(columns),), -torch.inf, dtype=a_K.dtype, device=rows.device)
         for _, tile_nK in tiles:
-            z_nK = torch.add(a_K, tile_nK.to(a_K), alpha=lamb)
+            z_nK = torch.add(a_K.to(tile_nK), tile_nK, alpha=lamb)
             log_q = z_nK[:, columns] - torch.logsumexp(z_nK, 1, keepdim=True)
             logs = torch.logaddexp(logs, torch.logsumexp(log_q, 0))
-        return logs
+        return logs.cpu()
 
     logs = torch.stack(list(map_spans(rows, work)))
     return parallel.logsumexp_of(torch.logsumexp(logs, 0)) - math.log(total(rows))
@@ -240,6 +262,8 @@ def laplacian(rows: Rows, lamb: float, a_K: Tensor, sparse: bool) -> Tensor:
     the mean of q_ik^2 would cancel where rows are all but decided. `sparse` leaves out
     entries q_ik below `NEGLIGIBLE`; what is left is still positive semidefinite.
     """
+    if rows.device.type != "cpu":
+        return _laplacian_on_device(rows, lamb, a_K)
     clusters = rows.shape[1]
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> Any:
@@ -264,6 +288,25 @@ def laplacian(rows: Rows, lamb: float, a_K: Tensor, sparse: bool) -> Tensor:
     parallel.sum_of(overlap_KK)
     overlap_KK.fill_diagonal_(0.0).div_(-total(rows))
     return overlap_KK.diagonal_scatter(-overlap_KK.sum(1))
+
+
+def _laplacian_on_device(rows: Rows, lamb: float, a_K: Tensor) -> Tensor:
+    """The same on a GPU, whose dense products are faster than sparse ones would be."""
+    clusters = rows.shape[1]
+
+    def gram(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+        gram_KK = torch.zeros(clusters, clusters, device=rows.device)
+        for _, tile_nK in tiles:
+            q_nK = _plan(tile_nK, lamb, a_K).bfloat16()
+            gram_KK += q_nK.T @ q_nK
+        return gram_KK
+
+    overlap_KK = torch.zeros(clusters, clusters, dtype=torch.float64, device=rows.device)
+    for part_KK in map_spans(rows, gram, torch.float32):
+        overlap_KK += part_KK
+    shared_KK = parallel.sum_of(overlap_KK.cpu())
+    shared_KK.fill_diagonal_(0.0).div_(-total(rows))
+    return shared_KK.diagonal_scatter(-shared_KK.sum(1))
 
 
 def breadth(rows: Rows, lamb: float, a_K: Tensor) -> float:

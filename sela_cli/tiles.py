@@ -24,24 +24,38 @@ from torch import Tensor
 S = TypeVar("S")
 T = TypeVar("T")
 
+CPU = torch.device("cpu")
+
 # A megabyte of float64: it stays in the cache from one operation to the next.
 _TILE_ELEMENTS = 1 << 17
 _SPAN_ELEMENTS = 1 << 21
+# On a GPU: enough to keep it busy, little enough that the copies an operation makes fit;
+# and of rows that are there and need no copy. It is waited for once a span.
+_DEVICE_TILE, _DEVICE_VIEW = 1 << 23, 1 << 28
+_DEVICE_TILES = 8
+# Threads that read tiles for it, and so the spans that are in its memory.
+_DEVICE_WORKERS = 4
 
 
 class Rows(Protocol):
     """An N x K matrix of finite scores, each row less its maximum.
 
     Scores are log-probabilities up to a constant of each row: logits will do. Both
-    methods are called from several threads, and what they return is not to be changed.
+    methods are called from several threads, and what they return, on the device, is not to
+    be changed. Rows on a GPU also give a tile as it is stored, where `dtype` is None.
     """
+
+    @property
+    def device(self) -> torch.device:
+        """Where tiles are."""
+        ...
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         ...
 
-    def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K)."""
         ...
 
@@ -63,7 +77,7 @@ class InMemory:
         """The named rows (ascending), or all of them."""
         if rows_N is None:
             rows_N = np.arange(source.shape[0])
-        scores_NK = torch.empty(len(rows_N), source.shape[1])
+        scores_NK = torch.empty(len(rows_N), source.shape[1], device=source.device)
         at = 0
         for block_nK in map_rows(source, rows_N, lambda block_nK: block_nK, torch.float32):
             scores_NK[at : at + len(block_nK)] = block_nK
@@ -75,9 +89,14 @@ class InMemory:
         """(N, K)."""
         return len(self.scores_NK), self.scores_NK.shape[1]
 
-    def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where tiles are."""
+        return self.scores_NK.device
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K)."""
-        if dtype == torch.float32:
+        if dtype in (torch.float32, None):
             return self.scores_NK[start:stop]
         return self.source.take(self.rows_N[start:stop], dtype)
 
@@ -86,6 +105,53 @@ class InMemory:
         if dtype == torch.float32:
             return self.scores_NK[torch.from_numpy(rows_n)]
         return self.source.take(self.rows_N[rows_n], dtype)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Rows kept on a device as they are stored."""
+
+    stored_NK: Tensor
+
+    @classmethod
+    def of(cls, source: Rows) -> Resident:
+        """All the rows, read once."""
+        dtype = source.tile(0, 0, None).dtype
+        stored_NK = torch.empty(source.shape, dtype=dtype, device=source.device)
+
+        def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
+            for start, tile_nK in tiles:
+                stored_NK[start : start + len(tile_nK)] = tile_nK
+
+        deque(map_spans(source, work, None), maxlen=0)
+        return cls(stored_NK)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return len(self.stored_NK), self.stored_NK.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where tiles are."""
+        return self.stored_NK.device
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
+        """Rows start..stop-1, (n, K)."""
+        tile_nK = self.stored_NK[start:stop]
+        return tile_nK if dtype is None else less_maximum(tile_nK, dtype)
+
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The named rows, (n, K)."""
+        return less_maximum(self.stored_NK[torch.from_numpy(rows_n)], dtype)
+
+
+def less_maximum(tile_nK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows less their maximum, as `dtype`."""
+    # What float32 holds exactly needs no float64 before its maximum is taken off.
+    exact = tile_nK.dtype in (torch.float16, torch.float32)
+    tile_nK = tile_nK.to(dtype if exact else torch.float64)
+    return tile_nK.sub(tile_nK.amax(1, keepdim=True)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -101,7 +167,12 @@ class Part:
         """(N, K)."""
         return self.stop - self.start, self.source.shape[1]
 
-    def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where tiles are."""
+        return self.source.device
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K)."""
         return self.source.tile(self.start + start, self.start + stop, dtype)
 
@@ -113,20 +184,26 @@ class Part:
 def map_spans(
     rows: Rows,
     work: Callable[[Iterator[tuple[int, Tensor]]], T],
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = torch.float64,
 ) -> Iterator[T]:
     """`work` of each span of rows, in order. It is given the span's tiles, one at a time,
     as (number of the first row, tile_nK), and runs in a thread of its own."""
     count, clusters = rows.shape
-    tile = tile_rows(clusters)
-    span = tile * max(1, _SPAN_ELEMENTS // (tile * clusters))
+    elements, span_elements = _TILE_ELEMENTS, _SPAN_ELEMENTS
+    if rows.device.type != "cpu":
+        elements = _DEVICE_TILE
+        if dtype is None and isinstance(rows, Resident):
+            elements = _DEVICE_VIEW
+        span_elements = _DEVICE_TILES * elements
+    tile = tile_rows(clusters, elements)
+    span = tile * max(1, span_elements // (tile * clusters))
 
     def tiles(first: int) -> Iterator[tuple[int, Tensor]]:
         end = min(first + span, count)
         for start in range(first, end, tile):
             yield start, rows.tile(start, min(start + tile, end), dtype)
 
-    return _in_order(work, map(tiles, range(0, count, span)))
+    return _in_order(work, map(tiles, range(0, count, span)), rows.device)
 
 
 def map_rows(
@@ -138,12 +215,14 @@ def map_rows(
     """`work` of the named rows (ascending), a span of them at a time, in order."""
     size = max(1, _SPAN_ELEMENTS // rows.shape[1])
     parts = [rows_n[at : at + size] for at in range(0, len(rows_n), size)]
-    return _in_order(lambda part_n: work(rows.take(part_n, dtype)), parts)
+    return _in_order(lambda part_n: work(rows.take(part_n, dtype)), parts, rows.device)
 
 
-def _in_order(work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+def _in_order(work: Callable[[S], T], items: Iterable[S], device: torch.device) -> Iterator[T]:
     """Results as a plain map gives them, worked out in the pool, a few ahead."""
     workers = torch.get_num_threads()
+    if device.type != "cpu":
+        workers = min(workers, _DEVICE_WORKERS)
     pool = _pool(workers)
     waiting: deque[Future[T]] = deque()
     for item in items:
@@ -154,17 +233,18 @@ def _in_order(work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
         yield waiting.popleft().result()
 
 
-def tile_rows(clusters: int) -> int:
+def tile_rows(clusters: int, elements: int = _TILE_ELEMENTS) -> int:
     """Rows of a tile."""
-    return max(1, _TILE_ELEMENTS // clusters)
+    return max(1, elements // clusters)
 
 
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
+    threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=_prepare)
     # The setting is the calling thread's, but also what later threads start with.
     pool.submit(int).result()
-    torch.set_num_threads(workers)
+    torch.set_num_threads(threads)
     return pool
 
 

@@ -215,7 +215,7 @@ def test_features_are_read_once_for_all_heads(
     """Beside the scores of a head, and where those do not fit; labels are the same bits."""
     path = factored(tmp_path / "features.h5")
     once = label_stage(path, str(tmp_path / "once.h5"), LabelSettings(max_memory=memory)).heads
-    monkeypatch.setattr(Features, "keep", lambda self: None)
+    monkeypatch.setattr(Features, "keep", lambda self, device: None)
     again = label_stage(path, str(tmp_path / "again.h5"), LabelSettings(max_memory=memory)).heads
     size = 40_000 * 12 * 2
     assert [head.attributes["bytes-read"] for head in once] == [size, 0, 0]

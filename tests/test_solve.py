@@ -49,6 +49,7 @@ class ArrayRows:
     def __init__(self, scores_NK: np.ndarray) -> None:
         self.scores_NK = scores_NK
         self.shape = scores_NK.shape
+        self.device = torch.device("cpu")
 
     def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return self.take(np.arange(start, stop), dtype)

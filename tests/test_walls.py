@@ -125,6 +125,7 @@ def test_nothing_unpickles(name: str) -> None:
         ("matplotlib", {"report.figures", "report.page"}),
         ("pyarrow", {"exports"}),
         ("tensorboard", set()),
+        ("triton", {"fused"}),
     ],
 )
 def test_optional_packages_are_asked_for_in_one_place(package: str, modules: set[str]) -> None:

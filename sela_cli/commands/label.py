@@ -8,6 +8,7 @@ import typer
 
 from sela_cli.options import (
     AssignChoice,
+    Device,
     DryRun,
     Force,
     InputKindChoice,
@@ -21,6 +22,7 @@ from sela_cli.options import (
     Seed,
     SolverChoice,
     Tol,
+    device_name,
     given,
     size_in_bytes,
 )
@@ -122,6 +124,7 @@ def label(
         ),
     ] = None,
     seed: Seed = 0,
+    device: Device = "auto",
     force: Force = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
@@ -169,13 +172,23 @@ def label(
         raise UsageError("--head labels one head; the others need --init FILE")
     if head is not None and csv:
         raise UsageError("--head writes no --csv", "sela export-labels writes one")
+    where = device_name(device)
     with terminal.progress("label") as progress:
         if head is not None and init is not None:
             formats.check_output(output, force)
-            labels = relabel_stage(logits, output, settings, head, init, progress=progress)
+            labels = relabel_stage(
+                logits, output, settings, head, init, device=where, progress=progress
+            )
         else:
             labels = label_stage(
-                logits, output, settings, init=init, csv_path=csv, force=force, progress=progress
+                logits,
+                output,
+                settings,
+                init=init,
+                csv_path=csv,
+                force=force,
+                device=where,
+                progress=progress,
             )
     values, text = summary(labels, output)
     terminal.result(values, text)
