@@ -1,0 +1,150 @@
+"""The label solve on a GPU: a pass beside its floor, and a whole solve at ImageNet's size.
+
+    python benchmarks/gpu.py
+
+Needs one GPU with room for the scores (7.7 GB of float16), and a C compiler for Triton.
+Everything is printed, as markdown. Small sizes try the script out without a GPU:
+
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --rows 40 --clusters 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from sela_cli import assignment, newton, semidual
+from sela_cli.labels import marginal
+from sela_cli.semidual import Problem, soft_sizes
+from sela_cli.tiles import Resident
+
+LAMB = 25.0
+# Rows made at a time.
+PIECE = 20_000
+
+
+def peaked(count: int, clusters: int, device: torch.device) -> Resident:
+    """Float16 logits of noisy features near one of K prototypes, of uneven popularity."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    centres_KD = normal(clusters, 64)
+    heads_KD = centres_KD + 0.3 * normal(clusters, 64)
+    bias_K = normal(clusters)
+    scores_NK = torch.empty(count, clusters, dtype=torch.float16, device=device)
+    for start in range(0, count, PIECE):
+        size = min(PIECE, count - start)
+        chosen_n = torch.randint(0, clusters, (size,), generator=generator, device=device)
+        features_nD = centres_KD[chosen_n] + 1.5 * normal(size, 64)
+        scores_NK[start : start + size] = features_nD @ heads_KD.T / 8 + bias_K
+    return Resident(scores_NK)
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median, after a first time that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def passes(rows: Resident, kernel: bool, repeats: int) -> list[str]:
+    """The table of passes."""
+    stored_NK, device = rows.stored_NK, rows.device
+    a_K = torch.linspace(-1, 1, rows.shape[1], dtype=torch.float64)
+    # A tenth of the rows: the copy has to fit beside them. It reads and writes every byte.
+    some_nK = stored_NK[: max(1, len(stored_NK) // 10)]
+    target_nK = torch.empty_like(some_nK)
+    copy = seconds(lambda: target_nK.copy_(some_nK), device, repeats)
+    bandwidth = 2 * some_nK.nbytes / copy
+    floor = stored_NK.nbytes / bandwidth
+    lines = [
+        f"Copying {some_nK.nbytes / 1e9:.2f} GB: {bandwidth / 1e9:.0f} GB/s read and written; so "
+        f"reading the {stored_NK.nbytes / 1e9:.2f} GB of scores once takes {floor * 1e3:.2f} ms.",
+        "",
+        "| a pass | precision | ms | times the floor | largest difference of a share, times K |",
+        "|---|---|---|---|---|",
+    ]
+    wanted_K = torch.zeros(0)
+    for dtype in (torch.float64, torch.float32):
+        for name in ("torch", "kernel") if kernel else ("torch",):
+            if name == "kernel":
+                from sela_cli.fused import column_sums
+
+                semidual._kernel = lambda device: column_sums
+            else:
+                semidual._kernel = lambda device: None
+            found_K = soft_sizes(rows, LAMB, a_K, dtype).s_K
+            wanted_K = wanted_K if len(wanted_K) else found_K
+            off = float((found_K - wanted_K).abs().max()) * len(a_K)
+            took = seconds(lambda dtype=dtype: soft_sizes(rows, LAMB, a_K, dtype), device, repeats)
+            lines.append(
+                f"| {name} | {str(dtype).removeprefix('torch.')} | {took * 1e3:.2f} "
+                f"| {took / floor:.1f} | {off:.1e} |"
+            )
+    return lines
+
+
+def solve(rows: Resident, tol: float) -> list[str]:
+    """The table of a solve from nothing, and of its labels."""
+    count, clusters = rows.shape
+    start = time.perf_counter()
+    problem = Problem(rows, marginal("uniform", clusters), LAMB, tol, 2000)
+    solution = newton.solve(problem)
+    solved = time.perf_counter()
+    bounds = assignment.size_bounds(count, problem.marginal_K.numpy())
+    sharp_K = assignment.sharpen(rows, problem, solution.potentials_K, newton.refine)
+    preferred_N = assignment.argmax(rows, sharp_K)
+    slack = 1e-4 * assignment.objective(rows, preferred_N)
+    labels_N, prices_K = assignment.balanced(rows, sharp_K, bounds, slack, preferred_N=preferred_N)
+    balanced = time.perf_counter()
+    objective = assignment.objective(rows, labels_N)
+    gap = objective - assignment.lower_bound(rows, prices_K, bounds)
+    return [
+        "| N x K | solve s | passes | residual | balance s | gap |",
+        "|---|---|---|---|---|---|",
+        f"| {count:,} x {clusters:,} | {solved - start:.2f} | {len(solution.trace)} "
+        f"| {solution.residual:.1e} | {balanced - solved:.2f} | {gap / objective:.1e} |",
+    ]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rows", type=int, default=1_281_167)
+    parser.add_argument("--clusters", type=int, default=3000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tol", type=float, default=1e-4)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    rows = peaked(options.rows, options.clusters, device)
+    on_gpu = device.type == "cuda"
+    chosen = semidual._kernel
+    kernel = chosen(device) is not None or "TRITON_INTERPRET" in os.environ
+    where = torch.cuda.get_device_name(device) if on_gpu else "no GPU"
+    print(
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {where}, torch {torch.__version__}, "
+        f"kernel {'there' if kernel else 'missing'}, N x K = {rows.shape}.\n"
+    )
+    print("\n".join(passes(rows, kernel, options.repeats)), "\n", sep="\n", flush=True)
+    semidual._kernel = chosen
+    print("\n".join(solve(rows, options.tol)))
+
+
+if __name__ == "__main__":
+    main()
