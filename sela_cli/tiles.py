@@ -114,12 +114,14 @@ def map_spans(
     rows: Rows,
     work: Callable[[Iterator[tuple[int, Tensor]]], T],
     dtype: torch.dtype = torch.float64,
+    longer: int = 1,
 ) -> Iterator[T]:
     """`work` of each span of rows, in order. It is given the span's tiles, one at a time,
-    as (number of the first row, tile_nK), and runs in a thread of its own."""
+    as (number of the first row, tile_nK), and runs in a thread of its own. `longer`: so
+    many times the rows of an ordinary span."""
     count, clusters = rows.shape
     tile = tile_rows(clusters)
-    span = tile * max(1, _SPAN_ELEMENTS // (tile * clusters))
+    span = tile * max(1, longer * _SPAN_ELEMENTS // (tile * clusters))
 
     def tiles(first: int) -> Iterator[tuple[int, Tensor]]:
         end = min(first + span, count)
