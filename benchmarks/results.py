@@ -1,8 +1,8 @@
 """What the method learns, in small: runs, ablations and probes, to docs/results.md.
 
-    python benchmarks/results.py run cifar10 --train CIFAR/train --test CIFAR/test --out runs/results
-    python benchmarks/results.py run ablations --train CIFAR/train --test CIFAR/test --out runs/results
-    python benchmarks/results.py write --out runs/results
+    python benchmarks/results.py run cifar10 --train CIFAR/train --test CIFAR/test --out runs/r
+    python benchmarks/results.py run ablations --train CIFAR/train --test CIFAR/test --out runs/r
+    python benchmarks/results.py write --out runs/r
 
 Folders of CIFAR-10 with a subfolder for each class. Every experiment has a folder of its
 own with what `sela` wrote and `record.json`, its commands and seconds; one whose record is
@@ -41,12 +41,12 @@ LONG_EPOCHS = 24
 # The ablations: a network ten times as fast.
 SHORT = "--arch alexnet-small --image-size 32 --precision bfloat16 --batch-size 64 --lr 0.03"
 SHORT += " --lr-schedule cosine --weight-decay 0.0005 --aug paper"
-SHORT_EPOCHS = 20
+SHORT_EPOCHS = 10
 ABLATIONS = {
-    "balanced": "--heads 128x5 --opts 20",
-    "argmax": "--heads 128x5 --opts 20 --assign argmax",
+    "balanced": "--heads 128x5 --opts 10",
+    "argmax": "--heads 128x5 --opts 10 --assign argmax",
     "opts0": "--heads 128x5 --opts 0",
-    "one-head": "--heads 128x1 --opts 20",
+    "one-head": "--heads 128x1 --opts 10",
 }
 PROBE = "--method both --epochs 10 --lr 0.01,0.03,0.1 --aug crop-flip --precision bfloat16"
 
@@ -113,59 +113,67 @@ def write_truth(spec: Path, image_size: int, output: Path) -> None:
     )
 
 
+def supervised(part: Experiment, options: str, epochs: int, seed: int) -> Path:
+    """A network trained on the true classes; its checkpoint."""
+    write_truth(part.data, 32, part.folder / "truth.h5")
+    output = part.folder / "checkpoint.h5"
+    part.sela(
+        f"retrain --data {part.data} --limit {LIMIT} --labels {part.folder}/truth.h5 {options} "
+        f"--epochs {epochs} --seed {seed} -o {output} --force"
+    )
+    return output
+
+
 def run_cifar10(arguments: argparse.Namespace) -> None:
     """A fresh, a self-labelled and a supervised ResNet-18, of as many steps each."""
-    train, test, out = arguments.train, arguments.test, arguments.out
-    data = f"--data {train} --limit {LIMIT}"
-
-    fresh = Experiment(out / "cifar10-fresh", train, test)
-    if not fresh.done:
-        fresh.sela(f"run {data} --heads 128x10 {LONG} --epochs 0 --opts 0 --out {fresh.folder}/run")
-        fresh.probe(fresh.folder / "run/checkpoint.h5", "layer4", 0)
-        fresh.finish()
-    control = Experiment(out / "cifar10-supervised", train, test)
-    if not control.done:
-        write_truth(train, 32, control.folder / "truth.h5")
-        control.sela(
-            f"retrain {data} --labels {control.folder}/truth.h5 {LONG} --epochs {LONG_EPOCHS} "
-            f"-o {control.folder}/checkpoint.h5"
-        )
-        control.probe(control.folder / "checkpoint.h5", "layer4", 0)
-        control.finish()
-    sela = Experiment(out / "cifar10-sela", train, test)
-    if not sela.done:
-        sela.sela(
-            f"run {data} --preset cifar10 --heads 128x10 {LONG} --epochs {LONG_EPOCHS} "
-            f"--opts {LONG_EPOCHS} --relabel linear --relabel-heads all --view random "
-            f"--out {sela.folder}/run"
-        )
-        sela.probe(sela.folder / "run/checkpoint.h5", "layer4", 0)
-        sela.finish()
+    data = f"--data {arguments.train} --limit {LIMIT}"
+    for name in ("fresh", "sela", "supervised"):
+        part = Experiment(arguments.out / f"cifar10-{name}", arguments.train, arguments.test)
+        if part.done:
+            continue
+        checkpoint = part.folder / "run/checkpoint.h5"
+        if name == "fresh":
+            part.sela(
+                f"run {data} --heads 128x10 {LONG} --epochs 0 --opts 0 --out {part.folder}/run"
+            )
+        elif name == "sela":
+            part.sela(
+                f"run {data} --preset cifar10 --heads 128x10 {LONG} --epochs {LONG_EPOCHS} "
+                f"--opts {LONG_EPOCHS} --relabel linear --relabel-heads all --view random "
+                f"--out {part.folder}/run"
+            )
+        else:
+            checkpoint = supervised(part, LONG, LONG_EPOCHS, 0)
+        part.probe(checkpoint, "layer4", 0)
+        part.finish()
 
 
 def run_ablations(arguments: argparse.Namespace) -> None:
-    """Three seeds of each variant of one short run, a fresh network, and a retrained one."""
-    train, test, out = arguments.train, arguments.test, arguments.out
-    data = f"--data {train} --limit {LIMIT}"
-    for seed in SEEDS:
-        for name, options in ({"fresh": "--heads 128x5 --opts 0"} | ABLATIONS).items():
-            epochs = 0 if name == "fresh" else SHORT_EPOCHS
-            part = Experiment(out / f"{name}-{seed}", train, test)
+    """The variants of one short run, a fresh network, a retrained and a supervised one."""
+    out = arguments.out
+    data = f"--data {arguments.train} --limit {LIMIT}"
+    for seed in arguments.seeds:
+        for name in ("fresh", *ABLATIONS, "retrained", "supervised"):
+            part = Experiment(out / f"{name}-{seed}", arguments.train, arguments.test)
             if part.done:
                 continue
-            part.sela(
-                f"run {data} {SHORT} {options} --lamb 10 --epochs {epochs} --relabel linear "
-                f"--view random --seed {seed} --out {part.folder}/run"
-            )
-            part.probe(part.folder / "run/checkpoint.h5", "conv5", seed)
-            part.finish()
-        part = Experiment(out / f"retrain-{seed}", train, test)
-        if not part.done:
-            part.sela(
-                f"retrain {data} {SHORT} --labels {out}/balanced-{seed}/run/labels.h5 "
-                f"--epochs {SHORT_EPOCHS} --seed {seed + 100} -o {part.folder}/checkpoint.h5"
-            )
-            part.probe(part.folder / "checkpoint.h5", "conv5", seed)
+            checkpoint = part.folder / "run/checkpoint.h5"
+            if name == "supervised":
+                checkpoint = supervised(part, SHORT, SHORT_EPOCHS, seed)
+            elif name == "retrained":
+                checkpoint = part.folder / "checkpoint.h5"
+                part.sela(
+                    f"retrain {data} {SHORT} --labels {out}/balanced-{seed}/run/labels.h5 "
+                    f"--epochs {SHORT_EPOCHS} --seed {seed + 100} -o {checkpoint} --force"
+                )
+            else:
+                options = ABLATIONS.get(name, "--heads 128x5 --opts 0")
+                part.sela(
+                    f"run {data} {SHORT} {options} --lamb 10 --relabel linear --view random "
+                    f"--epochs {0 if name == 'fresh' else SHORT_EPOCHS} --seed {seed} "
+                    f"--out {part.folder}/run"
+                )
+            part.probe(checkpoint, "conv5", seed)
             part.finish()
 
 
@@ -177,6 +185,7 @@ def main() -> None:
     run.add_argument("--train", type=Path, required=True)
     run.add_argument("--test", type=Path, required=True)
     run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     arguments = parser.parse_args()
     {"cifar10": run_cifar10, "ablations": run_ablations}[arguments.part](arguments)
 

@@ -24,14 +24,15 @@ from sela_cli import parallel
 from sela_cli.semidual import FAST_BFLOAT16, Point, Problem, Solution, breadth, laplacian, total
 from sela_cli.tiles import InMemory, Rows
 
-# A start with a larger residual is annealed: lambda is raised to its value in steps.
+# A given start with a larger residual is left for an annealed one.
 _NEAR = 0.02
-_ANNEAL_TOL = 0.003
+_ANNEAL_TOL = 0.01
 # Rows that the range of the scores is taken from.
 _SPREAD = 1024
 # Rows of a sample, per cluster and at least; of fewer than twice as many all are taken.
 _SMALL, _LARGE = (4, 4096), (32, 8192)
-# Half the side of the box, and how often the bounds that hold are looked for.
+# Half the side of the box: at first, doubled after a step to its side that went well. And
+# how often the bounds that hold are looked for.
 _BOX = 5.0
 _BOX_ROUNDS = 6
 # With more of the coordinates at the sides, and more than half, the rest is not solved for.
@@ -45,30 +46,30 @@ _STARVED = 1e-6
 # Costs in softmax entries: a multiply-add of a dense product (in bfloat16 where the
 # processor has it), of a sparse one, of a Cholesky factor in float64.
 _DENSE = 1 / 64 if FAST_BFLOAT16 else 1 / 32
-_SPARSE, _FACTOR = 8.0, 1 / 16
+_SPARSE, _PICK, _FACTOR = 2.5, 1.0, 1 / 16
 # A Hessian of all rows that costs no more steps than this is taken whenever one is due,
 # unless they are so many times the sample's.
 _CHEAP, _MANY = 4.0, 4
 # A sample's Hessian is good for residuals above this. One is due when a step lowers the
 # logarithm of the residual by less than _FAST; _RATE is what is expected of the first.
 _NOISE = 0.02
-_FAST, _RATE = 1.2, 0.5
+_FAST, _RATE, _NEWTON = 1.2, 0.5, 3.0
 
 
 def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     """Minimise the semi-dual; arguments and result as those of `sinkhorn.solve`."""
-    point = problem.read(torch.zeros_like(problem.marginal_K) if init_K is None else init_K)
-    # Rows that are much alike, as those of a fresh network, are balanced by Sinkhorn at once.
-    rate = math.inf
+    large, small = _sample(problem, _LARGE), _sample(problem, _SMALL)
+    levels = _levels(small, problem.lamb)
+    if init_K is None and (not levels or problem.over()):
+        init_K = torch.zeros_like(problem.marginal_K)
+    point = problem.read(init_K) if init_K is not None else None
+    if point is None or (levels and problem.residual(point) > _NEAR and not problem.over()):
+        point = problem.read(_anneal(problem, small, large, levels))
+    rate = 0.0 if levels else math.inf
     while rate > _FAST and problem.residual(point) > problem.tol and not problem.over():
         before, point = point, problem.read(problem.sinkhorn(point))
         rate = math.log(problem.residual(before) / max(problem.residual(point), 1e-300))
-    if problem.residual(point) <= problem.tol or problem.over():
-        return problem.solution(point)
-    sample = _sample(problem, _LARGE)
-    if problem.residual(point) > _NEAR:
-        point = problem.read(_anneal(problem, _sample(problem, _SMALL), sample))
-    return problem.solution(_Descent(problem, sample).run(point))
+    return problem.solution(_Descent(problem, large).run(point))
 
 
 def refine(problem: Problem, init_K: Tensor) -> Solution:
@@ -88,14 +89,21 @@ def _sample(problem: Problem, size: tuple[int, int]) -> Rows:
     return InMemory.of(rows, np.sort(chosen_n))
 
 
-def _anneal(problem: Problem, small: Rows, large: Rows) -> Tensor:
+def _levels(rows: Rows, lamb: float) -> int:
+    """Smaller lambdas to go by: at the first no plan entry is near 0 or 1.
+
+    None where that is so at `lamb` itself: rows that are much alike, as those of a fresh
+    network, are balanced by Sinkhorn at once.
+    """
+    return math.ceil(math.log(max(lamb * _spread(rows), 1.0), 4))
+
+
+def _anneal(problem: Problem, small: Rows, large: Rows, levels: int) -> Tensor:
     """Potentials by way of smaller lambdas, each four times the one before.
 
-    The first is so small that no plan entry is near 0 or 1. They are solved on a sample,
-    unless rows are nearly decided: then a sample says little of the prices of the rest.
+    They are solved on a sample, unless rows are nearly decided: then a sample says little
+    of the prices of the rest.
     """
-    spread = problem.lamb * _spread(small)
-    levels = math.ceil(math.log(max(spread, 1.0), 4))
     prices_K = torch.zeros_like(problem.marginal_K)
     for level in range(levels, 0, -1):
         lamb = problem.lamb / 4**level
@@ -121,7 +129,7 @@ class _Costs:
 
     def __init__(self, problem: Problem, breadth: float) -> None:
         clusters = problem.rows.shape[1]
-        dense, sparse = _DENSE * clusters, _SPARSE * breadth**2 / clusters
+        dense, sparse = _DENSE * clusters, _PICK + _SPARSE * breadth**2 / clusters
         entries = problem.count * clusters
         self.exact = entries * (1 + min(dense, sparse)) / (entries + _FACTOR * clusters**3 / 3)
         self.sparse = sparse < dense
@@ -136,6 +144,7 @@ class _Descent:
         self.hessian_KK: Tensor | None = None
         self.costs: _Costs | None = None
         self.boxed = False
+        self.box = _BOX
         self.residual = math.inf
 
     def run(self, point: Point) -> Point:
@@ -152,9 +161,12 @@ class _Descent:
     def _step(self, point: Point) -> Point:
         hessian_KK = self._hessian(point)
         gradient_K = self.problem.gradient(point)
-        change_K = _box_step(hessian_KK, gradient_K, point.s_K)
-        self.boxed = float(change_K.abs().max()) == _BOX
+        change_K = _box_step(hessian_KK, gradient_K, point.s_K, self.box)
+        self.boxed = float(change_K.abs().max()) == self.box
+        reads = len(self.problem.trace)
         reached = self.problem.move(point, change_K)
+        shortened = len(self.problem.trace) > reads + 1
+        self.box = _BOX if shortened else self.box * (2 if self.boxed else 1)
         _update(hessian_KK, reached.a_K - point.a_K, reached.s_K - point.s_K)
         return reached
 
@@ -167,7 +179,7 @@ class _Descent:
         rate = _RATE if self.hessian_KK is None else max(math.log(before / self.residual), 1e-3)
         cheap = self.costs.exact <= _CHEAP
         left = math.log(self.residual / problem.tol)
-        worth = self.residual < _NOISE and left > (self.costs.exact + 1) * rate
+        worth = self.residual < _NOISE and left / rate > self.costs.exact + left / _NEWTON
         # Steps to where a sample says no more, at this rate and at that of a fresh Hessian.
         saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
         sampled = self.costs.exact * self.sampled / problem.count
@@ -188,8 +200,9 @@ def _update(hessian_KK: Tensor, moved_K: Tensor, turned_K: Tensor) -> None:
         hessian_KK -= torch.outer(foreseen_K, foreseen_K / along)
 
 
-def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor) -> Tensor:
-    """The change that minimises the quadratic model within the box, or nearly.
+def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor, box: float) -> Tensor:
+    """The change that minimises the quadratic model within the box (half its side given),
+    or nearly.
 
     Coordinates that leave the box are held at its side, and the others follow: by one
     factor for all rounds.
@@ -203,15 +216,15 @@ def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor) -> Tensor:
     free_K -= free_K.median()
     change_K, held = free_K, torch.zeros(clusters, dtype=torch.bool)
     for _ in range(_BOX_ROUNDS):
-        outside = change_K.abs() > _BOX * (1 + 1e-9)
+        outside = change_K.abs() > box * (1 + 1e-9)
         held |= outside
         if not outside.any() or int(held.sum()) > max(clusters / 2, _MANY_HELD):
             break
         units = torch.eye(clusters, dtype=s_K.dtype)[:, held]
         answers = torch.cholesky_solve(units, factor_KK)
-        excess = free_K[held] - change_K[held].clamp(-_BOX, _BOX)
+        excess = free_K[held] - change_K[held].clamp(-box, box)
         change_K = free_K - answers @ torch.linalg.solve(answers[held], excess)
-    change_K = change_K.clamp(-_BOX, _BOX)
+    change_K = change_K.clamp(-box, box)
     # Held coordinates are never let go: where that leads nowhere, damping shortens the step.
     damping = _DAMPING
     while held.any() and float(gradient_K @ change_K) > -_DESCENT * float(gradient_K.abs().sum()):
@@ -221,6 +234,6 @@ def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor) -> Tensor:
         change_K = torch.cholesky_solve(-gradient_K[:, None], factor_KK)[:, 0]
         change_K -= change_K.mean()
         longest = float(change_K.abs().max())
-        if longest <= _BOX or damping >= 1:
-            return change_K * min(1.0, _BOX / longest)
+        if longest <= box or damping >= 1:
+            return change_K * min(1.0, box / longest)
     return change_K

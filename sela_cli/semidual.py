@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from sela_cli import parallel
@@ -31,6 +31,10 @@ from sela_cli.tiles import Rows, map_spans
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
 # Smaller entries of a row's plan are left out of a sparse Hessian.
 NEGLIGIBLE = 1e-4
+# Spans of rows that one sparse product is of: what it adds up to is written out densely.
+_SPARSE_SPANS = 8
+# Blocks of columns that a dense product is made of, and the columns of one at least.
+_GRAM_BLOCKS, _GRAM_LEAST = 4, 128
 # Rows that the breadth of the plan is taken from.
 _SOME = 512
 # From this many entries on, float32 is used for as long as it can tell.
@@ -121,7 +125,7 @@ class Problem:
         """One read of the matrix at potentials `a_K`.
 
         Large matrices are read in float32 until its rounding could show in the residual,
-        from then on in float64.
+        from then on in float64; a residual within the tolerance is seen in float64 first.
         """
         point = self._read(a_K - a_K.mean())
         if self.dtype == torch.float32:
@@ -130,7 +134,8 @@ class Problem:
             noise = 2.0**-24 * (4 * float(point.a_K.abs().max()) + 64)
             if noise > self.tol / 4 and self.residual(point) <= max(self.tol, noise):
                 self.dtype = torch.float64
-                point = self._read(point.a_K)
+                if self.residual(point) <= self.tol:
+                    point = self._read(point.a_K)
         return point
 
     def _read(self, a_K: Tensor) -> Point:
@@ -143,8 +148,8 @@ class Problem:
     def move(self, point: Point, change_K: Tensor) -> Point:
         """The point that a step along `change_K` leads to, shortened where F would rise.
 
-        F is convex: it has not risen where it still slopes down. Returns `point` itself
-        where the reads are over first.
+        F is convex: it has not risen where it still slopes down. A step that halves the
+        residual is as good. Returns `point` itself where the reads are over first.
         """
         slope = float(self.gradient(point) @ change_K)
         if slope >= 0:
@@ -153,7 +158,7 @@ class Problem:
         while True:
             reached = self.read(point.a_K + length * change_K)
             end = float(self.gradient(reached) @ change_K)
-            if end <= -_WOLFE * slope:
+            if end <= -_WOLFE * slope or self.residual(reached) < self.residual(point) / 2:
                 return reached
             if self.over():
                 return point
@@ -265,29 +270,51 @@ def laplacian(rows: Rows, lamb: float, a_K: Tensor, sparse: bool) -> Tensor:
     if rows.device.type != "cpu":
         return _laplacian_on_device(rows, lamb, a_K)
     clusters = rows.shape[1]
-
-    def work(tiles: Iterator[tuple[int, Tensor]]) -> Any:
-        q_nK = torch.cat([_plan(tile_nK, lamb, a_K) for _, tile_nK in tiles])
-        if not sparse:
-            if FAST_BFLOAT16:
-                q_nK = q_nK.bfloat16()
-            return q_nK.T @ q_nK
-        row_z, column_z = (q_nK > NEGLIGIBLE).nonzero(as_tuple=True)
-        kept = csr_array(
-            (q_nK[row_z, column_z].numpy(), (row_z.numpy(), column_z.numpy())), q_nK.shape
-        )
-        return kept.T @ kept
-
     overlap_KK = torch.zeros(clusters, clusters, dtype=torch.float64)
-    for part_KK in map_spans(rows, work, torch.float32):
-        if sparse:
-            part_KK = part_KK.tocoo()
-            overlap_KK.numpy()[part_KK.row, part_KK.col] += part_KK.data
-        else:
+
+    def plans(tiles: Iterator[tuple[int, Tensor]]) -> Iterator[Tensor]:
+        return (_plan(tile_nK, lamb, a_K) for _, tile_nK in tiles)
+
+    if sparse:
+
+        def overlap(tiles: Iterator[tuple[int, Tensor]]) -> csr_array:
+            kept = vstack([_entries(q_nK.numpy()) for q_nK in plans(tiles)], format="csr")
+            return kept.T @ kept
+
+        for part in map_spans(rows, overlap, torch.float32, _SPARSE_SPANS):
+            overlap_KK += torch.from_numpy(part.toarray())
+    else:
+
+        def gram(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+            q_nK = torch.cat(list(plans(tiles)))
+            return _upper_gram(q_nK.bfloat16() if FAST_BFLOAT16 else q_nK)
+
+        for part_KK in map_spans(rows, gram, torch.float32):
             overlap_KK += part_KK
+        overlap_KK = overlap_KK.triu() + overlap_KK.triu(1).T
     parallel.sum_of(overlap_KK)
     overlap_KK.fill_diagonal_(0.0).div_(-total(rows))
     return overlap_KK.diagonal_scatter(-overlap_KK.sum(1))
+
+
+def _entries(q_nK: np.ndarray) -> csr_array:
+    """What is not negligible of a plan."""
+    flat = q_nK.ravel()
+    kept = np.flatnonzero(flat > NEGLIGIBLE)
+    rows, clusters = q_nK.shape
+    ends = np.searchsorted(kept, np.arange(rows + 1) * clusters)
+    return csr_array((flat[kept], kept % clusters, ends), q_nK.shape)
+
+
+def _upper_gram(q_nK: Tensor) -> Tensor:
+    """q^T q on and above the diagonal, by blocks; below it nothing, which saves a third."""
+    clusters = q_nK.shape[1]
+    gram_KK = q_nK.new_zeros(clusters, clusters)
+    step = max(-(-clusters // _GRAM_BLOCKS), _GRAM_LEAST)
+    for start in range(0, clusters, step):
+        block_nk = q_nK[:, start : start + step]
+        gram_KK[start : start + step, start:] = block_nk.T @ q_nK[:, start:]
+    return gram_KK
 
 
 def _laplacian_on_device(rows: Rows, lamb: float, a_K: Tensor) -> Tensor:
