@@ -108,12 +108,14 @@ def solve(rows: Resident, tol: float) -> list[str]:
     solved = time.perf_counter()
     bounds = assignment.size_bounds(count, problem.marginal_K.numpy())
     sharp_K = assignment.sharpen(rows, problem, solution.potentials_K, newton.refine)
-    preferred_N = assignment.argmax(rows, sharp_K)
-    slack = 1e-4 * assignment.objective(rows, preferred_N)
-    labels_N, prices_K = assignment.balanced(rows, sharp_K, bounds, slack, preferred_N=preferred_N)
+    preferred = assignment.certified(rows, sharp_K, None)
+    slack = 1e-4 * preferred.objective
+    labels_N, prices_K = assignment.balanced(
+        rows, sharp_K, bounds, slack, preferred_N=preferred.labels_N
+    )
     balanced = time.perf_counter()
-    objective = assignment.objective(rows, labels_N)
-    gap = objective - assignment.lower_bound(rows, prices_K, bounds)
+    _, objective, bound = assignment.certified(rows, prices_K, bounds, labels_N)
+    gap = objective - bound
     return [
         "| N x K | solve s | passes | residual | balance s | gap |",
         "|---|---|---|---|---|---|",

@@ -5,7 +5,7 @@ in units of log-probability; a row prefers the cluster of the largest logp_ik + 
 
 `balanced` starts from what rows prefer and moves as few of them as it can: a minimum-cost
 flow on the graph of clusters, where the arc k -> l costs what the row of k that minds
-least would lose by going to l. Prices prove how good the result is (`lower_bound`).
+least would lose by going to l. Prices prove how good the result is (`certified`).
 Sources: successive shortest paths (Ahuja, Magnanti, Orlin, Network Flows, ch. 9);
 linear-programming duality of the transportation problem.
 """
@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sela_cli.semidual import Problem, Solution
 from sela_cli.tiles import Rows, map_rows, map_spans
@@ -39,6 +38,17 @@ class Bounds(NamedTuple):
 
     low_K: np.ndarray
     high_K: np.ndarray
+
+
+class Certified(NamedTuple):
+    """Labels, their objective, and what no labels of the allowed sizes can go below.
+
+    Objectives are mean_i -logp_i(label), in nats: the paper's E(p, q).
+    """
+
+    labels_N: np.ndarray
+    objective: float
+    lower_bound: float
 
 
 def size_bounds(count: int, marginal_K: np.ndarray) -> Bounds:
@@ -86,37 +96,36 @@ def random_balanced(count: int, clusters: int, generator: torch.Generator) -> np
     return (torch.randperm(count, generator=generator) % clusters).numpy()
 
 
-def objective(rows: Rows, labels_N: np.ndarray) -> float:
-    """mean_i -logp_i(label), in nats: the paper's E(p, q)."""
+def certified(
+    rows: Rows, prices_K: Tensor, bounds: Bounds | None, labels_N: np.ndarray | None = None
+) -> Certified:
+    """The objective of `labels_N` and a bound to it, in one read of the matrix.
 
-    def work(tiles: Iterator[tuple[int, Tensor]]) -> float:
-        total = 0.0
-        for start, tile_nK in tiles:
-            labels_n = torch.from_numpy(labels_N[start : start + len(tile_nK)]).to(rows.device)
-            total += float(functional.cross_entropy(tile_nK, labels_n, reduction="sum"))
-        return total
-
-    return sum(map_spans(rows, work)) / rows.shape[0]
-
-
-def lower_bound(rows: Rows, prices_K: Tensor, bounds: Bounds) -> float:
-    """What no labelling with sizes within `bounds` can go below, whatever the prices.
-
-    The transport dual: min over allowed sizes n of sum_k (n_k / N) g_k
-    - mean_i max_k (logp_ik + g_k).
+    Without `labels_N`, those that the rows prefer at these prices; without `bounds`, no
+    bound (NaN). The bound is the transport dual: min over allowed sizes n of
+    sum_k (n_k / N) g_k - mean_i max_k (logp_ik + g_k).
     """
     count = rows.shape[0]
+    chosen_N = np.empty(count, np.int64) if labels_N is None else labels_N
 
-    def work(tiles: Iterator[tuple[int, Tensor]]) -> float:
-        total = 0.0
-        for _, tile_nK in tiles:
-            best_n = (tile_nK + prices_K.to(tile_nK)).amax(1)
-            total += float((best_n - torch.logsumexp(tile_nK, 1)).sum())
-        return total
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> np.ndarray:
+        losses = np.zeros(2)
+        for start, tile_nK in tiles:
+            part_n = chosen_N[start : start + len(tile_nK)]
+            best_n, first_n = (tile_nK + prices_K.to(tile_nK)).max(1)
+            if labels_N is None:
+                part_n[:] = first_n.cpu().numpy()
+            labels_n = torch.from_numpy(part_n).to(rows.device)
+            norm_n = torch.logsumexp(tile_nK, 1)
+            own_n = tile_nK.gather(1, labels_n[:, None])[:, 0]
+            losses += float((norm_n - own_n).sum()), float((norm_n - best_n).sum())
+        return losses
 
-    total = sum(map_spans(rows, work))
-    sizes_K = _cheapest_sizes(count, prices_K, bounds)
-    return (float(sizes_K @ prices_K.numpy()) - total) / count
+    objective, relaxed = sum(map_spans(rows, work), np.zeros(2)) / count
+    bound = float("nan")
+    if bounds:
+        bound = float(_cheapest_sizes(count, prices_K, bounds) @ prices_K.numpy()) / count + relaxed
+    return Certified(chosen_N, float(objective), float(bound))
 
 
 def _cheapest_sizes(count: int, prices_K: Tensor, bounds: Bounds) -> np.ndarray:

@@ -478,20 +478,20 @@ def _solve_head(
 
     if settings.assign == "balanced":
         sharp_K = assignment.sharpen(whole, problem, solution.potentials_K, refine)
-        preferred_N = assignment.argmax(whole, sharp_K)
-        slack = _SLACK * assignment.objective(whole, preferred_N)
+        preferred = assignment.certified(whole, sharp_K, None)
         labels_N, prices_K = assignment.balanced(
             whole,
             sharp_K,
             sizes.given,
-            slack,
+            _SLACK * preferred.objective,
             progress=lambda left: moving(f"{name} {left} rows to move"),
-            preferred_N=preferred_N,
+            preferred_N=preferred.labels_N,
         )
+        result = assignment.certified(whole, prices_K, sizes.allowed, labels_N)
     else:
-        labels_N = assignment.argmax(whole, prices_K)
+        result = assignment.certified(whole, prices_K, sizes.allowed)
     return HeadLabels(
-        labels_N=labels_N,
+        labels_N=result.labels_N,
         potentials_K=solution.potentials_K.numpy(),
         attributes={
             "assign": settings.assign,
@@ -500,8 +500,8 @@ def _solve_head(
             "residual": solution.residual,
             "n-iters": solution.trace[-1].iteration,
             "converged": solution.converged,
-            "objective": assignment.objective(whole, labels_N),
-            "lower-bound": assignment.lower_bound(whole, prices_K, sizes.allowed),
+            "objective": result.objective,
+            "lower-bound": result.lower_bound,
             "status": _status(solution, settings),
             "bytes-read": _bytes_read(rows),
         },
@@ -534,11 +534,10 @@ def _fixed_head(
     if not math.isfinite(lamb):
         raise BadData("--fixed: these labels were not solved for", "solve with sela label first")
     kept = _kept(rows, settings, taken)
-    labels_N = assignment.argmax(kept, torch.from_numpy(before.potentials_K) / lamb)
-    known = {"lamb": lamb, "objective": assignment.objective(kept, labels_N)}
-    known["bytes-read"] = _bytes_read(rows)
+    result = assignment.certified(kept, torch.from_numpy(before.potentials_K) / lamb, None)
+    known = {"lamb": lamb, "objective": result.objective, "bytes-read": _bytes_read(rows)}
     return HeadLabels(
-        labels_N=labels_N,
+        labels_N=result.labels_N,
         potentials_K=before.potentials_K,
         attributes=formats.unsolved("fixed") | known,
     )

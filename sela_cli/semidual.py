@@ -31,11 +31,11 @@ from sela_cli.tiles import Rows, map_spans
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
 # Smaller entries of a row's plan are left out of a sparse Hessian.
 NEGLIGIBLE = 1e-4
-# Spans of rows that one sparse product is of: what it adds up to is written out densely.
-_SPARSE_SPANS = 8
+# Rows for each cluster that one sparse product is of: what it gives is written out densely.
+_SPARSE_ROWS = 16
 # Blocks of columns that a dense product is made of, and the columns of one at least.
 _GRAM_BLOCKS, _GRAM_LEAST = 4, 128
-# Rows that the breadth of the plan is taken from.
+# Rows that the breadth of the plan, and its rounding, are taken from.
 _SOME = 512
 # From this many entries on, float32 is used for as long as it can tell.
 _LARGE = 1 << 20
@@ -124,8 +124,8 @@ class Problem:
     def read(self, a_K: Tensor) -> Point:
         """One read of the matrix at potentials `a_K`.
 
-        Large matrices are read in float32 until its rounding could show in the residual,
-        from then on in float64; a residual within the tolerance is seen in float64 first.
+        Large matrices are read in float32 until its rounding shows in the residual, from
+        then on in float64; a residual within the tolerance is seen in float64 first.
         """
         point = self._read(a_K - a_K.mean())
         if self.dtype == torch.float32:
@@ -133,10 +133,26 @@ class Problem:
             # numbers that may both be as large as the range of the potentials.
             noise = 2.0**-24 * (4 * float(point.a_K.abs().max()) + 64)
             if noise > self.tol / 4 and self.residual(point) <= max(self.tol, noise):
-                self.dtype = torch.float64
-                if self.residual(point) <= self.tol:
-                    point = self._read(point.a_K)
+                # That is the worst case, so look.
+                if self._rounding(point.a_K) > self.tol / 4:
+                    self.dtype = torch.float64
+                    if self.residual(point) <= self.tol:
+                        point = self._read(point.a_K)
         return point
+
+    def _rounding(self, a_K: Tensor) -> float:
+        """How much of the mass of some rows, evenly spread, float32 puts elsewhere.
+
+        More than of all rows, where errors of different rows cancel.
+        """
+        count = self.rows.shape[0]
+        some_n = np.unique(np.linspace(0, count - 1, min(count, _SOME)).astype(np.int64))
+        plans = [
+            _plan(self.rows.take(some_n, dtype), self.lamb, a_K).double().mean(0)
+            for dtype in (torch.float32, torch.float64)
+        ]
+        moved = 0.5 * (plans[0] - plans[1]).abs().sum().cpu()
+        return float(parallel.sum_of(moved)) / parallel.size()
 
     def _read(self, a_K: Tensor) -> Point:
         point = soft_sizes(self.rows, self.lamb, a_K, self.dtype)
@@ -281,7 +297,7 @@ def laplacian(rows: Rows, lamb: float, a_K: Tensor, sparse: bool) -> Tensor:
             kept = vstack([_entries(q_nK.numpy()) for q_nK in plans(tiles)], format="csr")
             return kept.T @ kept
 
-        for part in map_spans(rows, overlap, torch.float32, _SPARSE_SPANS):
+        for part in map_spans(rows, overlap, torch.float32, _SPARSE_ROWS * clusters):
             overlap_KK += torch.from_numpy(part.toarray())
     else:
 

@@ -185,11 +185,11 @@ def map_spans(
     rows: Rows,
     work: Callable[[Iterator[tuple[int, Tensor]]], T],
     dtype: torch.dtype | None = torch.float64,
-    longer: int = 1,
+    least: int = 0,
 ) -> Iterator[T]:
     """`work` of each span of rows, in order. It is given the span's tiles, one at a time,
-    as (number of the first row, tile_nK), and runs in a thread of its own. `longer`: so
-    many times the rows of an ordinary span."""
+    as (number of the first row, tile_nK), and runs in a thread of its own. Spans have
+    `least` rows at least."""
     count, clusters = rows.shape
     elements, span_elements = _TILE_ELEMENTS, _SPAN_ELEMENTS
     if rows.device.type != "cpu":
@@ -198,7 +198,7 @@ def map_spans(
             elements = _DEVICE_VIEW
         span_elements = _DEVICE_TILES * elements
     tile = tile_rows(clusters, elements)
-    span = tile * max(1, longer * span_elements // (tile * clusters))
+    span = tile * max(1, span_elements // (tile * clusters), least // tile)
 
     def tiles(first: int) -> Iterator[tuple[int, Tensor]]:
         end = min(first + span, count)

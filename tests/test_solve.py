@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment, linprog, minimize
-from scipy.special import logsumexp, softmax
+from scipy.special import log_softmax, logsumexp, softmax
 from torch import Tensor
 
 from sela_cli import assignment, lbfgs, newton, sinkhorn
@@ -261,7 +261,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
             found.append(
                 (
                     solution.potentials_K,
-                    assignment.objective(rows, assignment.argmax(rows, solution.potentials_K / 10)),
+                    assignment.certified(rows, solution.potentials_K / 10, None).objective,
                 )
             )
     finally:
@@ -293,11 +293,11 @@ def test_balanced_labels_are_optimal_and_proved_so(shape: tuple[int, int], start
     labels_N, prices_K = assignment.balanced(rows, prices_K, bounds)
     sizes_K = np.bincount(labels_N, minlength=clusters)
     assert (sizes_K >= bounds.low_K).all() and (sizes_K <= bounds.high_K).all()
-    objective = assignment.objective(rows, labels_N)
+    _, objective, bound = assignment.certified(rows, prices_K, bounds, labels_N)
     assert objective == pytest.approx(cost_of_optimal_matching(rows.scores_NK, sizes_K), abs=1e-9)
-    assert assignment.lower_bound(rows, prices_K, bounds) <= objective + 1e-9
+    assert bound <= objective + 1e-9
     if count % clusters == 0:
-        assert assignment.lower_bound(rows, prices_K, bounds) == pytest.approx(objective, abs=1e-9)
+        assert bound == pytest.approx(objective, abs=1e-9)
 
 
 def test_uneven_sizes_come_close_to_the_linear_programme() -> None:
@@ -317,8 +317,7 @@ def test_uneven_sizes_come_close_to_the_linear_programme() -> None:
     bounds = assignment.size_bounds(count, uniform(clusters).numpy())
     prices_K = by_newton(rows, uniform(clusters), 100.0, 1e-6, 100).potentials_K / 100
     labels_N, prices_K = assignment.balanced(rows, prices_K, bounds)
-    bound = assignment.lower_bound(rows, prices_K, bounds)
-    objective = assignment.objective(rows, labels_N)
+    _, objective, bound = assignment.certified(rows, prices_K, bounds, labels_N)
     assert bound <= best.fun + 1e-9 and best.fun <= objective + 1e-9
     assert objective <= 1.001 * best.fun
 
@@ -330,7 +329,7 @@ def test_any_prices_give_a_lower_bound() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         prices_K = torch.from_numpy(rng.normal(0, 2, 6))
-        assert assignment.lower_bound(rows, prices_K, bounds) <= best + 1e-12
+        assert assignment.certified(rows, prices_K, bounds).lower_bound <= best + 1e-12
 
 
 @pytest.mark.parametrize("kind", ["identical", "two values", "duplicated"])
@@ -346,8 +345,8 @@ def test_ties_are_shared_out(kind: str) -> None:
     bounds = assignment.size_bounds(count, uniform(clusters).numpy())
     labels_N, prices_K = assignment.balanced(rows, prices_K, bounds)
     assert np.bincount(labels_N, minlength=clusters).tolist() == [100] * clusters
-    objective = assignment.objective(rows, labels_N)
-    assert objective == pytest.approx(assignment.lower_bound(rows, prices_K, bounds), abs=1e-9)
+    _, objective, bound = assignment.certified(rows, prices_K, bounds, labels_N)
+    assert objective == pytest.approx(bound, abs=1e-9)
 
 
 def test_slack_costs_at_most_what_it_says() -> None:
@@ -357,8 +356,19 @@ def test_slack_costs_at_most_what_it_says() -> None:
     exact, _ = assignment.balanced(rows, prices_K, bounds)
     rough, _ = assignment.balanced(rows, prices_K, bounds, slack=1e-3)
     assert np.bincount(rough, minlength=40).tolist() == [20] * 40
-    least = assignment.objective(rows, exact)
-    assert least - 1e-12 <= assignment.objective(rows, rough) <= least + 1e-3
+    least = assignment.certified(rows, prices_K, None, exact).objective
+    found = assignment.certified(rows, prices_K, None, rough).objective
+    assert least - 1e-12 <= found <= least + 1e-3
+
+
+def test_first_choices_and_their_objective() -> None:
+    rows = ArrayRows(logits(500, 7))
+    prices_K = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    labels_N, objective, bound = assignment.certified(rows, prices_K, None)
+    np.testing.assert_array_equal(labels_N, assignment.argmax(rows, prices_K))
+    logp_NK = log_softmax(rows.scores_NK, axis=1)
+    assert objective == pytest.approx(-logp_NK[np.arange(500), labels_N].mean(), abs=1e-12)
+    assert np.isnan(bound)
 
 
 def test_sharper_prices_leave_fewer_rows_to_move() -> None:
