@@ -12,12 +12,16 @@ there is not run again. `write` reads the records and the probe files only.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
+import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +49,7 @@ ABLATIONS = {
     "opts0": "--heads 128x5 --opts 0",
     "one-head": "--heads 128x1 --opts 10",
 }
+CONTROLS = ("retrained", "supervised")
 PROBE = "--method both --epochs 10 --lr 0.01,0.03,0.1 --aug crop-flip --precision bfloat16"
 
 
@@ -150,7 +155,7 @@ def run_ablations(arguments: argparse.Namespace) -> None:
     out = arguments.out
     data = f"--data {arguments.train} --limit {LIMIT}"
     for seed in arguments.seeds:
-        for name in ("fresh", *ABLATIONS, "retrained", "supervised"):
+        for name in ("fresh", *ABLATIONS, *CONTROLS):
             part = Experiment(out / f"{name}-{seed}", arguments.train, arguments.test)
             if part.done:
                 continue
@@ -174,6 +179,138 @@ def run_ablations(arguments: argparse.Namespace) -> None:
             part.finish()
 
 
+def measured(folder: Path) -> dict[str, float]:
+    """Per cent right on the test images by each probe, NMI of the last labels, minutes."""
+    rows = [row for row in formats.read_probe(str(folder / "test.h5")) if row["split"] == "test"]
+    found = {row["method"]: 100 * row["top1"] for row in rows}
+    rounds = folder / "run/rounds.csv"
+    found["nmi"] = float("nan")
+    if rounds.exists():
+        last = list(csv.DictReader(rounds.open()))[-1]
+        found |= {"nmi": float(last["nmi"]), "largest": float(last["largest"])}
+        found["empty"] = float(last["empty"])
+    record = json.loads((folder / "record.json").read_text())
+    found["minutes"] = record["commands"][0]["seconds"] / 60
+    return found
+
+
+def over_seeds(out: Path, name: str, seeds: Sequence[int]) -> dict[str, list[float]]:
+    """The figures of a variant, a list over its seeds."""
+    parts = [measured(out / f"{name}-{seed}") for seed in seeds]
+    return {key: [part[key] for part in parts] for key in parts[0]}
+
+
+def mean(values: list[float], digits: int = 1) -> str:
+    """Mean and, of several, the range."""
+    if not np.isfinite(values).all():
+        return ""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return text
+
+
+def difference(rows: dict[str, dict[str, list[float]]], one: str, other: str) -> str:
+    """How much better one variant is than another, seed by seed."""
+    parts = []
+    for key, unit in (("knn", "kNN"), ("linear", "linear"), ("nmi", "NMI")):
+        by_seed = np.subtract(*(rows[name][key] for name in (one, other)))
+        if np.isfinite(by_seed).all():
+            digits = 3 if key == "nmi" else 1
+            parts.append(f"{unit} " + ", ".join(f"{value:+.{digits}f}" for value in by_seed))
+    return f"- {one} less {other}: {'; '.join(parts)}."
+
+
+def write(arguments: argparse.Namespace) -> None:
+    """The page, of the experiments whose records are there."""
+    out: Path = arguments.out
+    done = {path.parent.name for path in out.glob("*/record.json")}
+    records = {name: json.loads((out / name / "record.json").read_text()) for name in done}
+    seeds = [
+        seed
+        for seed in SEEDS
+        if all(f"{name}-{seed}" in done for name in ("fresh", *ABLATIONS, *CONTROLS))
+    ]
+    variants = {
+        name: over_seeds(out, name, seeds) for name in ("fresh", *ABLATIONS, *CONTROLS) if seeds
+    }
+    dates = ", ".join(sorted({record["date"] for record in records.values()}))
+    versions = ", ".join(sorted({record["torch"] for record in records.values()}))
+    lines = [
+        "# What the method learns, in small",
+        "",
+        "Written by `python benchmarks/results.py write` from the probe files of "
+        "`python benchmarks/results.py run`.",
+        "",
+        f"CIFAR-10 (JPEG copies, about 30 dB from the originals: not comparable with published "
+        f"figures beyond direction), {LIMIT:,} training images evenly spread, tested on all test "
+        f"images, which chose nothing. {dates}, {processor()}, one thread each and other work "
+        f"beside them, torch {versions}, Python {platform.python_version()}. *kNN*: weighted, "
+        "k = 10, sigma = 0.1, per cent right. "
+        "*linear*: a linear probe of the named layer, 10 epochs, its rate chosen on a tenth of the "
+        "training images. *NMI*: of the labels of the last round with the classes, mean of heads.",
+        "",
+        "## An hour and a half",
+        "",
+        f"ResNet-18 with a stem for 32 pixels; SeLa: {LONG_EPOCHS} epochs, as many relabellings "
+        "(`examples/cifar10.sh`). One seed.",
+        "",
+        "| network | kNN | linear layer4 | NMI | minutes | commit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("fresh", "sela", "supervised"):
+        if f"cifar10-{name}" in done:
+            row = measured(out / f"cifar10-{name}")
+            nmi = "" if name == "fresh" or np.isnan(row["nmi"]) else f"{row['nmi']:.3f}"
+            lines.append(
+                f"| {name} | {row['knn']:.1f} | {row['linear']:.1f} | {nmi} "
+                f"| {row['minutes']:.0f} | {records[f'cifar10-{name}']['commit']} |"
+            )
+    lines += [
+        "",
+        "## Ablations",
+        "",
+        f"`alexnet-small` at 32 pixels, {SHORT_EPOCHS} epochs; mean and range over seeds "
+        f"{', '.join(map(str, seeds))}. *balanced*: five heads of 128 clusters, ten relabellings, "
+        "exactly balanced labels; *argmax*: labels as the potentials have them; *opts0*: random "
+        "labels to the end; *one-head*: T = 1; *retrained*: a fresh network on the final labels "
+        "of *balanced*; *supervised*: on the true classes, as many epochs.",
+        "",
+        "| variant | kNN | linear conv5 | NMI | largest cluster | empty | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in variants.items():
+        sizes = ""
+        if name in ABLATIONS:
+            sizes = f"{max(row['largest']):.0f} | {max(row['empty']):.0f}"
+        nmi = mean(row["nmi"], 3) if name != "fresh" else ""
+        lines.append(
+            f"| {name} | {mean(row['knn'])} | {mean(row['linear'])} | {nmi} "
+            f"| {sizes or ' | '} | {mean(row['minutes'])} |"
+        )
+    lines += ["", "Seed by seed:", ""]
+    pairs = [("balanced", "argmax"), ("balanced", "opts0"), ("balanced", "one-head")]
+    pairs += [("retrained", "balanced"), ("balanced", "fresh"), ("supervised", "fresh")]
+    lines += [difference(variants, *pair) for pair in pairs]
+    lines += ["", "## Commands", "", "```sh"]
+    shown = [f"cifar10-{name}" for name in ("fresh", "sela", "supervised")]
+    shown += [f"{name}-{seeds[0]}" for name in variants]
+    for name in shown:
+        if name in done:
+            lines += [f"# {name}"]
+            lines += [f"sela {command['command']}" for command in records[name]["commands"]]
+    lines += ["```", ""]
+    arguments.output.write_text("\n".join(lines), encoding="utf-8")
+
+
+def processor() -> str:
+    """The processor's name."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -183,8 +320,13 @@ def main() -> None:
     run.add_argument("--test", type=Path, required=True)
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    page = commands.add_parser("write")
+    page.add_argument("--out", type=Path, required=True)
+    page.add_argument("--output", type=Path, default=Path("docs/results.md"))
+    page.set_defaults(part="write")
     arguments = parser.parse_args()
-    {"cifar10": run_cifar10, "ablations": run_ablations}[arguments.part](arguments)
+    parts = {"cifar10": run_cifar10, "ablations": run_ablations, "write": write}
+    parts[arguments.part](arguments)
 
 
 if __name__ == "__main__":

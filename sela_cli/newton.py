@@ -30,7 +30,7 @@ _ANNEAL_TOL = 0.01
 # Rows that the range of the scores is taken from.
 _SPREAD = 1024
 # Rows of a sample, per cluster and at least; of fewer than twice as many all are taken.
-_SMALL, _LARGE = (4, 4096), (32, 8192)
+_SMALL, _LARGE = (4, 4096), (16, 8192)
 # Half the side of the box: at first, doubled after a step to its side that went well. And
 # how often the bounds that hold are looked for.
 _BOX = 5.0
@@ -49,10 +49,11 @@ _DENSE = 1 / 64 if FAST_BFLOAT16 else 1 / 32
 _SPARSE, _PICK, _FACTOR = 2.5, 1.0, 1 / 16
 # A Hessian of all rows that costs no more steps than this is taken whenever one is due,
 # unless they are so many times the sample's.
-_CHEAP, _MANY = 4.0, 4
-# A sample's Hessian is good for residuals above this. One is due when a step lowers the
-# logarithm of the residual by less than _FAST; _RATE is what is expected of the first.
-_NOISE = 0.02
+_CHEAP, _MANY = 4.0, 8
+# A sample's Hessian is good for residuals above _NOISE; above _FAR no other is taken.
+_NOISE, _FAR = 0.02, 0.1
+# One is due when a step lowers the logarithm of the residual by less than _FAST; _RATE is
+# what is expected of the first step, _NEWTON of those with a Hessian of all rows.
 _FAST, _RATE, _NEWTON = 1.2, 0.5, 3.0
 
 
@@ -184,7 +185,7 @@ class _Descent:
         saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
         sampled = self.costs.exact * self.sampled / problem.count
         if self.hessian_KK is None or worth or (rate < _FAST if cheap else saved > sampled):
-            near = problem.count <= _MANY * self.sampled
+            near = problem.count <= _MANY * self.sampled and self.residual < _FAR
             rows = problem.rows if worth or (cheap and near) else self.sample
             self.hessian_KK = laplacian(rows, problem.lamb, point.a_K, self.costs.sparse)
         return self.hessian_KK

@@ -132,12 +132,12 @@ class Problem:
             # The relative error of a plan entry near the top of its row: a sum of two
             # numbers that may both be as large as the range of the potentials.
             noise = 2.0**-24 * (4 * float(point.a_K.abs().max()) + 64)
-            if noise > self.tol / 4 and self.residual(point) <= max(self.tol, noise):
-                # That is the worst case, so look.
-                if self._rounding(point.a_K) > self.tol / 4:
-                    self.dtype = torch.float64
-                    if self.residual(point) <= self.tol:
-                        point = self._read(point.a_K)
+            close = noise > self.tol / 4 and self.residual(point) <= max(self.tol, noise)
+            # That is the worst case, so look.
+            if close and self._rounding(point.a_K) > self.tol / 4:
+                self.dtype = torch.float64
+                if self.residual(point) <= self.tol:
+                    point = self._read(point.a_K)
         return point
 
     def _rounding(self, a_K: Tensor) -> float:

@@ -150,8 +150,11 @@ def less_maximum(tile_nK: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows less their maximum, as `dtype`."""
     # What float32 holds exactly needs no float64 before its maximum is taken off.
     exact = tile_nK.dtype in (torch.float16, torch.float32)
-    tile_nK = tile_nK.to(dtype if exact else torch.float64)
-    return tile_nK.sub(tile_nK.amax(1, keepdim=True)).to(dtype)
+    wide_nK = tile_nK.to(dtype if exact else torch.float64)
+    maximum_n1 = wide_nK.amax(1, keepdim=True)
+    # In place where that spoils no stored rows: a large new tile costs more than the sum.
+    ours = wide_nK is not tile_nK
+    return (wide_nK.sub_(maximum_n1) if ours else wide_nK.sub(maximum_n1)).to(dtype)
 
 
 @dataclass(frozen=True)
