@@ -31,9 +31,10 @@ _ANNEAL_TOL = 0.01
 _SPREAD = 1024
 # Rows of a sample, per cluster and at least; of fewer than twice as many all are taken.
 _SMALL, _LARGE = (4, 4096), (16, 8192)
-# Half the side of the box: at first, doubled after a step to its side that went well. And
-# how often the bounds that hold are looked for.
-_BOX = 5.0
+# Half the side of the box: at first, doubled after a step to its side that went well, and
+# at most for a Hessian that is not of this very point. And how often the bounds that hold
+# are looked for.
+_BOX, _STALE_BOX = 5.0, 20.0
 _BOX_ROUNDS = 6
 # With more of the coordinates at the sides, and more than half, the rest is not solved for.
 _MANY_HELD = 64
@@ -160,14 +161,18 @@ class _Descent:
         return point
 
     def _step(self, point: Point) -> Point:
+        before = self.hessian_KK
         hessian_KK = self._hessian(point)
-        gradient_K = self.problem.gradient(point)
-        change_K = _box_step(hessian_KK, gradient_K, point.s_K, self.box)
-        self.boxed = float(change_K.abs().max()) == self.box
+        fresh = hessian_KK is not before
+        box = self.box if fresh else min(self.box, _STALE_BOX)
+        change_K = _box_step(hessian_KK, self.problem.gradient(point), point.s_K, box)
+        self.boxed = float(change_K.abs().max()) == box
         reads = len(self.problem.trace)
         reached = self.problem.move(point, change_K)
-        shortened = len(self.problem.trace) > reads + 1
-        self.box = _BOX if shortened else self.box * (2 if self.boxed else 1)
+        if len(self.problem.trace) > reads + 1:
+            self.box = _BOX
+        elif self.boxed and fresh:
+            self.box *= 2
         _update(hessian_KK, reached.a_K - point.a_K, reached.s_K - point.s_K)
         return reached
 
