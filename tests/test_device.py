@@ -94,6 +94,33 @@ def test_the_kernels_give_the_sums_of_the_softmax(shapes: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wide", ["fp32", "fp64"])
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wide: str
+) -> None:
+    """To machine code of compute capability 9.0: the interpreter takes more than the compiler."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from sela_cli import fused
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"scores": "*fp16", "best": "*fp64", "sums": "*fp64", "count": "i32", "each": "i32"}
+    types |= {"a": f"*{wide}", "lamb": f"*{wide}", "logs": f"*{wide}"}
+    fixed = {"BLOCK": 4096, "WIDE": triton.language.dtype(wide)}
+    for kernel, clusters in (
+        (fused._sums_of_rows, 3000),
+        (fused._logs_of_long_rows, 9001),
+        (fused._sums_of_long_rows, 9001),
+    ):
+        known = fixed | {"clusters": clusters}
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=known)
+        target = GPUTarget("cuda", 90, 32)
+        assert triton.compile(source, target=target, options={"num_warps": 8}).asm["cubin"]
+
+
+@pytest.mark.slow
 def test_a_pass_by_the_kernel_is_a_pass() -> None:
     """Of rows as they are stored, through `soft_sizes`; a dead cluster has a finite share."""
     pytest.importorskip("triton")
