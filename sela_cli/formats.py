@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -281,11 +281,10 @@ def replacing(path: str, force: bool = False) -> Iterator[Path]:
 def _written_beside(path: str) -> Iterator[Path]:
     # Of a link, the file that it leads to is replaced.
     target = Path(path).resolve()
-    # One name for all processes: what a killed one left behind, the next one overwrites.
-    partial = target.with_name(f".{target.name}.partial")
+    partial, lock = _beside(target)
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(target.with_name(f".{target.name}.lock")))
+            stack.enter_context(locked(lock))
         except BlockingIOError:
             raise CannotCreate(
                 f"{path}: another process is writing it", "wait for it, or choose another name"
@@ -295,6 +294,21 @@ def _written_beside(path: str) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, target)
         _sync(target.parent)
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Where a file is written before it has its name, and the lock that is held meanwhile."""
+    # One name for all processes: what a killed one left behind, the next one overwrites.
+    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.lock")
+
+
+def discard(path: Path) -> None:
+    """Remove a file, and what a process that was killed while writing it left behind."""
+    partial, lock = _beside(path)
+    # Where another process is writing it, it is that one's.
+    with suppress(BlockingIOError), locked(lock):
+        partial.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -115,6 +115,40 @@ def test_what_a_killed_process_left_is_taken_over(tmp_path: Path) -> None:
     formats.read_labels(str(path))
 
 
+def test_lock_of_a_killed_process_is_not_held_on_by_its_child(tmp_path: Path) -> None:
+    """The watchdog's, for instance, which may still read a file then."""
+    heard, ready = os.pipe()
+    waits, never = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with locks.locked(tmp_path / "lock"):
+            os.fork()  # Both write a byte, and wait.
+            os.close(never)
+            os.write(ready, b"x")
+            os.read(waits, 1)
+            os._exit(0)
+    os.close(waits)
+    assert os.read(heard, 1) + os.read(heard, 1) == b"xx"
+    with pytest.raises(BlockingIOError), locks.locked(tmp_path / "lock"):
+        pass
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    with locks.locked(tmp_path / "lock"):
+        pass
+    os.close(never)
+
+
+def test_what_is_discarded_leaves_nothing_unless_another_process_writes_it(tmp_path: Path) -> None:
+    path, partial, lock = (tmp_path / name for name in ("a", ".a.partial", ".a.lock"))
+    for item in (path, partial, lock):
+        item.touch()
+    with locks.locked(lock):
+        formats.discard(path)
+        assert path.exists() and partial.exists()
+    formats.discard(path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_lock_that_its_holder_removes_meanwhile_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
