@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gzip
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -333,6 +335,39 @@ def test_tar_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     bomb = archive_of(tmp_path / "bomb.tgz", "a.png", bytes(4 << 20))
     with pytest.raises(BadData, match="claims"):
         open_source(str(bomb))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("first", [True, False])
+def test_tar_header_that_is_a_bomb_is_not_unpacked(
+    kind: bytes, first: bool, tmp_path: Path
+) -> None:
+    """Sixty-four megabytes of it lie in the file as some kilobytes, and would be read whole."""
+    bomb = tarfile.TarInfo("bomb")
+    bomb.type, bomb.size = kind, 1 << 26
+    with gzip.open(tmp_path / "bomb.tgz", "wb", 1) as stream:
+        if not first:
+            stream.write(tarfile.TarInfo("a.png").tobuf())
+        stream.write(bomb.tobuf())
+        stream.write(bytes(bomb.size))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadData, match=r"a header claims 6\.7e\+07 bytes"):
+            open_source(str(tmp_path / "bomb.tgz"))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
+
+
+def test_tar_with_long_names_and_records_is_read(tmp_path: Path) -> None:
+    image = made("png", tmp_path).read_bytes()
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        path = tmp_path / "long.tgz"
+        with tarfile.open(path, "w:gz", format=form) as archive:
+            member = tarfile.TarInfo("é" * 300 + ".png")
+            member.size = len(image)
+            archive.addfile(member, io.BytesIO(image))
+        assert open_source(str(path)).keys == [member.name]
 
 
 def test_member_with_a_path_out_of_the_tar_is_only_a_name(tmp_path: Path) -> None:
