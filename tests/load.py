@@ -104,9 +104,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--readers", type=int, default=100)
     parser.add_argument("--files", type=int, default=1_000_000)
+    parser.add_argument("--folder", help="where the files are made, such as /dev/shm")
     parser.add_argument("--output", type=Path, help="document that the result is recorded in")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="sela-load-") as name:
+    with tempfile.TemporaryDirectory(prefix="sela-load-", dir=arguments.folder) as name:
         (Path(name) / "readers").mkdir()
         took, seen, codes = readers(arguments.readers, Path(name) / "readers")
         seconds, before, peak = listing(arguments.files, Path(name))
