@@ -375,15 +375,16 @@ def main() -> int:
             print(json.dumps(line), file=sys.stderr, flush=True)
         total += counts
         rows.append([name, counts.total(), *(counts[column] for column in columns)])
+        # After each format: what is measured is there, whatever becomes of the rest.
+        if arguments.output:
+            last = ["all", total.total(), *(total[column] for column in columns)]
+            text = (
+                f"{FUZZED} Input `n` of a format is the same every time. It took "
+                f"{time.monotonic() - began:.0f} s.\n\n"
+                + record.table(["format", "inputs", *columns], [*rows, last])
+            )
+            record.section(arguments.output, "Damaged files", text)
     print(f"{'all':<16}", *(f"{total[column]:>8}" for column in columns))
-    if arguments.output:
-        rows.append(["all", total.total(), *(total[column] for column in columns)])
-        text = (
-            f"{FUZZED} Input `n` of a format is the same every time. It took "
-            f"{time.monotonic() - began:.0f} s.\n\n"
-            + record.table(["format", "inputs", *columns], rows)
-        )
-        record.section(arguments.output, "Damaged files", text)
     return int(any(total[column] for column in columns if column not in FINE))
 
 

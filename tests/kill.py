@@ -228,6 +228,15 @@ are tiny, and training saves its state after every step instead of every five mi
 else may be left when a command is done."""
 
 
+def _record(arguments: argparse.Namespace, rows: dict[signal.Signals, list[list[object]]]) -> None:
+    moment = "file operation" if arguments.events else "time"
+    text = TEXT.format(moment=moment) + f" Seed {arguments.seed}."
+    for number, table in rows.items():
+        text += f"\n\n{number.name}, {len(table)} times:\n\n"
+        text += record.table(["command", "after", "left", "in the end"], table)
+    record.section(arguments.output, "Kills", text)
+
+
 def main() -> int:
     """Stop the commands, and print what happened."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -266,13 +275,9 @@ def main() -> int:
                     print(f"  {number.name} {told}", flush=True)
                 table += kills.rows
                 wrong += kills.wrong
-    if arguments.output:
-        moment = "file operation" if arguments.events else "time"
-        text = TEXT.format(moment=moment) + f" Seed {arguments.seed}."
-        for number, table in rows.items():
-            text += f"\n\n{number.name}, {len(table)} times:\n\n"
-            text += record.table(["command", "after", "left", "in the end"], table)
-        record.section(arguments.output, "Kills", text)
+            # After each command: what is measured is there, whatever becomes of the rest.
+            if arguments.output:
+                _record(arguments, rows)
     return int(wrong > 0)
 
 

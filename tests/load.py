@@ -32,8 +32,8 @@ def _child(work: Callable[[], object], output: Path, go: int) -> NoReturn:
     code = 70
     try:
         log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        # Of its own, whatever a test runner has put in their place.
+        sys.stdout = sys.stderr = os.fdopen(log, "w")
         os.read(go, 1)
         work()
         code = 0
@@ -111,18 +111,18 @@ def main() -> int:
         (Path(name) / "readers").mkdir()
         took, seen, codes = readers(arguments.readers, Path(name) / "readers")
         seconds, before, peak = listing(arguments.files, Path(name))
-    fine = len(seen) == 1 and codes == {0}
-    text = (
-        f"{arguments.readers} `sela info` on one file, forked and let go at the same moment: "
-        f"exit codes {sorted(codes)}, {len(seen)} different output, {took:.1f} s in all.\n\n"
-        f"A folder of {arguments.files:,} small images, listed as `--data` lists it: "
-        f"{seconds:.1f} s; the process had {before:.0f} MB before and {peak:.0f} MB at most "
-        f"(VmHWM), {1e6 * (peak - before) / arguments.files:.0f} bytes an image, which is its "
-        "name. Reading a folder keeps nothing else of it."
-    )
-    print(text)
-    if arguments.output:
-        record.section(arguments.output, "Load", text)
+        fine = len(seen) == 1 and codes == {0}
+        text = (
+            f"{arguments.readers} `sela info` on one file, forked and let go at the same moment: "
+            f"exit codes {sorted(codes)}, {len(seen)} different output, {took:.1f} s in all.\n\n"
+            f"A folder of {arguments.files:,} small images, listed as `--data` lists it: "
+            f"{seconds:.1f} s; the process had {before:.0f} MB before and {peak:.0f} MB at most "
+            f"(VmHWM), {1e6 * (peak - before) / arguments.files:.0f} bytes an image, which is its "
+            "name. Reading a folder keeps nothing else of it."
+        )
+        print(text)
+        if arguments.output:
+            record.section(arguments.output, "Load", text)
     return int(not fine)
 
 
