@@ -53,7 +53,7 @@ def embed_stage(
     else:
         columns = {"features": network.width}
         heads = network.head_arrays()
-    same = [provenance.parameters, [entry["digest"] for entry in provenance.inputs]]
+    same: list[Any] = [provenance.parameters, [entry["digest"] for entry in provenance.inputs]]
     same += [provenance.dataset_id, columns, dtype, batch_size, precision, device.split(":")[0]]
     part = formats.Part(_identity(network, same))
     file: Any = nullcontext({})
