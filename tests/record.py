@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # As given: a script may give others to what it calls.
-_COMMAND = " ".join(["python", f"tests/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+_COMMAND = shlex.join(["python", f"tests/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 PACKAGES = ("torch", "numpy", "h5py", "scikit-learn")
 
 
