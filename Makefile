@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-fast check bench-label bench-train docs dist clean
+.PHONY: help demo test test-fast test-lowest check bench-label bench-train docs dist clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -20,6 +20,11 @@ test: .venv/installed ## Run the whole test suite
 
 test-fast: .venv/installed ## The tests that take less than ten seconds each
 	$(BIN)/python -m pytest -m "not slow"
+
+test-lowest: ## The same with the lowest versions that are allowed: .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --editable '.[dev]' --constraint tests/lowest.txt
+	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" .venv-lowest/bin/python -m pytest -m "not slow"
 
 check: .venv/installed ## Lint, formatting, types and import walls
 	$(BIN)/ruff check .
@@ -44,4 +49,4 @@ dist: .venv/installed ## Build the wheel and the source archive, and check them:
 	$(BIN)/python -m twine check --strict dist/*
 
 clean: ## Remove the virtual environment and what runs wrote
-	rm -rf .venv runs dist
+	rm -rf .venv .venv-lowest runs dist

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -286,11 +286,10 @@ def replacing(path: str, force: bool = False) -> Iterator[Path]:
 def _written_beside(path: str) -> Iterator[Path]:
     # Of a link, the file that it leads to is replaced.
     target = Path(path).resolve()
-    # One name for all processes: what a killed one left behind, the next one overwrites.
-    partial = target.with_name(f".{target.name}.partial")
+    partial, lock = _beside(target)
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(target.with_name(f".{target.name}.lock")))
+            stack.enter_context(locked(lock))
         except BlockingIOError:
             raise CannotCreate(
                 f"{path}: another process is writing it", "wait for it, or choose another name"
@@ -300,6 +299,21 @@ def _written_beside(path: str) -> Iterator[Path]:
         _sync(partial)
         os.replace(partial, target)
         _sync(target.parent)
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Where a file is written before it has its name, and the lock that is held meanwhile."""
+    # One name for all processes: what a killed one left behind, the next one overwrites.
+    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.lock")
+
+
+def discard(path: Path) -> None:
+    """Remove a file, and what a process that was killed while writing it left behind."""
+    partial, lock = _beside(path)
+    # Where another process is writing it, it is that one's.
+    with suppress(BlockingIOError), locked(lock):
+        partial.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -317,16 +331,67 @@ def _written_to_stdout() -> Iterator[Path]:
 
 @contextmanager
 def create(
-    path: str, kind: str, provenance: Provenance, force: bool = False
+    path: str,
+    kind: str,
+    provenance: Provenance,
+    force: bool = False,
+    part: Part | None = None,
 ) -> Iterator[h5py.File]:
-    """Write one of our files, with its provenance and digest, whole or not at all."""
+    """Write one of our files, with its provenance and digest, whole or not at all.
+
+    With a `part`, StoppedEarly in the block leaves what is written as `path`.unfinished,
+    and the next call whose part has the same identity is given that to go on with.
+    """
     assert kind in KINDS
     created = _now()
     with replacing(path, force) as partial:
-        with _Output(partial, "w+") as stream, h5py.File(stream, "w") as file:
-            yield file
-            _seal(file, kind, provenance, created)
+        beside = Path(f"{Path(path).resolve()}.unfinished") if part and path != "-" else None
+        goes_on = part is not None and beside is not None and _taken_up(part, beside, partial)
+        try:
+            with (
+                _Output(partial, "r+" if goes_on else "w+") as stream,
+                h5py.File(stream, "r+" if goes_on else "w") as file,
+            ):
+                yield file
+                for name in _PART_ATTRIBUTES:
+                    file.attrs.pop(name, None)
+                _seal(file, kind, provenance, created)
+        except StoppedEarly:
+            if part is not None and beside is not None:
+                _leave(part, partial, beside)
+            raise
         _tried.add(_identity(str(partial)))
+        if beside is not None:
+            beside.unlink(missing_ok=True)
+
+
+@dataclass
+class Part:
+    """The `done` rows that are written of a file; `identity` says what all rows depend on."""
+
+    identity: str
+    done: int = 0
+
+
+_PART_ATTRIBUTES = ("identity", "done")
+
+
+def _taken_up(part: Part, beside: Path, partial: Path) -> bool:
+    if not beside.exists():
+        return False
+    with open_hdf5(str(beside)) as file, damage_named(str(beside)):
+        if file.attrs["identity"] != part.identity:
+            return False
+        part.done = int(file.attrs["done"])
+    os.replace(beside, partial)
+    return True
+
+
+def _leave(part: Part, partial: Path, beside: Path) -> None:
+    with h5py.File(partial, "r+") as file:
+        file.attrs.update(identity=part.identity, done=part.done)
+    _sync(partial)
+    os.replace(partial, beside)
 
 
 class _Output(io.FileIO):
@@ -446,21 +511,23 @@ def create_logits(
     dtype: str,
     heads: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     force: bool = False,
+    part: Part | None = None,
 ) -> Iterator[dict[str, h5py.Dataset]]:
     """Write a logits file; yields its (N, columns) datasets, to be filled by rows.
 
     `columns` names them: `logits/0`.. (explicit form), or `features` together with
-    `heads`, pairs of weight (K, D) and bias (K,) (factored form).
+    `heads`, pairs of weight (K, D) and bias (K,) (factored form). For `part` see `create`;
+    its `done` is for the caller to keep.
     """
-    with create(path, "logits", provenance, force) as file:
-        _write_images(file, keys, index_N)
-        for number, (weight_KD, bias_K) in enumerate(heads):
-            file[f"heads/{number}/weight"] = weight_KD.astype(np.float32)
-            file[f"heads/{number}/bias"] = bias_K.astype(np.float32)
-        yield {
-            name: file.create_dataset(name, (len(keys), width), dtype=dtype)
-            for name, width in columns.items()
-        }
+    with create(path, "logits", provenance, force, part) as file:
+        if part is None or not part.done:
+            _write_images(file, keys, index_N)
+            for number, (weight_KD, bias_K) in enumerate(heads):
+                file[f"heads/{number}/weight"] = weight_KD.astype(np.float32)
+                file[f"heads/{number}/bias"] = bias_K.astype(np.float32)
+            for name, width in columns.items():
+                file.create_dataset(name, (len(keys), width), dtype=dtype)
+        yield {name: file[name] for name in columns}
 
 
 def write_labels(path: str, labels: Labels, provenance: Provenance, force: bool = False) -> None:

@@ -8,6 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_held_here: set[int] = set()
+
+
+def _drop() -> None:
+    """A forked child shares the lock, and would hold it on after its parent is killed."""
+    for handle in _held_here:
+        os.close(handle)
+    _held_here.clear()
+
+
+os.register_at_fork(after_in_child=_drop)
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
@@ -18,10 +30,12 @@ def locked(path: Path) -> Iterator[None]:
     be made.
     """
     handle = _held(path)
+    _held_here.add(handle)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
+        _held_here.remove(handle)
         os.close(handle)
 
 

@@ -5,11 +5,14 @@ N images, n of a batch, K clusters, T heads, D features.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sela_cli import formats, interrupt, job, parallel, passes
@@ -39,7 +42,8 @@ def embed_stage(
     """Write the logits of every image, or its features and the heads; see docs/schema.md.
 
     `augment` draws the views of a batch; the default is the plain centre view. The first
-    process of a job writes.
+    process of a job writes. A signal leaves the rows that are done beside `output` and
+    raises StoppedEarly; the same call then goes on from there.
     """
     formats.check_output(output, force)
     job.meet()
@@ -49,6 +53,9 @@ def embed_stage(
     else:
         columns = {"features": network.width}
         heads = network.head_arrays()
+    same: list[Any] = [provenance.parameters, [entry["digest"] for entry in provenance.inputs]]
+    same += [provenance.dataset_id, columns, dtype, batch_size, precision, device.split(":")[0]]
+    part = formats.Part(_identity(network, same))
     file: Any = nullcontext({})
     if parallel.rank() == 0:
         file = formats.create_logits(
@@ -60,21 +67,34 @@ def embed_stage(
             dtype=dtype,
             heads=heads,
             force=force,
+            part=part,
         )
     with file as datasets:
         module = network if store == "logits" else network.trunk
-        done = 0
-        for outputs in forward(module, network, images, batch_size, device, precision, augment):
+        begun = torch.tensor([part.done // batch_size], dtype=torch.float32)
+        skip = int(job.from_process(0, begun, (1,)))
+        done = skip * batch_size
+        for outputs in forward(
+            module, network, images, batch_size, device, precision, augment, skip
+        ):
             for item, tensor in zip(datasets.values(), outputs, strict=False):
                 if dtype == "float16" and store == "logits":
                     # Half precision is fine near zero: large logits would lose their differences.
                     tensor = tensor - tensor.amax(1, keepdim=True)
                 item[done : done + len(tensor)] = tensor.numpy()
-            done += len(outputs[0])
+            part.done = done = done + len(outputs[0])
             progress(done, len(images), "")
-            if parallel.any_of(interrupt.requested()):
+            if parallel.any_of(interrupt.requested()) and done < len(images):
                 raise StoppedEarly(f"{output}: stopped after {done} images", "run it again")
     job.meet()
+
+
+def _identity(network: Network, settings: list[Any]) -> str:
+    """Hash of all that the logits depend on."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, array in network.arrays().items():
+        digest.update(name.encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def plan(images: Images, network: Network, store: str, dtype: str) -> dict[str, Any]:
@@ -105,8 +125,12 @@ def forward(
     device: str = "cpu",
     precision: str = "float32",
     augment: DrawOf | None = None,
+    skip: int = 0,
 ) -> Iterator[list[Tensor]]:
-    """Outputs of the network or of its trunk, batch by batch, as float32 on the CPU."""
+    """Outputs of the network or of its trunk, batch by batch, as float32 on the CPU.
+
+    The first `skip` batches are left out.
+    """
     network.eval().to(device)
     columns = network.clusters if module is network else [network.width]
 
@@ -116,5 +140,5 @@ def forward(
         return outputs if isinstance(outputs, list) else [outputs]
 
     return passes.in_order(
-        images, network.image_size, compute, columns, batch_size, device, augment
+        images, network.image_size, compute, columns, batch_size, device, augment, skip=skip
     )

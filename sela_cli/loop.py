@@ -300,8 +300,10 @@ class _Run:
             shutil.copyfile(self.path(f"labels-{number:03d}.h5"), copy)
 
     def _finish(self, rounds: list[dict[str, Any]]) -> None:
-        for leftover in (*self.folder.glob("checkpoint-*.h5"), *self.folder.glob("*.unfinished")):
-            leftover.unlink()
+        # The run's own lock is `.lock`; of others a killed process may have left.
+        for pattern in ("checkpoint-*.h5", "*.unfinished", ".?*.lock", ".?*.partial"):
+            for leftover in self.folder.glob(pattern):
+                leftover.unlink()
         # A folder that has it is not gone on with; without it the predictions are needed.
         _write_rounds(self.path("rounds.csv"), rounds)
         (self.folder / _PREDICTIONS).unlink(missing_ok=True)

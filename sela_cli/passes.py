@@ -22,15 +22,20 @@ def in_order(
     device: str = "cpu",
     augment: DrawOf | None = None,
     view_of: Callable[[Tensor, int, Draws], Tensor] = drawn_view,
+    skip: int = 0,
 ) -> Iterator[list[Tensor]]:
     """What `compute` makes of each batch's view of `size` pixels, float32 on the CPU.
 
     One (n, columns) tensor for each of `columns`. Every process gets all of them, and
     computes every P-th. `augment` draws the views; the default is the plain centre view.
-    `view_of` makes them, perhaps several of each image.
+    `view_of` makes them, perhaps several of each image. The first `skip` batches are left
+    out; what is drawn for the others does not change.
     """
     processes, rank = parallel.size(), parallel.rank()
-    starts = range(0, len(images), batch_size)
+    starts = range(skip * batch_size, len(images), batch_size)
+    if augment:
+        for _ in range(skip):
+            augment(batch_size, images.side)
     counts = [min(batch_size, len(images) - start) for start in starts]
     own = range(rank, len(starts), processes)
     batches = images.stream(torch.arange(starts[n], starts[n] + counts[n]) for n in own)

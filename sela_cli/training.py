@@ -435,7 +435,7 @@ class _Saved:
 
     def remove(self) -> None:
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            formats.discard(self.path)
 
 
 @dataclass

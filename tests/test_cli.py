@@ -641,14 +641,19 @@ def test_ctrl_c_exits_130_and_leaves_nothing(world: Path, stop_at: Stop, questio
 
 
 @pytest.mark.parametrize("question", [1, 2])
-def test_sigterm_in_embed_exits_75_and_leaves_nothing(
-    world: Path, stop_at: Stop, question: int
+def test_sigterm_in_embed_exits_75_and_the_same_command_goes_on(
+    world: Path, tmp_path: Path, stop_at: Stop, question: int
 ) -> None:
+    line = [*words(EMBED)[:-1], str(tmp_path / "new.h5"), "--data", "photos", "--batch-size", "1"]
     before = snapshot(world)
     stop_at(question, lambda: True)
-    done = sela(*words(EMBED), "--data", "photos")
+    done = sela(*line)
     assert (done.code, done.out, done.err.count("\n")) == (75, b"", 1)
     assert snapshot(world) == before
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left == ([] if question == 1 else ["new.h5.unfinished"])
+    good(*line)
+    assert [path.name for path in tmp_path.iterdir()] == ["new.h5"]
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from sela_cli import formats, interrupt
-from sela_cli.errors import CannotCreate, StoppedEarly
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly
 from sela_cli.formats import Provenance
 from sela_cli.images.augment import centre_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.logits import embed_stage, plan
 from sela_cli.networks import Network, build
+from sela_cli.training import Recipe, label_view
 
 HEADS = [7, 5]
 
@@ -133,10 +134,90 @@ def test_existing_output_is_kept(images: Images, network: Network, tmp_path: Pat
     embedded(images, network, tmp_path / "a.h5", force=True)
 
 
-def test_stopped_embedding_leaves_nothing(
+def stopped(
+    images: Images, network: Network, path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "requested", lambda: True)
+        with pytest.raises(StoppedEarly, match="stopped after"):
+            embedded(images, network, path, **options)
+
+
+@pytest.fixture
+def seen(network: Network) -> list[int]:
+    """Rows of each batch that the network is given."""
+    rows: list[int] = []
+    network.trunk.register_forward_pre_hook(lambda module, views: rows.append(len(views[0])))
+    return rows
+
+
+@pytest.mark.parametrize("store", ["logits", "features"])
+@pytest.mark.parametrize("view", ["centre", "random"])
+def test_stopped_after_every_batch_it_goes_on_and_gives_the_same_digest(
+    store: str,
+    view: str,
+    images: Images,
+    network: Network,
+    seen: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def options() -> dict[str, Any]:
+        augment = label_view(view, Recipe(), 0)
+        return {"store": store, "batch_size": 4, "augment": augment, "force": True}
+
+    network.eval()
+    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
+    embedded(images, network, whole, **options())
+    assert seen == [4, 4, 4, 1]
+    for _ in range(3):
+        stopped(images, network, parts, monkeypatch, **options())
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "parts.h5.unfinished",
+            "whole.h5",
+        ]
+    seen.clear()
+    embedded(images, network, parts, **options())
+    assert seen == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.h5", "whole.h5"]
+    digests = {formats.read_header(str(path)).digest for path in (whole, parts)}
+    assert len(digests) == 1
+
+
+def test_rows_of_another_network_or_batch_are_not_taken_up(
+    images: Images,
+    network: Network,
+    seen: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "a.h5"
+    stopped(images, network, path, monkeypatch, batch_size=4)
+    seen.clear()
+    stopped(images, network, path, monkeypatch, batch_size=5)
+    with torch.no_grad():
+        network.heads[0].bias.add_(1)
+    arrays = embedded(images, network, path, batch_size=5)
+    assert seen == [5, 5, 5, 3]
+    np.testing.assert_allclose(arrays["logits/0"], direct(network, images)[0], rtol=1e-4, atol=1e-5)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_part_is_named(
     images: Images, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interrupt, "requested", lambda: True)
-    with pytest.raises(StoppedEarly, match="after 4 images"):
+    stopped(images, network, tmp_path / "a.h5", monkeypatch, batch_size=4)
+    part = tmp_path / "a.h5.unfinished"
+    part.write_bytes(part.read_bytes()[:2000])
+    with pytest.raises(BadData, match=r"a\.h5\.unfinished"):
         embedded(images, network, tmp_path / "a.h5", batch_size=4)
+
+
+def test_part_of_what_goes_to_a_pipe_is_not_left(
+    images: Images, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(interrupt, "requested", lambda: True)
+    with pytest.raises(StoppedEarly):
+        embed_stage(images, network, "-", Provenance("test", {}), batch_size=4)
     assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sela_cli import formats
+from sela_cli.images.sources import open_source
 from sela_cli.scores import open_scores
 
 DATA = Path(__file__).with_name("data")
@@ -57,3 +58,22 @@ def test_version_1_checkpoint() -> None:
 def test_version_1_probe() -> None:
     row = formats.read_probe(str(DATA / "v1-probe.h5"))[0]
     assert (row["layer"], row["method"], row["top1"], row["n"]) == ("conv1", "knn", 0.5, 3)
+
+
+def test_version_1_images() -> None:
+    source = open_source(str(DATA / "v1-images.h5"))
+    assert source.keys == KEYS and source.classes == ("a", "b")
+    assert source.truth_N is not None and source.truth_N.tolist() == [0, 0, 1]
+    channels_last = np.arange(36).reshape(3, 3, 2, 2).transpose(0, 2, 3, 1)
+    for number, image in enumerate(channels_last):
+        np.testing.assert_array_equal(source.image(number), image)
+
+
+def test_version_1_finetune() -> None:
+    (row,) = formats.read_precisions(str(DATA / "v1-finetune.h5"))
+    assert row == {"class": "bird", "positives": 3, "ap11": 0.5, "ap": 0.25}
+
+
+def test_every_kind_has_a_file() -> None:
+    kinds = {formats.read_header(str(path)).kind for path in DATA.glob("v1-*.h5")}
+    assert kinds == set(formats.KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import h5py
@@ -58,7 +59,7 @@ def test_a_packed_folder_is_the_folder(side: int | None, folder: str, tmp_path: 
     assert plan(two)["megabytes"] == pytest.approx(COUNT * 3 * two.side**2 / 1e6)
 
 
-def test_a_packed_file_is_mapped_not_held(
+def test_a_packed_file_is_neither_held_nor_decoded(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts of it, in any order, without decoding an image."""
@@ -79,6 +80,17 @@ def test_what_is_done_to_a_batch_does_not_reach_the_file(folder: str, tmp_path: 
     before = images.batch(torch.arange(2)).clone()
     images.batch(torch.arange(2)).zero_()
     assert torch.equal(images.batch(torch.arange(2)), before)
+
+
+def test_a_packed_file_cut_short_meanwhile_is_an_error_not_a_crash(
+    folder: str, tmp_path: Path
+) -> None:
+    path = packed(folder, tmp_path / "a.h5", 64)
+    images, _ = open_images(path, 64)
+    os.truncate(path, os.path.getsize(path) // 2)
+    assert len(images.batch(torch.arange(2))) == 2
+    with pytest.raises(BadData, match="ends too early, at image"):
+        all_of(images)
 
 
 def test_other_sizes_are_resized_from_the_packed_one(folder: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import os
 import re
@@ -89,6 +90,34 @@ class Elements(HTMLParser):
 
 def data_of(text: str) -> dict[str, Any]:
     return json.loads(Elements(text).scripts[0])
+
+
+def test_warnings_are_shown_by_round(run_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "collapsed"
+    shutil.copytree(run_folder, folder)
+    with (folder / "rounds.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert "problems" in rows[0] and len(rows) == ROUNDS + 1
+    for row, problems in zip(
+        rows, ["", "loss about ln K", "", "loss about ln K; few clusters predicted"], strict=True
+    ):
+        row["problems"] = problems
+    with (folder / "rounds.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    contents = contents_of.read(folder)
+    assert contents.problems == {"loss about ln K": [1, 3], "few clusters predicted": [3]}
+    shown = re.sub(r"<[^>]+>", " ", page_of(contents))
+    assert re.search(r"loss about ln K\s+1, 3\s+\S+\s+yes", shown)
+
+
+def test_a_run_without_warnings_says_so(contents: Contents) -> None:
+    assert "None: in no round" in page_of(replace(contents, problems={}))
+
+
+def test_neighbouring_rounds_are_joined() -> None:
+    assert page._spans([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"
 
 
 # ---- the numbers ------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Decoded images of one size: in memory where they fit, else decoded batch by batch.
 
-A packed file (`sela pack`) is neither held nor decoded: it is mapped, and reads as memory.
+A packed file (`sela pack`) is neither held nor decoded: its rows are read as they lie there.
 
 N images, n images of a batch, S stored side in pixels.
 """
@@ -39,9 +39,8 @@ class Images:
         self.classes = source.classes
         self.dataset_id = formats.dataset_id(self.keys)
         self._held: Tensor | None = None
-        self._mapped: Tensor | None = None
-        if source.pixels is not None and source.pixels.shape[-1] == side:
-            self._mapped = torch.from_numpy(source.pixels)
+        fits = source.pixels is not None and source.pixels.shape[-1] == side
+        self._stored = source.pixels if fits else None
         self._pool = ThreadPoolExecutor(os.cpu_count())
 
     def __len__(self) -> int:
@@ -54,15 +53,15 @@ class Images:
 
     def batch(self, rows_n: Tensor) -> Tensor:
         """The images of these positions, (n, 3, S, S), uint8."""
-        if self._mapped is not None:
-            return self._mapped[torch.from_numpy(self.index_N)[rows_n]]
+        if self._stored is not None:
+            return torch.from_numpy(self._stored.read(self.index_N[rows_n.numpy()]))
         if self._held is not None:
             return self._held[rows_n]
         return _stacked(self._decoding(rows_n))
 
     def stream(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
         """`batch` of each; what must be decoded is decoded while earlier batches are at work."""
-        if self._mapped is not None or self._held is not None:
+        if self._stored is not None or self._held is not None:
             yield from map(self.batch, rows)
             return
         waiting: deque[list[Future[np.ndarray]]] = deque()
@@ -85,8 +84,8 @@ class Images:
         return part
 
     def hold(self, progress: Callable[[int, int, str], None]) -> None:
-        """Decode everything now and keep it, if it fits and is not mapped."""
-        if self._mapped is not None or len(self) * 3 * self.side**2 > _MEMORY_BYTES:
+        """Decode everything now and keep it, if it fits and is not packed."""
+        if self._stored is not None or len(self) * 3 * self.side**2 > _MEMORY_BYTES:
             return
         held = torch.empty((len(self), 3, self.side, self.side), dtype=torch.uint8)
         for start, batch in self.in_order(1024):

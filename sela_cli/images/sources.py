@@ -6,6 +6,7 @@ Labels are never needed here; a source that happens to know classes offers them 
 from __future__ import annotations
 
 import lzma
+import math
 import os
 import tarfile
 import threading
@@ -13,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,13 +34,40 @@ _HDF5_SUFFIXES = (".h5", ".hdf5")
 _LIST_SUFFIXES = (".txt", ".lst", ".tsv")
 
 
+class Stored:
+    """A C-ordered uint8 array at an offset of a file, read by the row.
+
+    Not mapped: a file that is cut short meanwhile would kill the process.
+    """
+
+    def __init__(self, path: str, offset: int, shape: tuple[int, ...]) -> None:
+        self.path, self.offset, self.shape = path, offset, shape
+        self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115 (open as long as this)
+
+    def read(self, rows_n: np.ndarray) -> np.ndarray:
+        """The named rows, in that order. Raises BadData where the file ends before them."""
+        block = np.empty((len(rows_n), *self.shape[1:]), np.uint8)
+        breaks = (np.flatnonzero(np.diff(rows_n) != 1) + 1).tolist()
+        for first, last in pairwise([0, *breaks, len(rows_n)]):
+            self._fill(block[first:last].reshape(-1), int(rows_n[first]))
+        return block
+
+    def _fill(self, left: np.ndarray, row: int) -> None:
+        at = self.offset + row * math.prod(self.shape[1:])
+        while len(left):
+            got = os.preadv(self._file.fileno(), [left.data], at)
+            if not got:
+                raise BadData(f"{self.path} ends too early, at image {row}", "copy it again")
+            left, at = left[got:], at + got
+
+
 @dataclass(frozen=True)
 class Source:
     """Images by number. `decode(i)` gives height x width x 3, uint8, of any size.
 
     `reduced(i, side)`, where there is one, is quicker, and of a large image decodes only
-    as much as is needed for edges of at least `side`. `pixels` are all images as one
-    array that reads as memory does, (N, 3, S, S), where the source is that.
+    as much as is needed for edges of at least `side`. `pixels` are all images as they lie
+    in a file, (N, 3, S, S), where the source is that.
     """
 
     spec: str
@@ -47,21 +76,21 @@ class Source:
     truth_N: np.ndarray | None = None
     classes: tuple[str, ...] = ()
     reduced: Callable[[int, int], np.ndarray] | None = None
-    pixels: np.ndarray | None = None
+    pixels: Stored | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def part(self, rows: np.ndarray) -> Source:
         """Some of the images, in the given order."""
-        reduced, pixels_N3SS = self.reduced, self.pixels
+        reduced = self.reduced
         return replace(
             self,
             keys=[self.keys[row] for row in rows],
             decode=lambda number: self.decode(int(rows[number])),
             truth_N=None if self.truth_N is None else self.truth_N[rows],
             reduced=reduced and (lambda number, side: reduced(int(rows[number]), side)),
-            pixels=None if pixels_N3SS is None else pixels_N3SS[rows],
+            pixels=None,
         )
 
     def image(self, number: int, side: int = 0) -> np.ndarray:
@@ -216,10 +245,10 @@ def _list(spec: str) -> Source:
 def _tar(spec: str) -> Source:
     """Members are read where they lie and never extracted."""
     try:
-        with tarfile.open(spec) as archive:
+        with tarfile.open(spec, tarinfo=_Member) as archive:
             members = [
                 member
-                for member in archive
+                for member in _bounded(spec, archive)
                 if member.isfile()
                 and not member.issparse()
                 and Path(member.name).suffix.lower() in SUFFIXES
@@ -232,8 +261,6 @@ def _tar(spec: str) -> Source:
             members.sort(key=lambda member: member.name)
             # Only an uncompressed tar can be read at random; others are held as they are, encoded.
             plain = spec.lower().endswith(".tar")
-            unpacked = sum(member.size for member in members)
-            formats.check_expansion(spec, "images", unpacked, os.path.getsize(spec))
             held = [] if plain else [_member_bytes(archive, member) for member in members]
     except PermissionError as error:
         raise NoInput(f"{spec}: permission denied", f"chmod u+r {spec}") from error
@@ -260,6 +287,33 @@ def _tar(spec: str) -> Source:
 
     keys = [PurePosixPath(member.name).as_posix() for member in members]
     return _with_folder_classes(Source(spec, keys, decode, reduced=decode))
+
+
+# A path, and what else an honest archive says of a file.
+_HEADER_BYTES = 1 << 20
+_HEADERS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses long headers: tarfile reads them whole, and compressed they may be tiny."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _HEADERS and member.size > _HEADER_BYTES:
+            raise ValueError(f"a header claims {member.size:.1e} bytes")
+        return member
+
+
+def _bounded(spec: str, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members, each before what it claims is unpacked."""
+    stored = os.path.getsize(spec)
+    for member in archive:
+        formats.check_expansion(spec, member.name, archive.offset, stored)
+        yield member
 
 
 def _first_line(error: Exception) -> str:
@@ -297,24 +351,22 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
             truth_N, classes = _hdf5_classes(spec, path, file)
         item = file[names[0]]
         offset = item.id.get_offset() if item.chunks is None else None
-    images: Any
-    if offset is None:
-        images = h5py.File(path, "r")[names[0]]
-    else:
-        # Copy on write: torch takes no array that is read-only.
-        images = np.memmap(path, np.uint8, "c", offset, shape)
+    stored = None if offset is None else Stored(path, offset, shape)
+    chunked: Any = h5py.File(path, "r")[names[0]] if stored is None else None
     lock = threading.Lock()
 
     def decode(number: int) -> np.ndarray:
-        with lock:
-            image = np.asarray(images[number])
+        if stored is not None:
+            image = stored.read(np.array([number]))[0]
+        else:
+            with lock:
+                image = np.asarray(chunked[number])
         if image.ndim == 2:
             return np.repeat(image[:, :, None], 3, axis=2)
         return image if shape[-1] == 3 else image.transpose(1, 2, 0)
 
     square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]
-    pixels = images if square and offset is not None else None
-    return Source(spec, keys, decode, truth_N, classes, pixels=pixels)
+    return Source(spec, keys, decode, truth_N, classes, pixels=stored if square else None)
 
 
 def _hdf5_classes(spec: str, path: str, file: h5py.File) -> tuple[np.ndarray, tuple[str, ...]]:

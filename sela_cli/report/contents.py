@@ -32,7 +32,10 @@ _SMALL_SIDE = 32
 
 @dataclass(frozen=True)
 class Contents:
-    """A finished run, as its files tell it. `traces[r][t]` is round r, head t."""
+    """A finished run, as its files tell it. `traces[r][t]` is round r, head t.
+
+    `problems`: what the run warned of, each with the rounds in which it was seen.
+    """
 
     folder: Path
     settings: dict[str, Any]
@@ -45,6 +48,7 @@ class Contents:
     truth_N: np.ndarray | None
     confidence_TN: list[np.ndarray]
     digests: dict[str, str]
+    problems: dict[str, list[int]]
 
     @property
     def steps_per_epoch(self) -> float:
@@ -83,10 +87,12 @@ def read(folder: Path, data: str | None = None) -> Contents:
     source = open_source(spec)
     _check_images(source, labels)
     with (folder / "rounds.csv").open(newline="") as stream:
-        rounds = [
-            {name: float(cell) for name, cell in row.items() if name != "problems"}
-            for row in csv.DictReader(stream)
-        ]
+        rows = list(csv.DictReader(stream))
+    problems: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        for problem in filter(None, row.pop("problems", "").split("; ")):
+            problems.setdefault(problem, []).append(number)
+    rounds = [{name: float(cell) for name, cell in row.items()} for row in rows]
     files = sorted(folder.glob("*.h5"))
     return Contents(
         folder=folder,
@@ -102,6 +108,7 @@ def read(folder: Path, data: str | None = None) -> Contents:
         truth_N=None if source.truth_N is None else source.truth_N[labels.index_N],
         confidence_TN=confidences(str(folder / "logits.h5"), labels),
         digests={path.name: formats.read_header(str(path)).digest for path in files},
+        problems=problems,
     )
 
 

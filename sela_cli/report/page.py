@@ -65,6 +65,7 @@ def page(contents: Contents, drawn: dict[str, Figure], shown: dict[str, Any]) ->
             f"</figcaption>{figures.svg(figure)}</figure>"
             for name, figure in drawn.items()
         ),
+        "problems": _problems(contents),
         "heads": _table(contents.heads()),
         "probes": _probes(contents),
         "settings": _pairs(_flat(contents.settings)),
@@ -106,6 +107,29 @@ def _cards(contents: Contents) -> list[tuple[str, str]]:
 
 def _card(name: str, value: str) -> str:
     return f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+
+
+def _problems(contents: Contents) -> str:
+    if not contents.problems:
+        return "<p>None: in no round did the run look as if it would learn nothing.</p>"
+    rows = [
+        {
+            "seen": problem,
+            "in rounds": _spans(numbers),
+            "from epoch": contents.rounds[numbers[0]]["epoch"],
+            "still in the last": "yes" if numbers[-1] == len(contents.rounds) - 1 else "no",
+        }
+        for problem, numbers in contents.problems.items()
+    ]
+    return _table(rows)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers, neighbours joined: `1-3, 7`."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
 
 
 def _probes(contents: Contents) -> str:

@@ -1,0 +1,44 @@
+"""What pyproject.toml promises about versions is what is tested."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# They check the sources, or measure; the package works without them.
+TOOLS = {"mypy", "ruff", "POT", "ott-jax", "sela"}
+
+
+def bounds() -> dict[str, Version]:
+    """Lower bound of each requirement, extras included."""
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    found: dict[str, Version] = {}
+    for requirement in (Requirement(line) for group in groups for line in group):
+        if requirement.name not in TOOLS:
+            (lowest,) = (s.version for s in requirement.specifier if s.operator == ">=")
+            assert found.setdefault(requirement.name, Version(lowest)) == Version(lowest)
+    return found
+
+
+def test_lowest_versions_are_the_bounds() -> None:
+    lines = (ROOT / "tests" / "lowest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {name: Version(version) for name, version in pins.items()} == bounds()
+
+
+def test_what_is_imported_is_required() -> None:
+    """Pillow, for instance, which torchvision would bring."""
+    imported: set[str] = set()
+    for path in (ROOT / "sela_cli").rglob("*.py"):
+        imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
+    names = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    third = {"PIL", "h5py", "numpy", "rich", "safetensors", "scipy", "sklearn", "torch"}
+    assert third <= imported
+    required = {Requirement(line).name for line in PROJECT["dependencies"]}
+    assert {names.get(name, name) for name in third} <= required
