@@ -1,13 +1,15 @@
 """Images per second of `sela embed` and `sela train` against a plain loop, in one run.
 
     python benchmarks/train.py                        # writes docs/benchmarks-train.md
-    python benchmarks/train.py --seconds 1 --sizes 32 --output -      # a short try
+    python benchmarks/train.py --seconds 1 --cases alexnet@32 --output -      # a short try
 
 The plain loop is what one writes first: a DataLoader over JPEG files, torchvision's
 transforms image by image, float32, contiguous tensors, the ordinary optimizer; the same
 network, heads, batch size and augmentation. Its files lie decoded in no cache; ours are
-opened as `--data FOLDER` opens them, and packed by `sela pack`. Rounds of all variants
-alternate, so that a busy machine is unfair to none; medians are reported.
+opened as `--data FOLDER` opens them, and packed by `sela pack`. Last comes the network
+alone, on one batch that is made already: what any loop could reach. Rounds of all variants
+alternate, so that a busy machine is unfair to none; a ratio is the median over the rounds
+of the ratio to the plain loop's measurement in the same round.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,16 +40,23 @@ from sela_cli.images.batches import Images, open_images
 from sela_cli.images.pack import pack_stage
 from sela_cli.logits import forward
 from sela_cli.networks import Network, build
-from sela_cli.precision import faster
-from sela_cli.training import Recipe, Trainer
+from sela_cli.precision import autocast, faster
+from sela_cli.training import Objective, Recipe, Trainer
 
 HEADS = [128] * 10
-# Side of the network's input -> architecture, sides of the stored JPEGs, batch size.
-CASES = {32: ("alexnet", (32, 32), 128), 224: ("alexnet", (500, 375), 64)}
+# Architecture@side of its input -> sides of the stored JPEGs, batch size.
+CASES = {
+    "alexnet-small@32": ((32, 32), 128),
+    "alexnet@32": ((32, 32), 128),
+    "resnet18@32": ((32, 32), 64),
+    "alexnet@224": ((500, 375), 32),
+}
 AIM = {32: 3.0, 224: 1.5}
+PLAIN = "plain loop"
+ALONE = "network alone"
 
-# Does one batch.
-Step = Callable[[], object]
+# Works for at least so many seconds; returns how many images it did.
+Work = Callable[[float], int]
 
 
 def write_photos(folder: Path, number: int, sides: tuple[int, int]) -> None:
@@ -93,8 +103,21 @@ def transforms(size: int, training: bool) -> v2.Transform:
     return v2.Compose([*shape, v2.ToImage(), to_float, v2.Normalize(MEAN, STD)])
 
 
-def plain_steps(network: Network, folder: Path, batch_size: int, workers: int) -> dict[str, Step]:
-    """The plain loop's embedding and training of one batch."""
+def repeated(step: Callable[[], object], images: int) -> Work:
+    """Whole steps of `images` images until the time is over."""
+
+    def work(seconds: float) -> int:
+        began, done = time.perf_counter(), 0
+        while done == 0 or time.perf_counter() - began < seconds:
+            step()
+            done += images
+        return done
+
+    return work
+
+
+def plain(network: Network, folder: Path, batch_size: int, workers: int) -> dict[str, Work]:
+    """The plain loop's embedding and training."""
 
     def batches(training: bool) -> Iterator[tuple[Tensor, Tensor]]:
         data = Files(folder, transforms(network.image_size, training))
@@ -128,11 +151,15 @@ def plain_steps(network: Network, folder: Path, batch_size: int, workers: int) -
         optimizer.step()
         loss.item()
 
-    return {"embed": embed, "train": train}
+    return {"embed": repeated(embed, batch_size), "train": repeated(train, batch_size)}
 
 
-def our_steps(network: Network, images: Images, batch_size: int, precision: str) -> dict[str, Step]:
-    """`sela embed` and `sela train`, a batch at a time."""
+class TimeIsOver(Exception):
+    """Ends a training between two steps."""
+
+
+def ours(network: Network, images: Images, batch_size: int, precision: str) -> dict[str, Work]:
+    """`sela embed` and `sela train`."""
     recipe = Recipe(batch_size=batch_size, lr=0.03, aug="paper", precision=precision)
     trainer = Trainer(network, recipe)
     labels_TN = [torch.arange(len(images)) % clusters for clusters in HEADS]
@@ -146,28 +173,50 @@ def our_steps(network: Network, images: Images, batch_size: int, precision: str)
 
     embedded = passes()
 
+    def train(seconds: float) -> int:
+        began, first = time.perf_counter(), trainer.step
+
+        def after() -> None:
+            if time.perf_counter() - began >= seconds:
+                raise TimeIsOver
+
+        with suppress(TimeIsOver):
+            trainer.run(images, labels_TN, sys.maxsize, after)
+        return (trainer.step - first) * batch_size
+
+    return {"embed": repeated(lambda: next(embedded), batch_size), "train": train}
+
+
+def alone(network: Network, batch_size: int, precision: str) -> dict[str, Work]:
+    """Forward, and forward and backward, of one batch: no images, no optimizer."""
+    network = network.to(memory_format=torch.channels_last)
+    size = network.image_size
+    view = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
+    objective = Objective(network, "cpu", precision)
+    labels_Tn = [torch.arange(batch_size) % clusters for clusters in HEADS]
+
+    def embed() -> None:
+        network.eval()
+        with torch.no_grad(), autocast("cpu", precision):
+            network(view)
+
     def train() -> None:
-        # As many batches as a call of the loop has between two rounds, at least.
-        trainer.run(images, labels_TN, trainer.step + 4, lambda: None)
+        network.train()
+        network.zero_grad()
+        objective(view, labels_Tn).backward()
 
-    return {"embed": lambda: next(embedded), "train": train}
-
-
-def rate(step: Step, images: int, seconds: float) -> float:
-    """Images a second over at least `seconds`, after the first step."""
-    began = time.perf_counter()
-    for done in count(1):
-        step()
-        elapsed = time.perf_counter() - began
-        if elapsed >= seconds:
-            return done * images / elapsed
-    raise AssertionError
+    return {"embed": repeated(embed, batch_size), "train": repeated(train, batch_size)}
 
 
-def measure(size: int, number: int, seconds: float, rounds: int, workers: int) -> list[str]:
-    """Rows of the table for one size of input."""
-    arch, sides, batch_size = CASES[size]
+def measure(case: str, number: int, seconds: float, rounds: int, workers: int) -> list[list[str]]:
+    """Rows of the table for one network and size of input."""
+    arch, _, side = case.partition("@")
+    size, (sides, batch_size) = int(side), CASES[case]
     batch_size = min(batch_size, number)
+
+    def network() -> Network:
+        return build(arch, size, HEADS, 0)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "photos")
         folder.mkdir()
@@ -175,55 +224,74 @@ def measure(size: int, number: int, seconds: float, rounds: int, workers: int) -
         opened, _ = open_images(str(folder), size, hold=False)
         pack_stage(opened, f"{name}/packed.h5", Provenance("pack", {}))
         packed, _ = open_images(f"{name}/packed.h5", size)
-        precision = faster(build(arch, size, HEADS, 0), batch_size, "cpu", training=True)
-        variants: dict[str, dict[str, Step]] = {
-            "plain loop": plain_steps(build(arch, size, HEADS, 0), folder, batch_size, workers)
+        precision = faster(network(), batch_size, "cpu", training=True)
+        variants = {
+            PLAIN: plain(network(), folder, batch_size, workers),
+            "sela, folder, float32": ours(network(), opened, batch_size, "float32"),
+            "sela, packed, float32": ours(network(), packed, batch_size, "float32"),
+            f"sela, packed, auto ({precision})": ours(network(), packed, batch_size, precision),
+            f"{ALONE}, {precision}": alone(network(), batch_size, precision),
         }
-        for title, images, kind in (
-            ("sela, folder, float32", opened, "float32"),
-            ("sela, packed, float32", packed, "float32"),
-            (f"sela, packed, auto ({precision})", packed, precision),
-        ):
-            variants[title] = our_steps(build(arch, size, HEADS, 0), images, batch_size, kind)
         rows = []
         for stage in ("embed", "train"):
             speeds: dict[str, list[float]] = {title: [] for title in variants}
-            for steps in variants.values():
-                steps[stage]()
+            for works in variants.values():
+                works[stage](0)
             for _ in range(rounds):
-                for title, steps in variants.items():
-                    images_a_step = batch_size * (4 if stage == "train" and "sela" in title else 1)
-                    speeds[title].append(rate(steps[stage], images_a_step, seconds))
-            base = statistics.median(speeds["plain loop"])
+                for title, works in variants.items():
+                    began = time.perf_counter()
+                    done = works[stage](seconds)
+                    speeds[title].append(done / (time.perf_counter() - began))
             for title, values in speeds.items():
-                median = statistics.median(values)
-                rows.append(
-                    f"| {size} | {stage} | {title} | {median:.0f} | "
-                    f"{min(values):.0f}..{max(values):.0f} | {median / base:.2f} |"
-                )
+                pairs = zip(values, speeds[PLAIN], strict=True)
+                times = statistics.median(value / base for value, base in pairs)
+                spread = f"{min(values):.0f}..{max(values):.0f}"
+                median = f"{statistics.median(values):.0f}"
+                rows.append([case, stage, title, median, spread, f"{times:.2f}"])
         return rows
 
 
-def page(rows: list[str], threads: int, workers: int) -> str:
+def verdicts(rows: list[list[str]]) -> list[str]:
+    """Of every case and stage, the fastest of ours beside the aim, and beside the network alone."""
+    lines = []
+    for case, stage in dict.fromkeys((row[0], row[1]) for row in rows):
+        here = [row for row in rows if row[:2] == [case, stage]]
+        best = max(
+            (row for row in here if row[2].startswith("sela")), key=lambda row: float(row[5])
+        )
+        limit = next(row for row in here if row[2].startswith(ALONE))
+        aim = AIM[int(case.partition("@")[2])]
+        word = "reached" if float(best[5]) >= aim else "missed"
+        share = float(best[5]) / float(limit[5])
+        lines.append(
+            f"- {case}, {stage}: {best[5]} times the plain loop, aim {aim:g} {word}; "
+            f"{share:.0%} of the network alone, which is {limit[5]} times the plain loop"
+        )
+    return lines
+
+
+def page(rows: list[list[str]], threads: int, workers: int) -> str:
     """The table with all that is needed to judge and repeat it."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = names[0].split(":")[1].strip() if names else processor
-    aims = ", ".join(f"{aim:g}x at {size} pixels" for size, aim in AIM.items())
     return "\n".join(
         [
             "# Speed of embedding and training",
             "",
             "Written by `make bench-train`. Images a second, medians; `times` is against the plain",
-            "loop of the same run: a DataLoader over JPEG files, torchvision's transforms on one",
-            "PIL image each, float32, contiguous. The network is the same, AlexNet with ten heads,",
-            f"the paper's augmentation. The aim on a CPU: {aims}.",
+            "loop in the same round: a DataLoader over JPEG files, torchvision's transforms on one",
+            "PIL image each, float32, contiguous. The same network with ten heads of 128, and the",
+            "paper's augmentation. *network alone*: forward (and backward) of one batch made",
+            "before, without images or optimizer: no loop is faster.",
             "",
-            "| pixels | stage | variant | images/s | range | times |",
+            "| network | stage | variant | images/s | range | times |",
             "|---|---|---|---|---|---|",
-            *rows,
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            *verdicts(rows),
             "",
             f"- command: `python {' '.join(sys.argv)}`",
             f"- machine: {processor}, {threads} threads, {workers} workers of the plain loop",
@@ -238,16 +306,16 @@ def page(rows: list[str], threads: int, workers: int) -> str:
 def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="32,224", help="sides of the network's input")
-    parser.add_argument("--images", type=int, default=1024, help="files of each size")
-    parser.add_argument("--seconds", type=float, default=10.0, help="least time of a measurement")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant")
+    parser.add_argument("--cases", default=",".join(CASES), help="architecture@side, ...")
+    parser.add_argument("--images", type=int, default=256, help="files of each case")
+    parser.add_argument("--seconds", type=float, default=2.0, help="least time of a measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant")
     parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader")
     parser.add_argument("--output", default="docs/benchmarks-train.md", help="page, or -")
     options = parser.parse_args()
-    rows: list[str] = []
-    for size in map(int, options.sizes.split(",")):
-        rows += measure(size, options.images, options.seconds, options.rounds, options.workers)
+    rows: list[list[str]] = []
+    for case in options.cases.split(","):
+        rows += measure(case, options.images, options.seconds, options.rounds, options.workers)
     text = page(rows, torch.get_num_threads(), options.workers)
     if options.output == "-":
         print(text)

@@ -14,6 +14,7 @@ HEADS=${HEADS:-10,20,40,80}
 EPOCHS=${EPOCHS:-40}
 OPTS=${OPTS:-20}
 RELABEL=${RELABEL:-linear}
+RELABEL_HEADS=${RELABEL_HEADS:-all}
 LAMB=${LAMB:-10}
 SEED=${SEED:-0}
 LIMIT=${LIMIT:-}
@@ -22,6 +23,12 @@ TRAINING=${TRAINING:---batch-size 64 --lr 0.03 --lr-milestones 0.6,0.8 --weight-
 
 mkdir -p "$OUT"
 images=(--data "$DATA" ${LIMIT:+--limit "$LIMIT"})
+
+# T, of 128x10 or 10,20,40,80.
+heads=0
+for part in ${HEADS//,/ }; do
+    case $part in *x*) heads=$((heads + ${part#*x})) ;; *) heads=$((heads + 1)) ;; esac
+done
 
 # A head that ran out of iterations (exit 75) is good enough to train on: its labels are written.
 label() { sela label "$@" || test $? -eq 75; }
@@ -44,8 +51,10 @@ for position in $(sela schedule --epochs "$EPOCHS" --opts "$OPTS" --relabel "$RE
         --checkpoint "$OUT/checkpoint-$last.h5" --to "$position" -o "$OUT/checkpoint-$now.h5"
     sela embed "${images[@]}" --checkpoint "$OUT/checkpoint-$now.h5" --view "$VIEW" \
         -o "$OUT/logits.h5" --force
+    head=
+    if [ "$RELABEL_HEADS" = cycle ]; then head=$(((round - 1) % heads)); fi
     label "$OUT/logits.h5" --lamb "$LAMB" --seed "$SEED" --init "$OUT/labels-$last.h5" \
-        -o "$OUT/labels-$now.h5"
+        ${head:+--head "$head"} -o "$OUT/labels-$now.h5"
     rm "$OUT/checkpoint-$last.h5"
     last=$now
 done

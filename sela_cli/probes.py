@@ -23,7 +23,7 @@ from sela_cli.batchwide import BatchNorm2d
 from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.formats import Provenance
 from sela_cli.images.augment import AUGMENTATIONS, draw, drawn_view
-from sela_cli.images.batches import SMALL, Images
+from sela_cli.images.batches import Images
 from sela_cli.logits import forward
 from sela_cli.networks import Network
 from sela_cli.precision import autocast
@@ -43,6 +43,7 @@ _PAPER_POOLING = {
     "conv4": (3, 3, 1),
     "conv5": (2, 2, 0),
 }
+_PAPER_SIZE = 224
 _LINEAR_INPUTS = 9600
 
 
@@ -515,7 +516,7 @@ def _inputs(network: Network, name: str, shape: Sequence[int]) -> nn.Module:
         return nn.Identity()
     channels, side = shape[1], shape[2]
     pool: nn.Module
-    if "alexnet" in network.arch and network.image_size > SMALL:
+    if "alexnet" in network.arch and network.image_size == _PAPER_SIZE:
         pool = nn.MaxPool2d(*_PAPER_POOLING[name])
     else:
         fitting = max(1, int((_LINEAR_INPUTS / channels) ** 0.5))

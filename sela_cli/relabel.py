@@ -26,9 +26,14 @@ def relabel_stage(
     """Label head `head` of the logits `spec`, starting from `before`, and write `output`.
 
     The other heads keep the labels that they have in `before`. Raises BadData where the
-    two files are not of the same images and heads.
+    two files are not of the same images and heads, UsageError for another method than sela.
     """
     settings.check()
+    if settings.method != "sela":
+        raise UsageError(
+            f"--head labels one head by --method sela, not {settings.method}",
+            "leave --head out: it clusters all heads",
+        )
     kept = formats.read_labels(before)
     with open_scores(spec) as scores:
         if head >= len(scores.heads):

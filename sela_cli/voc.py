@@ -1,6 +1,7 @@
 """PASCAL VOC 2007: its annotations, and average precision by kept libraries.
 
-N images, C classes, n objects of an image. Boxes are x1, y1, x2, y2 in pixels from 0.
+N images, C classes, n objects of an image. Boxes are x1, y1, x2, y2: edges, in
+pixels from 0, so that the whole of an image of W pixels is 0 to W.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ def open_voc(
 def _objects(path: Path) -> Objects:
     try:
         items = list(ElementTree.parse(path).getroot().iter("object"))
-        # VOC counts pixels from 1.
+        # VOC counts pixels from 1 and the last one in: from 0, a box ends where that one does.
         boxes = [
-            [float(item.findtext(f"bndbox/{side}") or "") - 1 for side in _SIDES] for item in items
+            [float(item.findtext(f"bndbox/{side}") or "") - shift for side, shift in _SIDES]
+            for item in items
         ]
         classes = [CLASSES.index(item.findtext("name") or "") for item in items]
         difficult = [item.findtext("difficult") == "1" for item in items]
@@ -73,7 +75,7 @@ def _objects(path: Path) -> Objects:
     )
 
 
-_SIDES = ("xmin", "ymin", "xmax", "ymax")
+_SIDES = (("xmin", 1), ("ymin", 1), ("xmax", 0), ("ymax", 0))
 
 
 def presence(objects: Sequence[Objects]) -> np.ndarray:

@@ -94,6 +94,17 @@ def test_a_view_does_not_depend_on_the_other_images() -> None:
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_views_made_in_tiles_are_those_of_the_batch(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, augmentation = noise(7, 32), AUGMENTATIONS[name]
+    whole = random_view(batch, 32, augmentation, seeded())
+    monkeypatch.setattr(augment, "_TILE_PIXELS", 2 * 32**2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    torch.testing.assert_close(random_view(batch, 32, augmentation, seeded()), whole)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
 @pytest.mark.parametrize(("side", "size"), [(32, 32), (80, 70)])
 def test_views_stay_within_the_range_of_images(name: str, side: int, size: int) -> None:
     # Hard edges and pure colours are where an interpolation or a shift would overshoot.

@@ -37,7 +37,7 @@ def write_voc(root: Path) -> Path:
         left, top = 8 + number, 6
         pixels[top : top + 30, left : left + 36] = COLOURS[name]
         Image.fromarray(pixels).save(base / "JPEGImages" / f"{number:06d}.jpg", quality=95)
-        box = f"<xmin>{left + 1}</xmin><ymin>7</ymin><xmax>{left + 37}</xmax><ymax>37</ymax>"
+        box = f"<xmin>{left + 1}</xmin><ymin>7</ymin><xmax>{left + 36}</xmax><ymax>36</ymax>"
         items = (
             f"<object><name>{name}</name><difficult>0</difficult><bndbox>{box}</bndbox></object>"
         )
@@ -288,6 +288,10 @@ def test_mirrored_boxes_follow_their_image(tree: Path) -> None:
     for mirrored in (False, True):
         image, target = finetune._example(source, objects, 0, mirrored)
         left, top, right, bottom = target["boxes"][0].int().tolist()
+        # The first and last columns and rows of the box show the object, those beside it do not.
+        columns, rows = image[0, top + 9], image[0, :, left + 9]
+        for line, first, last in ((columns, left, right), (rows, top, bottom)):
+            assert line[[first, last - 1]].min() > 0.6 > line[[first - 1, last]].max()
         inside = image[:, top + 3 : bottom - 3, left + 3 : right - 3].mean((1, 2))
         assert inside[0] > 0.8 and inside[1] < 0.3 and len(target["boxes"]) == 1
         assert image[:, :, : left - 3].std() < 0.1 and image[:, :, right + 3 :].std() < 0.1

@@ -167,6 +167,8 @@ def test_one_head_is_labelled_and_the_others_kept(tmp_path: Path) -> None:
     whole = str(tmp_path / "whole.h5")
     label_stage(path, whole, LabelSettings())
     assert (solved.labels_N == formats.read_labels(whole).heads[1].labels_N).all()
+    with pytest.raises(UsageError, match="kmeans"):
+        relabel_stage(path, after, LabelSettings(method="kmeans"), 1, before)
 
 
 @pytest.mark.parametrize("memory", [4 << 30, 702 << 20])

@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -213,7 +214,8 @@ def test_unlabelled_images_are_the_normal_case(
 
 
 @pytest.mark.slow
-def test_the_shell_loop_gives_the_same_digests(tmp_path: Path) -> None:
+@pytest.mark.parametrize("relabel_heads", ["all", "cycle"])
+def test_the_shell_loop_gives_the_same_digests(relabel_heads: str, tmp_path: Path) -> None:
     """examples/alternate.sh, a process a stage, against `sela run`: every payload is equal."""
     tools = Path(sys.executable).parent
     environment = {
@@ -226,6 +228,7 @@ def test_the_shell_loop_gives_the_same_digests(tmp_path: Path) -> None:
         "EPOCHS": "2",
         "OPTS": "3",
         "VIEW": "random",
+        "RELABEL_HEADS": relabel_heads,
         "TRAINING": "--batch-size 16 --lr 0.02 --aug paper --precision bfloat16",
     }
     script = Path(__file__).parents[1] / "examples" / "alternate.sh"
@@ -233,7 +236,7 @@ def test_the_shell_loop_gives_the_same_digests(tmp_path: Path) -> None:
     options = {
         "data": "digits", "limit": 48, "arch": "alexnet-small", "heads": "4,6", "epochs": 2,
         "opts": 3, "lamb": 10, "batch-size": 16, "lr": 0.02, "aug": "paper",
-        "precision": "bfloat16", "view": "random",
+        "precision": "bfloat16", "view": "random", "relabel-heads": relabel_heads,
         "lr-milestones": "0.375,0.75,0.875", "weight-decay": 1e-5,
     }  # fmt: skip
     command = [
@@ -248,6 +251,32 @@ def test_the_shell_loop_gives_the_same_digests(tmp_path: Path) -> None:
     )
     shell, run = digests(tmp_path / "shell"), digests(tmp_path / "run")
     assert shell and {name: run[name] for name in shell} == shell
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("all", [None] * 4), ("cycle", ["0", "1", "2", "0"])])
+def test_the_shell_loop_labels_the_heads_of_a_cycle(
+    kind: str, heads: list[str | None], tmp_path: Path
+) -> None:
+    """A `sela` that only notes its words stands in."""
+    stand_in = tmp_path / "sela"
+    stand_in.write_text(
+        '#!/bin/sh\necho "$*" >> "$LOG"\n'
+        'if [ "$1" = schedule ]; then echo 0 1 2 3; exit; fi\n'
+        'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done\n'
+    )
+    stand_in.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "LOG": str(tmp_path / "log"),
+        "OUT": str(tmp_path / "shell"),
+        "HEADS": "4x2,6",
+        "RELABEL_HEADS": kind,
+    }
+    script = Path(__file__).parents[1] / "examples" / "alternate.sh"
+    subprocess.run(["bash", script], env=environment, check=True, capture_output=True)
+    solves = [line for line in (tmp_path / "log").read_text().splitlines() if "--init" in line]
+    found = re.findall("--head ([0-9]+)", "\n".join(solves))
+    assert len(solves) == 4 and found == [head for head in heads if head]
 
 
 def test_in_a_cycle_each_round_labels_one_head(

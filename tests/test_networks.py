@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from sela_cli.batchwide import Dropout
 from sela_cli.errors import BadData, UsageError
 from sela_cli.networks import (
     ARCHS,
@@ -252,3 +253,29 @@ def test_arrays_of_another_network_are_refused(kind: str) -> None:
         network.load_arrays(other_network(kind).arrays(), "a.h5")
     with pytest.raises(BadData, match=r"a\.h5"):
         other_network(kind).load_arrays(network.arrays(), "a.h5")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_half_whatever_the_place(dtype: torch.dtype) -> None:
+    """Eight neighbours share a random word: each place, and each pair, is a fair coin."""
+    torch.manual_seed(0)
+    values = torch.ones(1, 80_003, dtype=dtype, requires_grad=True)
+    dropped = Dropout(0.5)(values)
+    assert set(dropped.detach().unique().tolist()) == {0.0, 2.0}
+    dropped.sum().backward()
+    assert torch.equal(values.grad, dropped.detach())
+    kept = (dropped[0, :80_000].detach() > 0).double().view(-1, 8)
+    # Five standard deviations of 10,000 coins.
+    assert ((kept.mean(0) - 0.5).abs() < 0.025).all()
+    assert ((kept.T @ kept / len(kept))[~torch.eye(8, dtype=torch.bool)] - 0.25).abs().max() < 0.022
+    assert torch.equal(Dropout(0.5).eval()(values), values)
+
+
+def test_dropout_of_a_part_is_that_part_of_the_whole() -> None:
+    whole, part = Dropout(0.5), Dropout(0.5)
+    part.rows_n, part.total = torch.tensor([1, 4]), 6
+    values = torch.randn(6, 10)
+    torch.manual_seed(3)
+    expected = whole(values)[[1, 4]]
+    torch.manual_seed(3)
+    assert torch.equal(part(values[[1, 4]]), expected)

@@ -267,6 +267,15 @@ def test_other_pooling_leaves_at_most_9600_inputs(arch: str) -> None:
     assert all(1024 <= width <= 9600 for width in widths)
 
 
+def test_alexnet_between_the_sizes_is_pooled_to_as_much_as_the_papers() -> None:
+    """Its maps at 112 pixels are half as wide: the paper's kernels would leave a sixth."""
+    with torch.device("meta"):
+        network = build("alexnet-small", 112, [2], seed=0)
+        probe = LinearProbe(network, list(network.layers()), 10, LinearRecipe(), "meta", "float32")
+    widths = [linears[0].in_features for linears in probe.classifiers.values()]
+    assert all(9200 <= width <= 9600 for width in widths)
+
+
 # ---- several rates, ten crops, principal components ----------------------------
 
 

@@ -1,0 +1,200 @@
+"""The paper's protocols on small real collections: probes, PASCAL VOC, imbalance.
+
+    python benchmarks/protocols.py run --nette NETTE --voc VOC --out runs/protocols
+    python benchmarks/protocols.py table --out runs/protocols
+
+NETTE holds `train` and `val` with a folder a class (Imagenette), VOC a `VOCdevkit`. One
+network learns Imagenette by `sela run`; it and the fresh network it began as are probed
+by the ImageNet protocols and fine-tuned on VOC, classification and detection, and
+examples/imbalance.py is run on handwritten digits. Every experiment has a folder of its
+own with its results and `record.json`, its commands and seconds; one whose record is
+there is not run again. `table` reads these folders only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from results import Experiment
+
+from sela_cli import formats, voc
+
+NETWORK = "--arch alexnet-small --image-size 64 --heads 32x5"
+RECIPE = "--precision bfloat16 --batch-size 64 --lr 0.03 --lr-schedule cosine"
+RECIPE += " --weight-decay 0.0005 --aug paper --lamb 10 --relabel linear --view random"
+EPOCHS, ROUNDS = 30, 10
+CLASSIFICATION = "--task classification --iterations 200 --lr 0.01"
+DETECTION = "--task detection --min-size 200 --iterations 100 --batch-size 2 --lr 0.01"
+# Half the example's own.
+IMBALANCE = "--data digits --epochs 20 --rounds 10"
+NETWORKS = ("fresh", "trained")
+SEEDS = (0, 1, 2)
+
+
+class Protocol(Experiment):
+    """An experiment that knows more folders, and runs other scripts than `sela` too."""
+
+    def __init__(self, folder: Path, names: dict[str, Path]) -> None:
+        super().__init__(folder, folder, folder)
+        self.names = names | {"DIR": folder}
+
+    def neutral(self, command: str) -> str:
+        """The command without this machine's paths, the longest first."""
+        for name, path in sorted(self.names.items(), key=lambda item: -len(str(item[1]))):
+            command = command.replace(str(path), name)
+        return command
+
+    def script(self, path: str, options: str, output: Path) -> None:
+        """A script of the repository; what it prints is kept."""
+        began = time.perf_counter()
+        words = [sys.executable, str(Path(__file__).parents[1] / path), *options.split()]
+        output.write_text(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        seconds = round(time.perf_counter() - began, 1)
+        self.commands.append({"command": self.neutral(f"{path} {options}"), "seconds": seconds})
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Whatever is not done yet, cheapest first."""
+    out, nette, photos = arguments.out, arguments.nette, arguments.voc
+    names = {"NETTE": nette, "VOC": photos, "OUT": out}
+    checkpoints = {name: out / f"nette-{name}/run/checkpoint.h5" for name in NETWORKS}
+
+    def once(name: str, work: Callable[[Protocol], None]) -> None:
+        experiment = Protocol(out / name, names)
+        if not experiment.done:
+            work(experiment)
+            experiment.finish()
+
+    def learn(experiment: Protocol, epochs: int, rounds: int) -> None:
+        experiment.sela(
+            f"run --data {nette}/train {NETWORK} {RECIPE} --epochs {epochs} --opts {rounds} "
+            f"--out {experiment.folder}/run"
+        )
+
+    def probe(experiment: Protocol, checkpoint: Path) -> None:
+        for protocol in ("knn", "imagenet-linear"):
+            experiment.sela(
+                f"probe --data {nette}/train --test {nette}/val -c {checkpoint} "
+                f"--protocol {protocol} -o {experiment.folder}/{protocol}.h5 --force"
+            )
+
+    def finetune(experiment: Protocol, checkpoint: Path, options: str) -> None:
+        experiment.sela(
+            f"finetune --data voc2007:{photos} -c {checkpoint} {options} "
+            f"-o {experiment.folder}/precision.h5 --force"
+        )
+
+    def imbalance(experiment: Protocol, seed: int) -> None:
+        # The example starts in new folders.
+        shutil.rmtree(experiment.folder / "runs", ignore_errors=True)
+        experiment.script(
+            "examples/imbalance.py",
+            f"{IMBALANCE} --seed {seed} --out {experiment.folder}/runs",
+            experiment.folder / "table.txt",
+        )
+
+    once("nette-fresh", lambda here: learn(here, 0, 0))
+    once("nette-trained", lambda here: learn(here, EPOCHS, ROUNDS))
+    for name, checkpoint in checkpoints.items():
+        once(f"probe-{name}", lambda here, path=checkpoint: probe(here, path))
+    tasks = {f"voc-{part}": f"{CLASSIFICATION} --train {part}" for part in ("fc", "all")}
+    tasks["voc-detection"] = DETECTION
+    for task, options in tasks.items():
+        for name, checkpoint in checkpoints.items():
+            once(
+                f"{task}-{name}",
+                lambda here, path=checkpoint, options=options: finetune(here, path, options),
+            )
+    for seed in SEEDS:
+        once(f"imbalance-{seed}", lambda here, seed=seed: imbalance(here, seed))
+
+
+def table(out: Path) -> str:
+    """All tables in markdown, of the experiments that are done."""
+    parts = [
+        ("Imagenette, the ImageNet protocols", probe_rows(out)),
+        ("PASCAL VOC 2007 subset", voc_rows(out)),
+        ("Imbalanced digits: balanced labels against k-means", imbalance_rows(out)),
+    ]
+    return "\n\n".join(f"### {title}\n\n{rows}" for title, rows in parts if rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; nothing where it would have no row."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
+
+
+def probe_rows(out: Path) -> str:
+    """Linear accuracy of each layer and kNN, in percent, of both networks."""
+    found: dict[str, dict[str, float]] = {}
+    for name in NETWORKS:
+        folder = out / f"probe-{name}"
+        if (folder / "record.json").exists():
+            rows = formats.read_probe(str(folder / "imagenet-linear.h5"))
+            found[name] = {f"linear {row['layer']}": row["top1"] for row in rows}
+            rows = formats.read_probe(str(folder / "knn.h5"))
+            found[name] |= {f"kNN {row['setting']}": row["top1"] for row in rows}
+    measures = next(iter(found.values()), {})
+    return markdown(
+        ["top-1 on NETTE/val, %", *found],
+        [[m, *(f"{100 * found[name][m]:.1f}" for name in found)] for m in measures],
+    )
+
+
+def voc_rows(out: Path) -> str:
+    """Mean average precision, in percent, of every task and network."""
+    rows = []
+    for task in ("fc", "all", "detection"):
+        for name in NETWORKS:
+            folder = out / f"voc-{task}-{name}"
+            if (folder / "record.json").exists():
+                mean = voc.mean_precision(formats.read_precisions(str(folder / "precision.h5")))
+                title = task if task == "detection" else f"classification, {task}"
+                rows.append([title, name, *(f"{100 * mean[m]:.1f}" for m in ("map11", "map"))])
+    return markdown(["task", "network", "mAP 11 points, %", "mAP area, %"], rows)
+
+
+def imbalance_rows(out: Path) -> str:
+    """Means over the seeds, with the range of kNN."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for folder in sorted(out.glob("imbalance-*")):
+        if (folder / "record.json").exists():
+            for line in (folder / "table.txt").read_text().splitlines()[1:]:
+                imbalance, method, _, knn, nmi = line.split()
+                found.setdefault((imbalance, method), []).append((float(knn), float(nmi)))
+    rows: list[list[Any]] = []
+    for (imbalance, method), values in found.items():
+        knn, nmi = ([100 * value[place] for value in values] for place in (0, 1))
+        spread = f"{statistics.mean(knn):.1f} ({min(knn):.1f}..{max(knn):.1f})"
+        rows.append([imbalance, method, spread, f"{statistics.mean(nmi):.1f}", str(len(values))])
+    return markdown(["imbalance", "labels", "kNN, % (range)", "NMI, %", "seeds"], rows)
+
+
+def main() -> None:
+    """Parse and do."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    doing = commands.add_parser("run", help="run what is not done yet")
+    doing.add_argument("--nette", type=Path, required=True)
+    doing.add_argument("--voc", type=Path, required=True)
+    doing.add_argument("--out", type=Path, required=True)
+    showing = commands.add_parser("table", help="print the tables of what is done")
+    showing.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(arguments)
+    else:
+        print(table(arguments.out))
+
+
+if __name__ == "__main__":
+    main()
