@@ -158,7 +158,7 @@ def small(names: list[str], inputs: Path, log: Path) -> list[str]:
         assert first is not None
         tol = max(first["residual"], 1e-9) if first["done"] else 1e-6
         for solver in NAMES:
-            repeats = 3 if solver in ("lbfgs", "newton") else 1
+            repeats = 3 if solver == "newton" else 1
             again = solver == "reference"
             found = first if again else measure(name, solver, tol, repeats, inputs)
             if found is None:
@@ -318,8 +318,8 @@ def main() -> None:
             "where it never stops. POT stops by the L2 norm of the marginal's error, taken as "
             "2 tol / sqrt(K). "
             "*(cap)*: not there after the iterations allowed "
-            f"({', '.join(f'{k} {v}' for k, v in CAPS.items())}). Seconds: one run, newton and "
-            "lbfgs the median of three. Reads: passes over the matrix; two an iteration where "
+            f"({', '.join(f'{k} {v}' for k, v in CAPS.items())}). Seconds: one run, newton "
+            "the median of three. Reads: passes over the matrix; two an iteration where "
             "there are two products. Memory: peak beyond the input. *objective F*: the "
             "semi-dual, lower is better.",
             "",
