@@ -267,6 +267,9 @@ def main() -> int:
             for number, table in rows.items():
                 if number is signal.SIGTERM and command not in STOPPED:
                     continue
+                # Their file operations come before the first step, and after the last.
+                if number is signal.SIGTERM and command in ("embed", "probe") and arguments.events:
+                    continue
                 wanted, rng = digests(root / command), random.Random(arguments.seed)
                 kills = Kills(command, line, root, whole, wanted, number, arguments.events, rng)
                 most = command == "run" and number is signal.SIGKILL
