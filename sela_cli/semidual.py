@@ -32,7 +32,7 @@ _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
 # Smaller entries of a row's plan are left out of a sparse Hessian.
 NEGLIGIBLE = 1e-4
 # Rows for each cluster that one sparse product is of: what it gives is written out densely.
-_SPARSE_ROWS = 16
+_SPARSE_ROWS = 8
 # Blocks of columns that a dense product is made of, and the columns of one at least.
 _GRAM_BLOCKS, _GRAM_LEAST = 4, 128
 # Rows that the breadth of the plan, and its rounding, are taken from.
