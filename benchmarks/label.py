@@ -222,7 +222,8 @@ def large(sizes: list[tuple[int, int]], folder: Path) -> list[str]:
     ]
     for count, clusters in sizes:
         path = folder / f"large-{count}-{clusters}.npy"
-        write_large(path, count, clusters)
+        if not path.exists():
+            write_large(path, count, clusters)
         for assign in ("argmax", "balanced"):
             seconds, peak, head = command_run(path, assign, "4G")
             gap = head["objective"] - head["lower-bound"] if assign == "balanced" else float("nan")

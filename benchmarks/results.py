@@ -288,13 +288,30 @@ def write(arguments: argparse.Namespace) -> None:
     pairs = [("balanced", "argmax"), ("balanced", "opts0"), ("balanced", "one-head")]
     pairs += [("retrained", "balanced"), ("balanced", "fresh"), ("supervised", "fresh")]
     lines += [difference(variants, *pair) for pair in pairs]
+    told = {name: [c["command"] for c in record["commands"]] for name, record in records.items()}
+    if arguments.protocols:
+        import protocols
+
+        lines += ["", "## The paper's protocols on small collections", ""]
+        lines += [
+            "`python benchmarks/protocols.py run`: a network of Imagenette's 1,000 training images "
+            "at 64 pixels beside the fresh one, by the probes of the ImageNet protocol (500 other "
+            "images) and fine-tuned on 300 images of PASCAL VOC 2007 (200 others tested); and "
+            "`examples/imbalance.py`. Small collections and short runs: they show that everything "
+            "runs, and little of the method.",
+            "",
+            protocols.table(arguments.protocols),
+        ]
+        for path in sorted(arguments.protocols.glob("*/record.json")):
+            commands = json.loads(path.read_text())["commands"]
+            told[path.parent.name] = [c["command"].removeprefix("sela ") for c in commands]
     lines += ["", "## Commands", "", "```sh"]
-    shown = [f"cifar10-{name}" for name in ("fresh", "sela", "supervised")]
-    shown += [f"{name}-{seeds[name][0]}" for name in variants]
-    for name in shown:
-        if name in done:
-            lines += [f"# {name}"]
-            lines += [f"sela {command['command']}" for command in records[name]["commands"]]
+    others = [f"{name}-{seed}" for name in variants for seed in seeds[name][1:]]
+    for name in sorted(told.keys() - set(others)):
+        lines.append(f"# {name}")
+        for command in told[name]:
+            command = command.replace(str(out), "OUT")
+            lines.append(command if command.startswith("examples") else f"sela {command}")
     lines += ["```", ""]
     arguments.output.write_text("\n".join(lines), encoding="utf-8")
 
@@ -319,6 +336,7 @@ def main() -> None:
     page = commands.add_parser("write")
     page.add_argument("--out", type=Path, required=True)
     page.add_argument("--output", type=Path, default=Path("docs/results.md"))
+    page.add_argument("--protocols", type=Path, help="the folder of benchmarks/protocols.py")
     page.set_defaults(part="write")
     arguments = parser.parse_args()
     parts = {"cifar10": run_cifar10, "ablations": run_ablations, "write": write}
