@@ -183,15 +183,14 @@ class _Descent:
             self.costs = _Costs(problem, breadth(self.sample, problem.lamb, point.a_K))
         before, self.residual = self.residual, problem.residual(point)
         rate = _RATE if self.hessian_KK is None else max(math.log(before / self.residual), 1e-3)
-        cheap = self.costs.exact <= _CHEAP
         left = math.log(self.residual / problem.tol)
         worth = self.residual < _NOISE and left / rate > self.costs.exact + left / _NEWTON
+        cheap = self.costs.exact <= _CHEAP and problem.count <= _MANY * self.sampled
         # Steps to where a sample says no more, at this rate and at that of a fresh Hessian.
         saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
         sampled = self.costs.exact * self.sampled / problem.count
         if self.hessian_KK is None or worth or (rate < _FAST if cheap else saved > sampled):
-            near = problem.count <= _MANY * self.sampled and self.residual < _FAR
-            rows = problem.rows if worth or (cheap and near) else self.sample
+            rows = problem.rows if worth or (cheap and self.residual < _FAR) else self.sample
             self.hessian_KK = laplacian(rows, problem.lamb, point.a_K, self.costs.sparse)
         return self.hessian_KK
 
@@ -233,13 +232,15 @@ def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor, box: float) -
     change_K = change_K.clamp(-box, box)
     # Held coordinates are never let go: where that leads nowhere, damping shortens the step.
     damping = _DAMPING
-    while held.any() and float(gradient_K @ change_K) > -_DESCENT * float(gradient_K.abs().sum()):
+    while (
+        held.any()
+        and damping < 1
+        and float(gradient_K @ change_K) > -_DESCENT * float(gradient_K.abs().sum())
+    ):
         damping *= 10
         system_KK.diagonal().add_(damping * s_K)
         factor_KK = torch.linalg.cholesky(system_KK)
         change_K = torch.cholesky_solve(-gradient_K[:, None], factor_KK)[:, 0]
         change_K -= change_K.mean()
-        longest = float(change_K.abs().max())
-        if longest <= box or damping >= 1:
-            return change_K * min(1.0, box / longest)
+        change_K *= min(1.0, box / float(change_K.abs().max()))
     return change_K
