@@ -187,8 +187,8 @@ def measured(folder: Path) -> dict[str, float]:
     found["nmi"] = float("nan")
     if rounds.exists():
         last = list(csv.DictReader(rounds.open()))[-1]
-        found |= {"nmi": float(last["nmi"]), "largest": float(last["largest"])}
-        found["empty"] = float(last["empty"])
+        found |= {"nmi": float(last["nmi"]), "largest": float(last.get("largest", "nan"))}
+        found["empty"] = float(last.get("empty", "nan"))
     record = json.loads((folder / "record.json").read_text())
     found["minutes"] = record["commands"][0]["seconds"] / 60
     return found
@@ -244,7 +244,8 @@ def write(arguments: argparse.Namespace) -> None:
         f"beside them, torch {versions}, Python {platform.python_version()}. *kNN*: weighted, "
         "k = 10, sigma = 0.1, per cent right. "
         "*linear*: a linear probe of the named layer, 10 epochs, its rate chosen on a tenth of the "
-        "training images. *NMI*: of the labels of the last round with the classes, mean of heads.",
+        "training images. *NMI*: of the labels of the last round with the classes, mean of heads. "
+        "*minutes* are those that passed, other work and pauses included.",
         "",
         "## An hour and a half",
         "",
