@@ -635,7 +635,12 @@ def test_signal_is_a_request(monkeypatch: pytest.MonkeyPatch, name: str) -> None
 def test_ctrl_c_exits_130_and_leaves_nothing(world: Path, stop_at: Stop, question: int) -> None:
     before = snapshot(world)
     stop_at(question, lambda: signal.raise_signal(signal.SIGINT))
-    done = sela(*words(EMBED), "--data", "photos")
+    # What a shell starts in the background ignores Ctrl-C, this test's process too.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = sela(*words(EMBED), "--data", "photos")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert (done.code, done.out) == (130, b"") and "Traceback" not in done.err
     assert snapshot(world) == before
 
