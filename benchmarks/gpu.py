@@ -108,11 +108,8 @@ def solve(rows: Resident, tol: float) -> list[str]:
     solved = time.perf_counter()
     bounds = assignment.size_bounds(count, problem.marginal_K.numpy())
     sharp_K = assignment.sharpen(rows, problem, solution.potentials_K, newton.refine)
-    preferred = assignment.certified(rows, sharp_K, None)
-    slack = 1e-4 * preferred.objective
-    labels_N, prices_K = assignment.balanced(
-        rows, sharp_K, bounds, slack, preferred_N=preferred.labels_N
-    )
+    slack = 1e-4 * assignment.certified(rows, sharp_K, None).objective
+    labels_N, prices_K = assignment.balanced(rows, sharp_K, bounds, slack)
     balanced = time.perf_counter()
     _, objective, bound = assignment.certified(rows, prices_K, bounds, labels_N)
     gap = objective - bound

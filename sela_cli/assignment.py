@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sela_cli.semidual import Problem, Solution
-from sela_cli.tiles import Rows, map_rows, map_spans
+from sela_cli.tiles import Rows, Some, map_rows, map_spans
 
 # `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
 _EXCESS = 0.01
@@ -31,6 +31,11 @@ _LOOSE_ITER = 20
 _SHARPENINGS = 8
 # `balanced`: clusters looked at beyond twice those that lead to the nearest one with room.
 _FURTHER = 32
+# Rows for each cluster that one matrix of losses is of.
+_LOSS_ROWS = 8
+# Rows looked at: for each that has to move and for each cluster at least, and so many times
+# as many again where these do not do.
+_PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 8
 
 
 class Bounds(NamedTuple):
@@ -65,12 +70,19 @@ def argmax(rows: Rows, prices_K: Tensor, dtype: torch.dtype = torch.float64) -> 
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
         for start, tile_nK in tiles:
-            labels_n = (tile_nK + prices_K.to(tile_nK)).argmax(1)
-            labels_N[start : start + len(tile_nK)] = labels_n.cpu().numpy()
+            first_n = _first_choice(tile_nK + prices_K.to(tile_nK))
+            labels_N[start : start + len(tile_nK)] = first_n.cpu().numpy()
 
     for _ in map_spans(rows, work, dtype):
         pass
     return labels_N
+
+
+def _first_choice(priced_nK: Tensor) -> Tensor:
+    # NumPy's argmax takes a fifth of the time of torch's.
+    if priced_nK.device.type == "cpu":
+        return torch.from_numpy(priced_nK.numpy().argmax(1))
+    return priced_nK.argmax(1)
 
 
 def nearest_marginal(rows: Rows, bounds: Bounds) -> Tensor:
@@ -112,13 +124,14 @@ def certified(
         losses = np.zeros(2)
         for start, tile_nK in tiles:
             part_n = chosen_N[start : start + len(tile_nK)]
-            best_n, first_n = (tile_nK + prices_K.to(tile_nK)).max(1)
+            priced_nK = tile_nK + prices_K.to(tile_nK)
+            first_n = _first_choice(priced_nK)
             if labels_N is None:
                 part_n[:] = first_n.cpu().numpy()
-            labels_n = torch.from_numpy(part_n).to(rows.device)
-            norm_n = torch.logsumexp(tile_nK, 1)
-            own_n = tile_nK.gather(1, labels_n[:, None])[:, 0]
-            losses += float((norm_n - own_n).sum()), float((norm_n - best_n).sum())
+            labels_n1 = torch.from_numpy(part_n[:, None]).to(rows.device)
+            loss_n1 = -torch.log_softmax(tile_nK, 1).gather(1, labels_n1)
+            less_n1 = tile_nK.gather(1, labels_n1) - priced_nK.gather(1, first_n[:, None])
+            losses += float(loss_n1.sum()), float((loss_n1 + less_n1).sum())
         return losses
 
     objective, relaxed = sum(map_spans(rows, work), np.zeros(2)) / count
@@ -139,13 +152,41 @@ def _cheapest_sizes(count: int, prices_K: Tensor, bounds: Bounds) -> np.ndarray:
     return sizes_K
 
 
+class Preferences(NamedTuple):
+    """The cluster that each row prefers at some prices, and by how much, in nats."""
+
+    labels_N: np.ndarray
+    margin_N: np.ndarray
+
+
+def preferences(rows: Rows, prices_K: Tensor, labels_N: np.ndarray | None = None) -> Preferences:
+    """What rows prefer, and their margins: of their own label, where those are given."""
+    count = rows.shape[0]
+    margin_N = np.empty(count)
+    chosen_N = np.empty(count, np.int64) if labels_N is None else labels_N
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
+        for start, tile_nK in tiles:
+            priced_nK = tile_nK + prices_K.to(tile_nK)
+            part_n = chosen_N[start : start + len(tile_nK)]
+            if labels_N is None:
+                part_n[:] = _first_choice(priced_nK).cpu().numpy()
+            own_n1 = torch.from_numpy(part_n[:, None]).to(rows.device)
+            own = priced_nK.gather(1, own_n1)[:, 0]
+            others = priced_nK.scatter_(1, own_n1, -torch.inf).amax(1)
+            margin_N[start : start + len(tile_nK)] = (own - others).cpu().numpy()
+
+    for _ in map_spans(rows, work):
+        pass
+    return Preferences(chosen_N, margin_N)
+
+
 def balanced(
     rows: Rows,
     prices_K: Tensor,
     bounds: Bounds,
     slack: float = 0.0,
     progress: Callable[[int], None] = lambda left: None,
-    preferred_N: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Tensor]:
     """Labels whose cluster sizes lie within `bounds`, of least objective.
 
@@ -153,23 +194,127 @@ def balanced(
     `slack` is 0. Otherwise a moved row may lose up to `slack` nats more than the one that
     minds least, which moves many rows at a time. Returns labels_N and the prices that go
     with them. `progress` is told how many rows are still too many.
-    `preferred_N`: the `argmax` at these prices, where it is known.
+
+    Only rows of small margins are looked at. No other loses less than `margin` by going
+    anywhere, so that a path is the cheapest as long as all its arcs cost less than that;
+    where none does, more rows are taken.
     """
-    assert bounds.low_K.sum() <= rows.shape[0] <= bounds.high_K.sum()
-    labels_N = argmax(rows, prices_K) if preferred_N is None else preferred_N.copy()
-    surplus_K = np.bincount(labels_N, minlength=len(prices_K))
-    surplus_K -= _cheapest_sizes(rows.shape[0], prices_K, bounds)
+    count, clusters = rows.shape
+    assert bounds.low_K.sum() <= count <= bounds.high_K.sum()
+    labels_N, margin_N = preferences(rows, prices_K)
+    surplus_K = np.bincount(labels_N, minlength=clusters)
+    surplus_K -= _cheapest_sizes(count, prices_K, bounds)
     prices = prices_K.numpy().copy()
-    on_cpu = rows.device.type == "cpu"
-    loss_KK = (_least_losses if on_cpu else _least_losses_on_device)(rows, labels_N)
+    wanted = max(_PER_MOVE * int(surplus_K.clip(0).sum()), _PER_CLUSTER * clusters)
     while surplus_K.any():
-        progress(int(surplus_K.clip(0).sum()))
-        for path in _cheapest_paths(loss_KK, prices, surplus_K > 0, surplus_K < 0):
+        margin = np.inf
+        if wanted < count / 2:
+            margin = float(np.partition(margin_N, wanted)[wanted])
+        movable = Some(rows, np.flatnonzero(margin_N <= margin))
+        flow = _Flow(movable, labels_N[movable.rows_N], prices, margin)
+        while surplus_K.any() and flow.advance(surplus_K, slack):
+            progress(int(surplus_K.clip(0).sum()))
+        labels_N[movable.rows_N] = flow.labels_N
+        if surplus_K.any():
+            wanted *= _WIDER
+            margin_N = preferences(rows, torch.from_numpy(prices), labels_N).margin_N
+    return labels_N, torch.from_numpy(prices)
+
+
+class _Flow:
+    """Rows on their way between clusters, and the prices, which it changes in place."""
+
+    def __init__(self, rows: Rows, labels_N: np.ndarray, prices_K: np.ndarray, margin: float):
+        self.rows, self.labels_N, self.prices_K = rows, labels_N, prices_K
+        self._margin, self._start_K = margin, prices_K.copy()
+        on_cpu = rows.device.type == "cpu"
+        self._loss_KK = (_least_losses if on_cpu else _least_losses_on_device)(rows, labels_N)
+
+    def advance(self, surplus_K: np.ndarray, slack: float) -> bool:
+        """Move rows along the cheapest paths; false where rows of others might be cheaper."""
+        paths = self._cheapest_paths(surplus_K > 0, surplus_K < 0)
+        for path in paths:
             most = min(surplus_K[path[0]], -surplus_K[path[-1]])
-            moved = _move_along(rows, labels_N, loss_KK, path, most, slack)
+            moved = self._move_along(path, most, slack)
             surplus_K[path[0]] -= moved
             surplus_K[path[-1]] += moved
-    return labels_N, torch.from_numpy(prices)
+        return bool(paths)
+
+    def _cheapest_paths(self, over_K: np.ndarray, under_K: np.ndarray) -> list[list[int]]:
+        """Paths from overfull clusters to the nearest ones with room; updates the prices.
+
+        Dijkstra from all overfull clusters, on past the first that has room for as long
+        again. At the new prices every arc of its trees costs nothing, so that paths without
+        a cluster in common can all be used.
+        """
+        prices_K = self.prices_K
+        distance_K = np.where(over_K, 0.0, np.inf)
+        open_K = np.where(over_K, 0.0, np.inf)
+        previous_K = np.full(len(prices_K), -1)
+        visited: list[int] = []
+        ends: list[int] = []
+        last = len(prices_K)
+        while len(visited) < last:
+            here = int(open_K.argmin())
+            if not np.isfinite(open_K[here]):
+                break
+            visited.append(here)
+            if under_K[here]:
+                if not ends:
+                    last = min(last, 2 * len(visited) + _FURTHER)
+                ends.append(here)
+            loss_K = np.minimum(self._loss_KK[here], self._least_elsewhere(here))
+            # Rounding, and rows moved within the slack, leave costs a little below zero.
+            cost_K = np.maximum(loss_K + prices_K[here] - prices_K, 0.0) + distance_K[here]
+            nearer = cost_K < distance_K
+            distance_K[nearer] = cost_K[nearer]
+            open_K[nearer] = cost_K[nearer]
+            previous_K[nearer] = here
+            open_K[here] = np.inf
+        assert ends, "every cluster with a row reaches every other"
+        prices_K[visited] -= distance_K[visited[-1]] - distance_K[visited]
+        paths: list[list[int]] = []
+        used: set[int] = set()
+        for end in ends:
+            path = [end]
+            while not over_K[path[-1]]:
+                path.append(int(previous_K[path[-1]]))
+            path.reverse()
+            known = all(
+                self._loss_KK[arc] <= self._least_elsewhere(arc[0])[arc[1]]
+                for arc in pairwise(path)
+            )
+            if known and used.isdisjoint(path):
+                used.update(path)
+                paths.append(path)
+        return paths
+
+    def _least_elsewhere(self, cluster: int) -> np.ndarray:
+        """What rows of a cluster that are not looked at lose at least by leaving it."""
+        return self._margin + self._start_K - self._start_K[cluster]
+
+    def _move_along(self, path: list[int], most: int, slack: float) -> int:
+        """Send as many rows along each arc as `slack` and `most` allow, the same number on
+        all. Returns that number.
+        """
+        arcs = list(pairwise(path))
+        willing = []
+        for source, target in arcs:
+            members = np.flatnonzero(self.labels_N == source)
+            loss_n = _losses(self.rows, members, source, target)
+            order = np.argsort(loss_n, kind="stable")
+            worst = min(loss_n[order[0]] + slack, self._least_elsewhere(source)[target])
+            most = min(most, int(np.searchsorted(loss_n[order], worst, side="right")))
+            willing.append(members[order])
+        for (_, target), members in zip(arcs, willing, strict=True):
+            self.labels_N[members[:most]] = target
+        for cluster in path[:-1]:
+            members = np.flatnonzero(self.labels_N == cluster)
+            self._loss_KK[cluster] = _least_loss(self.rows, members, cluster)
+        arrivals = np.sort(willing[-1][:most])
+        least_K = _least_loss(self.rows, arrivals, path[-1])
+        self._loss_KK[path[-1]] = np.minimum(self._loss_KK[path[-1]], least_K)
+        return most
 
 
 def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
@@ -189,7 +334,7 @@ def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
         return loss_KK
 
     loss_KK = np.full((clusters, clusters), np.inf)
-    for part_KK in map_spans(rows, work):
+    for part_KK in map_spans(rows, work, least=_LOSS_ROWS * clusters):
         np.minimum(loss_KK, part_KK, out=loss_KK)
     return loss_KK
 
@@ -208,82 +353,6 @@ def _least_losses_on_device(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
         return loss_KK
 
     return reduce(torch.minimum, map_spans(rows, work)).cpu().numpy()
-
-
-def _cheapest_paths(
-    loss_KK: np.ndarray, prices_K: np.ndarray, over_K: np.ndarray, under_K: np.ndarray
-) -> list[list[int]]:
-    """Paths from overfull clusters to the nearest ones with room; updates the prices.
-
-    Dijkstra from all overfull clusters, on past the first that has room for as long again.
-    At the new prices every arc of its trees costs nothing, so that paths without a cluster
-    in common can all be used.
-    """
-    distance_K = np.where(over_K, 0.0, np.inf)
-    open_K = np.where(over_K, 0.0, np.inf)
-    previous_K = np.full(len(prices_K), -1)
-    visited: list[int] = []
-    ends: list[int] = []
-    last = len(prices_K)
-    while len(visited) < last:
-        here = int(open_K.argmin())
-        if not np.isfinite(open_K[here]):
-            break
-        visited.append(here)
-        if under_K[here]:
-            if not ends:
-                last = min(last, 2 * len(visited) + _FURTHER)
-            ends.append(here)
-        # Rounding, and rows moved within the slack, leave costs a little below zero.
-        cost_K = np.maximum(loss_KK[here] + prices_K[here] - prices_K, 0.0) + distance_K[here]
-        nearer = cost_K < distance_K
-        distance_K[nearer] = cost_K[nearer]
-        open_K[nearer] = cost_K[nearer]
-        previous_K[nearer] = here
-        open_K[here] = np.inf
-    assert ends, "every cluster with a row reaches every other"
-    prices_K[visited] -= distance_K[visited[-1]] - distance_K[visited]
-    paths: list[list[int]] = []
-    used: set[int] = set()
-    for end in ends:
-        path = [end]
-        while not over_K[path[-1]]:
-            path.append(int(previous_K[path[-1]]))
-        if used.isdisjoint(path):
-            used.update(path)
-            paths.append(path[::-1])
-    return paths
-
-
-def _move_along(
-    rows: Rows,
-    labels_N: np.ndarray,
-    loss_KK: np.ndarray,
-    path: list[int],
-    most: int,
-    slack: float,
-) -> int:
-    """Send as many rows along each arc as `slack` and `most` allow, the same number on all.
-
-    Returns that number.
-    """
-    arcs = list(pairwise(path))
-    willing = []
-    for source, target in arcs:
-        members = np.flatnonzero(labels_N == source)
-        loss_n = _losses(rows, members, source, target)
-        order = np.argsort(loss_n, kind="stable")
-        most = min(
-            most, int(np.searchsorted(loss_n[order], loss_n[order[0]] + slack, side="right"))
-        )
-        willing.append(members[order])
-    for (_, target), members in zip(arcs, willing, strict=True):
-        labels_N[members[:most]] = target
-    for cluster in path[:-1]:
-        loss_KK[cluster] = _least_loss(rows, np.flatnonzero(labels_N == cluster), cluster)
-    arrivals = np.sort(willing[-1][:most])
-    loss_KK[path[-1]] = np.minimum(loss_KK[path[-1]], _least_loss(rows, arrivals, path[-1]))
-    return most
 
 
 def _losses(rows: Rows, members: np.ndarray, source: int, target: int) -> np.ndarray:

@@ -22,9 +22,9 @@ from sela_cli.assignment import Bounds
 from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels, Provenance
 from sela_cli.kmeans import kmeans_labels
-from sela_cli.scores import Matrix, Scores, open_scores
+from sela_cli.scores import Matrix, Scores, Which, open_scores
 from sela_cli.semidual import Problem, Solution, Step
-from sela_cli.tiles import CPU, InMemory, Part, Resident, Rows, less_maximum, tile_rows
+from sela_cli.tiles import CPU, InMemory, Part, Resident, Rows, evenly, tile_rows
 
 ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
 INPUT_KINDS = ("logits", "probabilities")
@@ -41,6 +41,8 @@ _DEVICE_MATRICES = 256
 _NEWTON_CLUSTERS = 4096
 # A moved row may lose this share of the mean cost more than it must.
 _SLACK = 1e-4
+# Rows that this mean is taken over.
+_SOME = 4096
 # Stands for a probability of exactly zero, so that any row can still go anywhere.
 _LEAST_PROBABILITY = float(np.finfo(np.float64).tiny)
 
@@ -93,14 +95,15 @@ class LabelSettings:
             raise UsageError(f"--input-kind {self.input_kind} is none of {', '.join(INPUT_KINDS)}")
 
 
-@dataclass(frozen=True)
 class ScoreRows:
-    """A matrix as rows for the solver, every value checked as it is read."""
+    """A matrix as rows for the solver, every value checked the first time it is read."""
 
-    matrix: Matrix
-    path: str
-    input_kind: str = "logits"
-    device: torch.device = CPU
+    def __init__(
+        self, matrix: Matrix, path: str, input_kind: str = "logits", device: torch.device = CPU
+    ) -> None:
+        self.matrix, self.path, self.input_kind, self.device = matrix, path, input_kind, device
+        # NaN where a row has not been read yet.
+        self._maximum_N1 = torch.full((matrix.shape[0], 1), torch.nan, dtype=torch.float64)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,18 +112,33 @@ class ScoreRows:
 
     def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K); logits as they are stored where `dtype` is None."""
-        tile_nK = self.matrix.tensor(slice(start, stop), self.device)
-        return self._checked(tile_nK, range(start, stop), dtype)
+        rows = slice(start, stop)
+        return self._scores(self.matrix.tensor(rows, self.device), rows, dtype)
 
     def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
-        return self._checked(self.matrix.tensor(rows_n, self.device), rows_n, dtype)
+        return self._scores(self.matrix.tensor(rows_n, self.device), rows_n, dtype)
 
-    def _checked(
-        self, stored_nK: Tensor, which_n: np.ndarray | range, dtype: torch.dtype | None
-    ) -> Tensor:
+    def _scores(self, stored_nK: Tensor, rows: Which, dtype: torch.dtype | None) -> Tensor:
         exact = stored_nK.dtype in (torch.float16, torch.float32) and self.input_kind == "logits"
         tile_nK = stored_nK.to((dtype or torch.float32) if exact else torch.float64)
+        maximum_n1 = self._maximum_N1[rows]
+        unread = bool(maximum_n1.isnan().any())
+        if unread:
+            self._check(tile_nK, rows)
+        if self.input_kind == "probabilities":
+            tile_nK = tile_nK.clamp(min=_LEAST_PROBABILITY).log_()
+        if unread:
+            maximum_n1 = tile_nK.amax(1, keepdim=True).to(maximum_n1)
+            self._maximum_N1[rows] = maximum_n1
+        if dtype is None:
+            return stored_nK if exact else tile_nK
+        maximum_n1 = maximum_n1.to(tile_nK)
+        # In place where that spoils no stored rows: a large new tile costs more than the sum.
+        ours = tile_nK is not stored_nK
+        return (tile_nK.sub_(maximum_n1) if ours else tile_nK.sub(maximum_n1)).to(dtype)
+
+    def _check(self, tile_nK: Tensor, rows: Which) -> None:
         if self.input_kind == "probabilities":
             bad_n = (tile_nK < 0).any(1) | ~(tile_nK.sum(1) > 0) | tile_nK.isinf().any(1)
             problem = "not probabilities (negative, all zero, NaN or infinite)"
@@ -133,13 +151,9 @@ class ScoreRows:
             problem = "NaN or infinite"
             mend = "mend or drop the row; zeros among probabilities need --input-kind probabilities"
         if bad_n.any():
-            row = int(which_n[int(bad_n.nonzero()[0, 0])])
+            first = int(bad_n.nonzero()[0, 0])
+            row = rows.start + first if isinstance(rows, slice) else int(rows[first])
             raise BadData(f"{self.path}: '{self.matrix.name}', row {row}: {problem}", mend)
-        if self.input_kind == "probabilities":
-            tile_nK = tile_nK.clamp(min=_LEAST_PROBABILITY).log_()
-        if dtype is None:
-            return stored_nK if exact else tile_nK
-        return less_maximum(tile_nK, dtype)
 
 
 def marginal(spec: str, clusters: int) -> Tensor:
@@ -478,14 +492,12 @@ def _solve_head(
 
     if settings.assign == "balanced":
         sharp_K = assignment.sharpen(whole, problem, solution.potentials_K, refine)
-        preferred = assignment.certified(whole, sharp_K, None)
         labels_N, prices_K = assignment.balanced(
             whole,
             sharp_K,
             sizes.given,
-            _SLACK * preferred.objective,
+            _SLACK * assignment.certified(evenly(whole, _SOME), sharp_K, None).objective,
             progress=lambda left: moving(f"{name} {left} rows to move"),
-            preferred_N=preferred.labels_N,
         )
         result = assignment.certified(whole, prices_K, sizes.allowed, labels_N)
     else:

@@ -4,10 +4,10 @@ K columns (clusters) of the score matrix.
 
 A step minimises the quadratic model of the semi-dual F (see `semidual`) in a box about
 the potentials: within it no plan entry changes by more than a constant factor, so that
-the Hessian means something. The Hessian comes from a sample of the rows, or where rows
-are nearly decided from all of them, as products of sparse plans; BFGS updates keep it
-while a new one would cost more than the reads it may save. From a far start, problems
-of smaller lambda are solved first, loosely, on the sample.
+the Hessian means something. Where rows are nearly decided, their plans are sparse and
+every read gives the Hessian too. Elsewhere it comes from a sample of the rows, or from all
+of them; BFGS updates keep it while a new one would cost more than the reads it may save.
+From a far start, problems of smaller lambda are solved first, loosely, on a sample.
 Sources: Carmon et al. 2020 (Newton steps in balls for softmax problems); BFGS and Wolfe's
 curvature condition (Nocedal and Wright, ch. 3, 6); raising lambda in steps (Schmitzer 2019).
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sela_cli import parallel
 from sela_cli.semidual import FAST_BFLOAT16, Point, Problem, Solution, breadth, laplacian, total
-from sela_cli.tiles import InMemory, Rows
+from sela_cli.tiles import InMemory, Rows, Some
 
 # A given start with a larger residual is left for an annealed one.
 _NEAR = 0.02
@@ -31,6 +31,8 @@ _ANNEAL_TOL = 0.01
 _SPREAD = 1024
 # Rows of a sample, per cluster and at least; of fewer than twice as many all are taken.
 _SMALL, _LARGE = (4, 4096), (16, 8192)
+# One row of so many is in the sample for rows that are nearly decided.
+_SHARE = 8
 # Half the side of the box: at first, doubled after a step to its side that went well, and
 # at most for a Hessian that is not of this very point. And how often the bounds that hold
 # are looked for.
@@ -47,7 +49,7 @@ _STARVED = 1e-6
 # Costs in softmax entries: a multiply-add of a dense product (in bfloat16 where the
 # processor has it), of a sparse one, of a Cholesky factor in float64.
 _DENSE = 1 / 64 if FAST_BFLOAT16 else 1 / 32
-_SPARSE, _PICK, _FACTOR = 2.5, 1.0, 1 / 16
+_SPARSE, _PICK, _FACTOR = 2.5, 0.3, 1 / 16
 # A Hessian of all rows that costs no more steps than this is taken whenever one is due,
 # unless they are so many times the sample's.
 _CHEAP, _MANY = 4.0, 8
@@ -64,20 +66,21 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     levels = _levels(small, problem.lamb)
     if init_K is None and (not levels or problem.over()):
         init_K = torch.zeros_like(problem.marginal_K)
-    point = problem.read(init_K) if init_K is not None else None
+    descent = _Descent(problem, large)
+    point = descent.read(init_K) if init_K is not None else None
     if point is None or (levels and problem.residual(point) > _NEAR and not problem.over()):
-        point = problem.read(_anneal(problem, small, large, levels))
+        point = descent.read(_anneal(problem, small, large, levels))
     rate = 0.0 if levels else math.inf
     while rate > _FAST and problem.residual(point) > problem.tol and not problem.over():
-        before, point = point, problem.read(problem.sinkhorn(point))
+        before, point = point, descent.read(problem.sinkhorn(point))
         rate = math.log(problem.residual(before) / max(problem.residual(point), 1e-300))
-    return problem.solution(_Descent(problem, large).run(point))
+    return problem.solution(descent.run(point))
 
 
 def refine(problem: Problem, init_K: Tensor) -> Solution:
     """Go on from potentials that are nearly right: no annealing."""
     descent = _Descent(problem, _sample(problem, _LARGE))
-    return problem.solution(descent.run(problem.read(init_K)))
+    return problem.solution(descent.run(descent.read(init_K)))
 
 
 def _sample(problem: Problem, size: tuple[int, int]) -> Rows:
@@ -89,6 +92,16 @@ def _sample(problem: Problem, size: tuple[int, int]) -> Rows:
         return rows
     chosen_n = np.random.default_rng(0).choice(rows.shape[0], wanted, replace=False)
     return InMemory.of(rows, np.sort(chosen_n))
+
+
+def _middle(problem: Problem) -> Rows:
+    """A sample for rows that are nearly decided, not kept; all rows where they are few."""
+    rows, (share, least) = problem.rows, _LARGE
+    count = rows.shape[0] // _SHARE
+    if problem.count // _SHARE < max(share * rows.shape[1], least):
+        return rows
+    chosen_n = np.random.default_rng(1).choice(rows.shape[0], count, replace=False)
+    return Some(rows, np.sort(chosen_n))
 
 
 def _levels(rows: Rows, lamb: float) -> int:
@@ -103,17 +116,20 @@ def _levels(rows: Rows, lamb: float) -> int:
 def _anneal(problem: Problem, small: Rows, large: Rows, levels: int) -> Tensor:
     """Potentials by way of smaller lambdas, each four times the one before.
 
-    They are solved on a sample, unless rows are nearly decided: then a sample says little
+    They are solved on a small sample, unless rows are nearly decided: then it says little
     of the prices of the rest.
     """
     prices_K = torch.zeros_like(problem.marginal_K)
-    for level in range(levels, 0, -1):
+    middle = _middle(problem)
+    for level in range(levels, -1, -1):
         lamb = problem.lamb / 4**level
         costs = _Costs(problem, breadth(small, lamb, prices_K * lamb))
-        rows = problem.rows if costs.exact <= _CHEAP and level <= 2 else small
+        rows = middle if costs.exact <= _CHEAP and level <= 2 else small
+        if level == 0 and rows is problem.rows:
+            break
         softer = problem.at(rows, lamb, _ANNEAL_TOL)
         descent = _Descent(softer, small if rows is small else large)
-        prices_K = descent.run(softer.read(prices_K * lamb)).a_K / lamb
+        prices_K = descent.run(descent.read(prices_K * lamb)).a_K / lamb
         if problem.over():
             break
     return prices_K * problem.lamb
@@ -133,8 +149,10 @@ class _Costs:
         clusters = problem.rows.shape[1]
         dense, sparse = _DENSE * clusters, _PICK + _SPARSE * breadth**2 / clusters
         entries = problem.count * clusters
-        self.exact = entries * (1 + min(dense, sparse)) / (entries + _FACTOR * clusters**3 / 3)
+        step = entries + _FACTOR * clusters**3 / 3
+        self.exact = entries * (1 + min(dense, sparse)) / step
         self.sparse = sparse < dense
+        self.curved = problem.rows.device.type == "cpu" and entries * sparse <= step
 
 
 class _Descent:
@@ -149,13 +167,22 @@ class _Descent:
         self.box = _BOX
         self.residual = math.inf
 
+    def read(self, a_K: Tensor) -> Point:
+        """A read at potentials, with the Hessian where that is cheap."""
+        return self.problem.read(a_K, self._costs_at(a_K).curved)
+
+    def _costs_at(self, a_K: Tensor) -> _Costs:
+        if self.costs is None or self.boxed:
+            self.costs = _Costs(self.problem, breadth(self.sample, self.problem.lamb, a_K))
+        return self.costs
+
     def run(self, point: Point) -> Point:
         """From `point` to the tolerance, or to where the reads are over."""
         problem = self.problem
         while problem.residual(point) > problem.tol and not problem.over():
             if problem.starved(point, _STARVED):
                 self.hessian_KK = None
-                point = problem.read(problem.sinkhorn(point))
+                point = self.read(problem.sinkhorn(point))
             else:
                 point = self._step(point)
         return point
@@ -168,7 +195,7 @@ class _Descent:
         change_K = _box_step(hessian_KK, self.problem.gradient(point), point.s_K, box)
         self.boxed = float(change_K.abs().max()) == box
         reads = len(self.problem.trace)
-        reached = self.problem.move(point, change_K)
+        reached = self.problem.move(point, change_K, self._costs_at(point.a_K).curved)
         if len(self.problem.trace) > reads + 1:
             self.box = _BOX
         elif self.boxed and fresh:
@@ -178,20 +205,20 @@ class _Descent:
 
     def _hessian(self, point: Point) -> Tensor:
         """The Hessian to use: taken anew where that costs less than the steps it may save."""
-        problem = self.problem
-        if self.costs is None or self.boxed:
-            self.costs = _Costs(problem, breadth(self.sample, problem.lamb, point.a_K))
+        problem, costs = self.problem, self._costs_at(point.a_K)
         before, self.residual = self.residual, problem.residual(point)
         rate = _RATE if self.hessian_KK is None else max(math.log(before / self.residual), 1e-3)
         left = math.log(self.residual / problem.tol)
-        worth = self.residual < _NOISE and left / rate > self.costs.exact + left / _NEWTON
-        cheap = self.costs.exact <= _CHEAP and problem.count <= _MANY * self.sampled
+        worth = self.residual < _NOISE and left / rate > costs.exact + left / _NEWTON
+        cheap = costs.exact <= _CHEAP and problem.count <= _MANY * self.sampled
         # Steps to where a sample says no more, at this rate and at that of a fresh Hessian.
         saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
-        sampled = self.costs.exact * self.sampled / problem.count
-        if self.hessian_KK is None or worth or (rate < _FAST if cheap else saved > sampled):
+        sampled = costs.exact * self.sampled / problem.count
+        if point.hessian_KK is not None:
+            self.hessian_KK = point.hessian_KK
+        elif self.hessian_KK is None or worth or (rate < _FAST if cheap else saved > sampled):
             rows = problem.rows if worth or (cheap and self.residual < _FAR) else self.sample
-            self.hessian_KK = laplacian(rows, problem.lamb, point.a_K, self.costs.sparse)
+            self.hessian_KK = laplacian(rows, problem.lamb, point.a_K, costs.sparse)
         return self.hessian_KK
 
 

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import coo_array, csr_array
 from torch import Tensor
 
 from sela_cli import parallel
-from sela_cli.tiles import Rows, map_spans
+from sela_cli.tiles import Rows, evenly, map_spans
 
 # Below this a mean of softmax entries may have lost terms to underflow.
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
@@ -39,6 +39,8 @@ _GRAM_BLOCKS, _GRAM_LEAST = 4, 128
 _SOME = 512
 # From this many entries on, float32 is used for as long as it can tell.
 _LARGE = 1 << 20
+# A residual of so many times the rounding is not spoilt by it.
+_CLEAR = 4
 # A step is taken back where the slope at its end is still this share of the first, upwards.
 _WOLFE = 0.5
 
@@ -72,10 +74,12 @@ class Solution(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Potentials, and the logarithms of the soft sizes there, both float64 on the CPU."""
+    """Potentials, and the logarithms of the soft sizes there, both float64 on the CPU; and
+    the Hessian, where it was asked for."""
 
     a_K: Tensor
     log_s_K: Tensor
+    hessian_KK: Tensor | None = None
 
     @property
     def s_K(self) -> Tensor:
@@ -121,23 +125,24 @@ class Problem:
             other.trace, other._start, other._progress = self.trace, self._start, self._progress
         return other
 
-    def read(self, a_K: Tensor) -> Point:
-        """One read of the matrix at potentials `a_K`.
+    def read(self, a_K: Tensor, curved: bool = False) -> Point:
+        """One read of the matrix at potentials `a_K`, `curved` with the Hessian.
 
         Large matrices are read in float32 until its rounding shows in the residual, from
         then on in float64; a residual within the tolerance is seen in float64 first.
         """
-        point = self._read(a_K - a_K.mean())
+        point = self._read(a_K - a_K.mean(), curved)
         if self.dtype == torch.float32:
             # The relative error of a plan entry near the top of its row: a sum of two
             # numbers that may both be as large as the range of the potentials.
             noise = 2.0**-24 * (4 * float(point.a_K.abs().max()) + 64)
             close = noise > self.tol / 4 and self.residual(point) <= max(self.tol, noise)
             # That is the worst case, so look.
-            if close and self._rounding(point.a_K) > self.tol / 4:
+            seen = self._rounding(point.a_K) if close else 0.0
+            if seen > self.tol / 4 and self.residual(point) <= max(self.tol, _CLEAR * seen):
                 self.dtype = torch.float64
                 if self.residual(point) <= self.tol:
-                    point = self._read(point.a_K)
+                    point = self._read(point.a_K, curved)
         return point
 
     def _rounding(self, a_K: Tensor) -> float:
@@ -145,23 +150,22 @@ class Problem:
 
         More than of all rows, where errors of different rows cancel.
         """
-        count = self.rows.shape[0]
-        some_n = np.unique(np.linspace(0, count - 1, min(count, _SOME)).astype(np.int64))
+        some = evenly(self.rows, _SOME)
         plans = [
-            _plan(self.rows.take(some_n, dtype), self.lamb, a_K).double().mean(0)
+            _plan(some.tile(0, _SOME, dtype), self.lamb, a_K).double().mean(0)
             for dtype in (torch.float32, torch.float64)
         ]
         moved = 0.5 * (plans[0] - plans[1]).abs().sum().cpu()
         return float(parallel.sum_of(moved)) / parallel.size()
 
-    def _read(self, a_K: Tensor) -> Point:
-        point = soft_sizes(self.rows, self.lamb, a_K, self.dtype)
+    def _read(self, a_K: Tensor, curved: bool) -> Point:
+        point = soft_sizes(self.rows, self.lamb, a_K, self.dtype, curved)
         seconds = time.monotonic() - self._start
         self.trace.append(Step(len(self.trace) + 1, self.residual(point), seconds))
         self._progress(self.trace[-1])
         return point
 
-    def move(self, point: Point, change_K: Tensor) -> Point:
+    def move(self, point: Point, change_K: Tensor, curved: bool = False) -> Point:
         """The point that a step along `change_K` leads to, shortened where F would rise.
 
         F is convex: it has not risen where it still slopes down. A step that halves the
@@ -169,10 +173,10 @@ class Problem:
         """
         slope = float(self.gradient(point) @ change_K)
         if slope >= 0:
-            return self.read(self.sinkhorn(point))
+            return self.read(self.sinkhorn(point), curved)
         length = 1.0
         while True:
-            reached = self.read(point.a_K + length * change_K)
+            reached = self.read(point.a_K + length * change_K, curved)
             end = float(self.gradient(reached) @ change_K)
             if end <= -_WOLFE * slope or self.residual(reached) < self.residual(point) / 2:
                 return reached
@@ -211,27 +215,41 @@ def total(rows: Rows) -> int:
     return int(parallel.sum_of(torch.tensor(rows.shape[0])))
 
 
-def soft_sizes(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype = torch.float64) -> Point:
+def soft_sizes(
+    rows: Rows,
+    lamb: float,
+    a_K: Tensor,
+    dtype: torch.dtype = torch.float64,
+    curved: bool = False,
+) -> Point:
     """log s_K(a), in one read of the matrix.
 
     A cluster that no row wants has an s below the smallest number; its logarithm is then
     taken in the log domain in a second read, so that it is finite for finite scores and
-    the cluster can recover.
+    the cluster can recover. `curved`: with the Hessian (`laplacian`, sparse) of the same read.
     """
+    clusters = rows.shape[1]
+    kernel = None if curved else _kernel(rows.device)
 
-    kernel = _kernel(rows.device)
-
-    def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
-        s_K = torch.zeros_like(a_K, device=rows.device)
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> tuple[Tensor, coo_array | None]:
+        s_K, kept = torch.zeros_like(a_K, device=rows.device), _Entries(clusters)
         for _, tile_nK in tiles:
             if kernel:
                 s_K += kernel(tile_nK, lamb, a_K, dtype)
-            else:
-                s_K += _plan(tile_nK, lamb, a_K).sum(0).to(s_K)
-        return s_K.cpu()
+                continue
+            q_nK = _plan(tile_nK, lamb, a_K)
+            s_K += q_nK.sum(0).to(s_K)
+            if curved:
+                kept.add(q_nK.numpy())
+        return s_K.cpu(), kept.overlap() if curved else None
 
-    spans = map_spans(rows, work, None if kernel else dtype)
-    sums_K = sum(spans, torch.zeros_like(a_K))
+    sums_K = torch.zeros_like(a_K)
+    overlap_KK = np.zeros((clusters, clusters) if curved else 0)
+    least = _SPARSE_ROWS * clusters if curved else 0
+    for part_K, part_KK in map_spans(rows, work, None if kernel else dtype, least):
+        sums_K += part_K
+        if part_KK is not None:
+            overlap_KK[part_KK.coords] += part_KK.data
     # The number of rows goes along: one exchange between processes a read.
     sums = parallel.sum_of(torch.cat([sums_K, sums_K.new_tensor([rows.shape[0]])]))
     s_K = sums[:-1] / sums[-1]
@@ -239,7 +257,10 @@ def soft_sizes(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype = torch.
     dead = (s_K < _UNDERFLOW[dtype]).nonzero()[:, 0]
     if len(dead):
         log_s_K[dead] = _log_sizes(rows, lamb, a_K, dead)
-    return Point(a_K, log_s_K)
+    hessian_KK = None
+    if curved:
+        hessian_KK = _of_overlap(torch.from_numpy(overlap_KK), int(sums[-1]))
+    return Point(a_K, log_s_K, hessian_KK)
 
 
 @cache
@@ -285,41 +306,54 @@ def laplacian(rows: Rows, lamb: float, a_K: Tensor, sparse: bool) -> Tensor:
     """
     if rows.device.type != "cpu":
         return _laplacian_on_device(rows, lamb, a_K)
+    if sparse:
+        hessian_KK = soft_sizes(rows, lamb, a_K, torch.float32, curved=True).hessian_KK
+        assert hessian_KK is not None
+        return hessian_KK
     clusters = rows.shape[1]
     overlap_KK = torch.zeros(clusters, clusters, dtype=torch.float64)
 
-    def plans(tiles: Iterator[tuple[int, Tensor]]) -> Iterator[Tensor]:
-        return (_plan(tile_nK, lamb, a_K) for _, tile_nK in tiles)
+    def gram(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+        q_nK = torch.cat([_plan(tile_nK, lamb, a_K) for _, tile_nK in tiles])
+        return _upper_gram(q_nK.bfloat16() if FAST_BFLOAT16 else q_nK)
 
-    if sparse:
+    for part_KK in map_spans(rows, gram, torch.float32):
+        overlap_KK += part_KK
+    overlap_KK = overlap_KK.triu() + overlap_KK.triu(1).T
+    return _of_overlap(overlap_KK, total(rows))
 
-        def overlap(tiles: Iterator[tuple[int, Tensor]]) -> csr_array:
-            kept = vstack([_entries(q_nK.numpy()) for q_nK in plans(tiles)], format="csr")
-            return kept.T @ kept
 
-        for part in map_spans(rows, overlap, torch.float32, _SPARSE_ROWS * clusters):
-            overlap_KK += torch.from_numpy(part.toarray())
-    else:
-
-        def gram(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
-            q_nK = torch.cat(list(plans(tiles)))
-            return _upper_gram(q_nK.bfloat16() if FAST_BFLOAT16 else q_nK)
-
-        for part_KK in map_spans(rows, gram, torch.float32):
-            overlap_KK += part_KK
-        overlap_KK = overlap_KK.triu() + overlap_KK.triu(1).T
+def _of_overlap(overlap_KK: Tensor, count: int) -> Tensor:
+    """The Hessian from the sum of q_i q_i^T over this process's rows; `count`: of all."""
     parallel.sum_of(overlap_KK)
-    overlap_KK.fill_diagonal_(0.0).div_(-total(rows))
+    overlap_KK.fill_diagonal_(0.0).div_(-count)
     return overlap_KK.diagonal_scatter(-overlap_KK.sum(1))
 
 
-def _entries(q_nK: np.ndarray) -> csr_array:
-    """What is not negligible of a plan."""
-    flat = q_nK.ravel()
-    kept = np.flatnonzero(flat > NEGLIGIBLE)
-    rows, clusters = q_nK.shape
-    ends = np.searchsorted(kept, np.arange(rows + 1) * clusters)
-    return csr_array((flat[kept], kept % clusters, ends), q_nK.shape)
+class _Entries:
+    """What is not negligible of the plans of a span of rows."""
+
+    def __init__(self, clusters: int) -> None:
+        self.clusters = clusters
+        self._values: list[np.ndarray] = []
+        self._columns: list[np.ndarray] = []
+        self._counts: list[np.ndarray] = []
+
+    def add(self, q_nK: np.ndarray) -> None:
+        """Those of one tile."""
+        flat = q_nK.ravel()
+        kept = np.flatnonzero(flat > NEGLIGIBLE)
+        row, column = np.divmod(kept, self.clusters)
+        self._values.append(flat[kept].astype(np.float32))
+        self._columns.append(column)
+        self._counts.append(np.bincount(row, minlength=len(q_nK)))
+
+    def overlap(self) -> coo_array:
+        """Their q^T q."""
+        ends = np.concatenate([[0], *self._counts]).cumsum()
+        parts = np.concatenate(self._values), np.concatenate(self._columns), ends
+        kept = csr_array(parts, (len(ends) - 1, self.clusters))
+        return (kept.T @ kept).tocoo()
 
 
 def _upper_gram(q_nK: Tensor) -> Tensor:
@@ -347,9 +381,7 @@ def _laplacian_on_device(rows: Rows, lamb: float, a_K: Tensor) -> Tensor:
     overlap_KK = torch.zeros(clusters, clusters, dtype=torch.float64, device=rows.device)
     for part_KK in map_spans(rows, gram, torch.float32):
         overlap_KK += part_KK
-    shared_KK = parallel.sum_of(overlap_KK.cpu())
-    shared_KK.fill_diagonal_(0.0).div_(-total(rows))
-    return shared_KK.diagonal_scatter(-shared_KK.sum(1))
+    return _of_overlap(overlap_KK.cpu(), total(rows))
 
 
 def breadth(rows: Rows, lamb: float, a_K: Tensor) -> float:
@@ -357,8 +389,6 @@ def breadth(rows: Rows, lamb: float, a_K: Tensor) -> float:
 
     Of some rows, evenly spread.
     """
-    count = rows.shape[0]
-    some_n = np.unique(np.linspace(0, count - 1, min(count, _SOME)).astype(np.int64))
-    q_nK = _plan(rows.take(some_n, torch.float32), lamb, a_K)
+    q_nK = _plan(evenly(rows, _SOME).tile(0, _SOME, torch.float32), lamb, a_K)
     square = (q_nK > NEGLIGIBLE).sum(1).double().square().mean()
     return math.sqrt(float(parallel.sum_of(square)) / parallel.size())

@@ -184,6 +184,39 @@ class Part:
         return self.source.take(self.start + rows_n, dtype)
 
 
+@dataclass(frozen=True)
+class Some:
+    """Rows of others by number, ascending; nothing is kept."""
+
+    source: Rows
+    rows_N: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return len(self.rows_N), self.source.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where tiles are."""
+        return self.source.device
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
+        """Rows start..stop-1, (n, K)."""
+        return self.source.take(self.rows_N[start:stop], dtype or torch.float64)
+
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The named rows, (n, K)."""
+        return self.source.take(self.rows_N[rows_n], dtype)
+
+
+def evenly(rows: Rows, most: int) -> Some:
+    """So many of the rows, evenly spread; all where they are fewer."""
+    count = rows.shape[0]
+    chosen_n = np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+    return Some(rows, np.unique(chosen_n))
+
+
 def map_spans(
     rows: Rows,
     work: Callable[[Iterator[tuple[int, Tensor]]], T],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sela_cli import assignment, lbfgs, newton, sinkhorn
 from sela_cli.labels import marginal
-from sela_cli.semidual import Problem, Solution, laplacian
+from sela_cli.semidual import Problem, Solution, laplacian, soft_sizes
 from sela_cli.tiles import InMemory, Rows
 
 Solver = Callable[..., Solution]
@@ -158,20 +158,37 @@ def test_the_laplacian_is_the_hessian_of_the_semi_dual() -> None:
         assert np.linalg.eigvalsh(found).min() > -1e-9
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_read_may_give_the_hessian_too(dtype: torch.dtype) -> None:
+    scores_NK = logits(3000, 30, scale=2.0)
+    a_K = torch.from_numpy(np.random.default_rng(3).normal(0, 1, 30))
+    plain = soft_sizes(ArrayRows(scores_NK), 4.0, a_K, dtype)
+    curved = soft_sizes(ArrayRows(scores_NK), 4.0, a_K, dtype, curved=True)
+    assert plain.hessian_KK is None and curved.hessian_KK is not None
+    torch.testing.assert_close(curved.s_K, plain.s_K, rtol=1e-6, atol=0)
+    q_NK = softmax(4.0 * scores_NK + a_K.numpy(), axis=1)
+    expected = np.diag(q_NK.mean(0)) - q_NK.T @ q_NK / 3000
+    np.testing.assert_allclose(curved.hessian_KK, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("solve", SOLVERS)
 def test_single_precision_reads_end_at_the_same_optimum(solve: Solver) -> None:
-    """Large enough to be read in float32 first; the judge is float64 throughout."""
+    """Large enough to be read in float32 first; the judge is float64 throughout.
+
+    Rounding is let stand where it moves less than a quarter of the tolerance.
+    """
     scores_NK = logits(30_000, 40, scale=3.0)
     rows = ArrayRows(scores_NK)
     solution = solve(InMemory.of(rows), uniform(40), 10.0, 1e-7, 5000)
     assert solution.converged
     off = np.abs(shares(scores_NK, 10.0, solution.potentials_K) - 1 / 40)
-    assert 0.5 * off.sum() <= 1.01e-7
+    assert 0.5 * off.sum() <= 1.25e-7
 
 
-def test_a_sample_decides_only_where_to_start() -> None:
-    """So many rows that samples are drawn; every step of the last lambda is over all rows."""
-    scores_NK = logits(40_000, 16, scale=2.0)
+@pytest.mark.parametrize("count", [40_000, 70_000])
+def test_a_sample_decides_only_where_to_start(count: int) -> None:
+    """So many rows that one or two samples are drawn; the last steps are over all rows."""
+    scores_NK = logits(count, 16, scale=2.0)
     rows = InMemory.of(ArrayRows(scores_NK))
     quick = by_newton(rows, uniform(16), 25.0, 1e-6, 200)
     slow = by_sinkhorn(rows, uniform(16), 25.0, 1e-6, 20_000)
@@ -347,6 +364,34 @@ def test_ties_are_shared_out(kind: str) -> None:
     assert np.bincount(labels_N, minlength=clusters).tolist() == [100] * clusters
     _, objective, bound = assignment.certified(rows, prices_K, bounds, labels_N)
     assert objective == pytest.approx(bound, abs=1e-9)
+
+
+@pytest.mark.parametrize("start", ["solved", "zero"])
+def test_rows_of_large_margins_are_not_needed(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few are looked at first, the labels are the best there are."""
+    rows = ArrayRows(logits(240, 8, scale=3.0))
+    bounds = assignment.size_bounds(240, uniform(8).numpy())
+    prices_K = torch.zeros(8, dtype=torch.float64)
+    if start == "solved":
+        prices_K = by_newton(rows, uniform(8), 2.0, 1e-6, 100).potentials_K / 2
+    best = cost_of_optimal_matching(rows.scores_NK, np.full(8, 30))
+    looked_at = []
+    flow = assignment._Flow
+    monkeypatch.setattr(
+        assignment,
+        "_Flow",
+        lambda rows, *rest: looked_at.append(rows.shape[0]) or flow(rows, *rest),
+    )
+    for each, least in ((0, 1), (1, 1), (8, 64)):
+        monkeypatch.setattr(assignment, "_PER_MOVE", each)
+        monkeypatch.setattr(assignment, "_PER_CLUSTER", least)
+        monkeypatch.setattr(assignment, "_WIDER", 2)
+        labels_N, final_K = assignment.balanced(rows, prices_K, bounds)
+        assert np.bincount(labels_N, minlength=8).tolist() == [30] * 8
+        _, objective, bound = assignment.certified(rows, final_K, bounds, labels_N)
+        assert objective == pytest.approx(best, abs=1e-9)
+        assert bound == pytest.approx(best, abs=1e-9)
+    assert looked_at[0] < 20 and looked_at[-1] == 240 and len(looked_at) > 3
 
 
 def test_slack_costs_at_most_what_it_says() -> None:
