@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import resource
 import statistics
@@ -176,18 +177,18 @@ def small(names: list[str], inputs: Path, log: Path) -> list[str]:
     return lines
 
 
-def write_large(path: Path, count: int, clusters: int) -> None:
-    """Float16 logits with the structure of `peaked`, in pieces."""
+def write_large(path: Path, count: int, clusters: int, dtype: str) -> None:
+    """Logits with the structure of `peaked`, in pieces."""
     generator = torch.Generator().manual_seed(0)
     centres_KD = torch.randn(clusters, 64, generator=generator)
     heads_KD = centres_KD + 0.3 * torch.randn(clusters, 64, generator=generator)
     bias_K = torch.randn(clusters, generator=generator)
-    array = np.lib.format.open_memmap(path, "w+", np.float16, (count, clusters))
+    array = np.lib.format.open_memmap(path, "w+", dtype, (count, clusters))
     for start in range(0, count, 20_000):
         size = min(20_000, count - start)
         chosen_n = torch.randint(0, clusters, (size,), generator=generator)
         features_nD = centres_KD[chosen_n] + 1.5 * torch.randn(size, 64, generator=generator)
-        array[start : start + size] = (features_nD @ heads_KD.T / 8 + bias_K).half().numpy()
+        array[start : start + size] = (features_nD @ heads_KD.T / 8 + bias_K).numpy()
     array.flush()
 
 
@@ -215,22 +216,24 @@ def command_run(path: Path, assign: str, memory: str) -> tuple[float, float, dic
 
 
 def large(sizes: list[str], folder: Path) -> list[str]:
-    """The table of whole commands on files: `NxK`, or `NxK:ASSIGN` for one way to label."""
+    """The table of whole commands on files: `NxK[:ASSIGN[:DTYPE]]`."""
     lines = [
         "| N x K | file | assign | seconds | peak GiB | reads | residual | gap |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for size in sizes:
-        shape, _, only = size.partition(":")
+        shape, only, dtype, *_ = [*size.split(":"), "", ""]
+        dtype = dtype or "float16"
         count, clusters = map(int, shape.split("x"))
         path = folder / f"large-{count}-{clusters}.npy"
         if not path.exists():
-            write_large(path, count, clusters)
+            write_large(path, count, clusters, dtype)
         for assign in [only] if only else ["argmax", "balanced"]:
             seconds, peak, head = command_run(path, assign, "4G")
             gap = head["objective"] - head["lower-bound"] if assign == "balanced" else float("nan")
             lines.append(
-                f"| {count:,} x {clusters:,} | {path.stat().st_size / 2**30:.2f} GiB | {assign} "
+                f"| {count:,} x {clusters:,} | {path.stat().st_size / 2**30:.2f} GiB {dtype} "
+                f"| {assign} "
                 f"| {seconds:.1f} | {peak:.2f} | {head['n-iters']} | {head['residual']:.1e} "
                 f"| {gap / head['objective']:.1e} |"
             )
@@ -274,8 +277,8 @@ def main() -> None:
     parser.add_argument("--parts", default="small,large", help="small, large, or both")
     parser.add_argument(
         "--sizes",
-        default="10000x1000,100000x1000,1000000x1000,1281167x3000",
-        help="NxK or NxK:ASSIGN",
+        default="10000x1000,100000x1000,1000000x1000,1281167x3000,3300000x1000:balanced:float64",
+        help="NxK, NxK:ASSIGN or NxK:ASSIGN:DTYPE",
     )
     parser.add_argument("--log", type=Path, default=Path("benchmarks/inputs/rows.md"))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
@@ -339,10 +342,11 @@ def main() -> None:
         lines += [
             "## Whole commands on files",
             "",
-            "`sela label FILE --max-memory 4G`, start to end, float16 logits in a .npy that was "
-            "written just before (so in the page cache as far as that holds it), tol 1e-4, one "
-            "run each. Peak: resident memory of the process. Gap: how far the objective can be "
-            "from that of the best labelling of these sizes, by the certificate.",
+            "`sela label FILE --max-memory 4G`, start to end, logits in a .npy that was written "
+            "just before (so in the page cache as far as that holds it, on a machine of "
+            f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB), tol "
+            "1e-4, one run each. Peak: resident memory of the process. Gap: how far the objective "
+            "can be from that of the best labelling of these sizes, by the certificate.",
             "",
             *large(options.sizes.split(","), options.folder),
             "",

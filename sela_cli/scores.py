@@ -36,6 +36,10 @@ _SUFFIXES = {
 _BLOCK_VALUES = 1 << 23
 
 
+# Rows that are read along with each that is wanted, in storage that has no quick way to it.
+_BETWEEN = 12
+
+
 Which = slice | np.ndarray
 
 
@@ -313,11 +317,19 @@ def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matr
         stored = _Stored.open(stack, file.filename, path, item.dtype, item.shape, offset)
         return Matrix(item.shape, stored.read, item.name)
 
-    def read(rows: slice | np.ndarray) -> np.ndarray:
+    def read(rows: Which) -> np.ndarray:
         with formats.damage_named(path):
+            # HDF5 looks up rows one by one: all that lie between are soon read.
+            if isinstance(rows, np.ndarray) and len(rows) and _dense(rows):
+                return np.asarray(item[rows[0] : rows[-1] + 1])[rows - rows[0]]
             return np.asarray(item[rows])
 
     return Matrix(item.shape, read, item.name)
+
+
+def _dense(rows: np.ndarray) -> bool:
+    """Whether ascending row numbers are so many of those between the first and the last."""
+    return int(rows[-1] - rows[0]) < _BETWEEN * len(rows)
 
 
 def _factored(stack: ExitStack, path: str, file: h5py.File) -> tuple[list[Matrix], Features]:

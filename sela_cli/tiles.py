@@ -65,10 +65,21 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class InMemory:
-    """Rows kept as float32; whoever wants float64 has it from where they came."""
+class _Chosen:
+    """Rows of others, where those are."""
 
     source: Rows
+
+    @property
+    def device(self) -> torch.device:
+        """Where tiles are."""
+        return self.source.device
+
+
+@dataclass(frozen=True)
+class InMemory(_Chosen):
+    """Rows kept as float32; whoever wants float64 has it from where they came."""
+
     scores_NK: Tensor
     rows_N: np.ndarray
 
@@ -88,11 +99,6 @@ class InMemory:
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return len(self.scores_NK), self.scores_NK.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where tiles are."""
-        return self.scores_NK.device
 
     def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K)."""
@@ -158,10 +164,9 @@ def less_maximum(tile_nK: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(_Chosen):
     """Rows start..stop-1 of others: the share of one process."""
 
-    source: Rows
     start: int
     stop: int
 
@@ -169,11 +174,6 @@ class Part:
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.stop - self.start, self.source.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where tiles are."""
-        return self.source.device
 
     def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K)."""
@@ -185,21 +185,15 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Some:
+class Some(_Chosen):
     """Rows of others by number, ascending; nothing is kept."""
 
-    source: Rows
     rows_N: np.ndarray
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return len(self.rows_N), self.source.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where tiles are."""
-        return self.source.device
 
     def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K)."""
