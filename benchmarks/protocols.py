@@ -1,19 +1,20 @@
 """The paper's protocols on small real collections: probes, PASCAL VOC, imbalance.
 
     python benchmarks/protocols.py run --nette NETTE --voc VOC --out runs/protocols
-    python benchmarks/protocols.py table --out runs/protocols
+    python benchmarks/protocols.py write --out runs/protocols
 
 NETTE holds `train` and `val` with a folder a class (Imagenette), VOC a `VOCdevkit`. One
 network learns Imagenette by `sela run`; it and the fresh network it began as are probed
 by the ImageNet protocols and fine-tuned on VOC, classification and detection, and
 examples/imbalance.py is run on handwritten digits. Every experiment has a folder of its
 own with its results and `record.json`, its commands and seconds; one whose record is
-there is not run again. `table` reads these folders only.
+there is not run again. `write` reads these folders only: docs/results-protocols.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -23,7 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from results import Experiment
+from results import Experiment, when_and_where
+from results import commands as told
 
 from sela_cli import formats, voc
 
@@ -117,14 +119,35 @@ def run(arguments: argparse.Namespace) -> None:
         once(f"imbalance-{seed}", lambda here, seed=seed: imbalance(here, seed))
 
 
-def table(out: Path) -> str:
+def page(out: Path) -> str:
+    """What was done, all tables, and the commands."""
+    records = {
+        path.parent.name: json.loads(path.read_text()) for path in sorted(out.glob("*/record.json"))
+    }
+    lines = [
+        "# The paper's protocols on small collections",
+        "",
+        "Written by `python benchmarks/protocols.py write` from the results of `python "
+        f"benchmarks/protocols.py run`. {when_and_where(records)}",
+        "",
+        "A network of Imagenette's 1,000 training images at 64 pixels beside the fresh one, by "
+        "the probes of the ImageNet protocol (500 other images) and fine-tuned on 300 images of "
+        "PASCAL VOC 2007 (200 others tested); and `examples/imbalance.py`. Small collections "
+        "and short runs: they show that everything runs, and little of the method.",
+        "",
+        tables(out),
+    ]
+    return "\n".join(lines + told(records, out))
+
+
+def tables(out: Path) -> str:
     """All tables in markdown, of the experiments that are done."""
     parts = [
         ("Imagenette, the ImageNet protocols", probe_rows(out)),
         ("PASCAL VOC 2007 subset", voc_rows(out)),
         ("Imbalanced digits: balanced labels against k-means", imbalance_rows(out)),
     ]
-    return "\n\n".join(f"### {title}\n\n{rows}" for title, rows in parts if rows)
+    return "\n\n".join(f"## {title}\n\n{rows}" for title, rows in parts if rows)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -187,13 +210,14 @@ def main() -> None:
     doing.add_argument("--nette", type=Path, required=True)
     doing.add_argument("--voc", type=Path, required=True)
     doing.add_argument("--out", type=Path, required=True)
-    showing = commands.add_parser("table", help="print the tables of what is done")
-    showing.add_argument("--out", type=Path, required=True)
+    writing = commands.add_parser("write", help="write the page of what is done")
+    writing.add_argument("--out", type=Path, required=True)
+    writing.add_argument("--output", type=Path, default=Path("docs/results-protocols.md"))
     arguments = parser.parse_args()
     if arguments.command == "run":
         run(arguments)
     else:
-        print(table(arguments.out))
+        arguments.output.write_text(page(arguments.out), encoding="utf-8")
 
 
 if __name__ == "__main__":

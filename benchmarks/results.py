@@ -1,4 +1,4 @@
-"""What the method learns, in small: runs, ablations and probes, to docs/results.md.
+"""What the method learns, in small: runs, ablations and probes, to docs/results-*.md.
 
     python benchmarks/results.py run cifar10 --train CIFAR/train --test CIFAR/test --out runs/r
     python benchmarks/results.py run ablations --train CIFAR/train --test CIFAR/test --out runs/r
@@ -223,50 +223,90 @@ def difference(rows: dict[str, dict[str, list[float]]], one: str, other: str) ->
 
 
 def write(arguments: argparse.Namespace) -> None:
-    """The page, of the experiments whose records are there."""
+    """The pages whose records are there."""
     out: Path = arguments.out
-    done = {path.parent.name for path in out.glob("*/record.json")}
-    records = {name: json.loads((out / name / "record.json").read_text()) for name in done}
-    names = ("fresh", *ABLATIONS, *CONTROLS)
-    seeds = {name: [seed for seed in SEEDS if f"{name}-{seed}" in done] for name in names}
-    variants = {name: over_seeds(out, name, seeds[name]) for name in names if seeds[name]}
-    dates = ", ".join(sorted({record["date"] for record in records.values()}))
-    versions = ", ".join(sorted({record["torch"] for record in records.values()}))
-    lines = [
-        "# What the method learns, in small",
+    records = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/record.json")}
+    long = {name: record for name, record in records.items() if name.startswith("cifar10-")}
+    short = {name: record for name, record in records.items() if name not in long}
+    for name, page, part in (
+        ("results-cifar10.md", cifar10_page, long),
+        ("results-ablations.md", ablations_page, short),
+    ):
+        if part:
+            lines = page(out, part)
+            (arguments.folder / name).write_text("\n".join(lines), encoding="utf-8")
+
+
+def heading(title: str, records: dict[str, Any]) -> list[str]:
+    """Title, and what was measured on what."""
+    return [
+        f"# {title}",
         "",
         "Written by `python benchmarks/results.py write` from the probe files of "
         "`python benchmarks/results.py run`.",
         "",
         f"CIFAR-10 (JPEG copies, about 30 dB from the originals: not comparable with published "
         f"figures beyond direction), {LIMIT:,} training images evenly spread, tested on all test "
-        f"images, which chose nothing. {dates}, {processor()}, one thread each and other work "
-        f"beside them, torch {versions}, Python {platform.python_version()}. *kNN*: weighted, "
+        f"images, which chose nothing. {when_and_where(records)} *kNN*: weighted, "
         "k = 10, sigma = 0.1, per cent right. "
         "*linear*: a linear probe of the named layer, 10 epochs, its rate chosen on a tenth of the "
         "training images. *NMI*: of the labels of the last round with the classes, mean of heads. "
         "*minutes* are those that passed, other work and pauses included.",
         "",
-        "## An hour and a half",
-        "",
+    ]
+
+
+def when_and_where(records: dict[str, Any]) -> str:
+    """Dates, machine, versions and commits."""
+    dates, versions, commits = (
+        ", ".join(sorted({record[key] for record in records.values()}))
+        for key in ("date", "torch", "commit")
+    )
+    return (
+        f"{dates}, {processor()}, one thread each and other work beside them, torch {versions}, "
+        f"Python {platform.python_version()}, commit {commits}."
+    )
+
+
+def commands(records: dict[str, Any], out: Path) -> list[str]:
+    """What was run, in a block."""
+    lines = ["", "## Commands", "", "```sh"]
+    for name in sorted(records):
+        lines.append(f"# {name}")
+        for command in records[name]["commands"]:
+            line = command["command"].removeprefix("sela ").replace(str(out), "OUT")
+            lines.append(line if line.startswith("examples") else f"sela {line}")
+    return [*lines, "```", ""]
+
+
+def cifar10_page(out: Path, records: dict[str, Any]) -> list[str]:
+    """A fresh, a self-labelled and a supervised network."""
+    lines = [
+        *heading("CIFAR-10, an hour on one core", records),
         f"ResNet-18 with a stem for 32 pixels; SeLa: {LONG_EPOCHS} epochs, as many relabellings "
-        "(`examples/cifar10.sh`). One seed.",
+        "(`examples/cifar10.sh`); supervised: on the true classes, as many epochs. One seed.",
         "",
-        "| network | kNN | linear layer4 | NMI | minutes | commit |",
-        "|---|---|---|---|---|---|",
+        "| network | kNN | linear layer4 | NMI | minutes |",
+        "|---|---|---|---|---|",
     ]
     for name in ("fresh", "sela", "supervised"):
-        if f"cifar10-{name}" in done:
+        if f"cifar10-{name}" in records:
             row = measured(out / f"cifar10-{name}")
             nmi = "" if name == "fresh" or np.isnan(row["nmi"]) else f"{row['nmi']:.3f}"
             lines.append(
                 f"| {name} | {row['knn']:.1f} | {row['linear']:.1f} | {nmi} "
-                f"| {row['minutes']:.0f} | {records[f'cifar10-{name}']['commit']} |"
+                f"| {row['minutes']:.0f} |"
             )
-    lines += [
-        "",
-        "## Ablations",
-        "",
+    return lines + commands(records, out)
+
+
+def ablations_page(out: Path, records: dict[str, Any]) -> list[str]:
+    """The variants of one short run, seed by seed."""
+    names = ("fresh", *ABLATIONS, *CONTROLS)
+    seeds = {name: [seed for seed in SEEDS if f"{name}-{seed}" in records] for name in names}
+    variants = {name: over_seeds(out, name, seeds[name]) for name in names if seeds[name]}
+    lines = [
+        *heading("Ablations in small", records),
         f"`alexnet-small` at 32 pixels, {SHORT_EPOCHS} epochs; mean and range over seeds. "
         "*balanced*: five heads of 128 clusters, ten relabellings, exactly balanced labels; "
         "*argmax*: labels as the potentials have them; *opts0*: random labels to the end; "
@@ -288,33 +328,9 @@ def write(arguments: argparse.Namespace) -> None:
     lines += ["", "Seed by seed:", ""]
     pairs = [("balanced", "argmax"), ("balanced", "opts0"), ("balanced", "one-head")]
     pairs += [("retrained", "balanced"), ("balanced", "fresh"), ("supervised", "fresh")]
-    lines += [difference(variants, *pair) for pair in pairs]
-    told = {name: [c["command"] for c in record["commands"]] for name, record in records.items()}
-    if arguments.protocols:
-        import protocols
-
-        lines += ["", "## The paper's protocols on small collections", ""]
-        lines += [
-            "`python benchmarks/protocols.py run`: a network of Imagenette's 1,000 training images "
-            "at 64 pixels beside the fresh one, by the probes of the ImageNet protocol (500 other "
-            "images) and fine-tuned on 300 images of PASCAL VOC 2007 (200 others tested); and "
-            "`examples/imbalance.py`. Small collections and short runs: they show that everything "
-            "runs, and little of the method.",
-            "",
-            protocols.table(arguments.protocols),
-        ]
-        for path in sorted(arguments.protocols.glob("*/record.json")):
-            commands = json.loads(path.read_text())["commands"]
-            told[path.parent.name] = [c["command"].removeprefix("sela ") for c in commands]
-    lines += ["", "## Commands", "", "```sh"]
-    others = [f"{name}-{seed}" for name in variants for seed in seeds[name][1:]]
-    for name in sorted(told.keys() - set(others)):
-        lines.append(f"# {name}")
-        for command in told[name]:
-            command = command.replace(str(out), "OUT")
-            lines.append(command if command.startswith("examples") else f"sela {command}")
-    lines += ["```", ""]
-    arguments.output.write_text("\n".join(lines), encoding="utf-8")
+    lines += [difference(variants, *pair) for pair in pairs if set(pair) <= variants.keys()]
+    first = {f"{name}-{seeds[name][0]}" for name in variants}
+    return lines + commands({name: records[name] for name in first}, out)
 
 
 def processor() -> str:
@@ -336,8 +352,7 @@ def main() -> None:
     run.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     page = commands.add_parser("write")
     page.add_argument("--out", type=Path, required=True)
-    page.add_argument("--output", type=Path, default=Path("docs/results.md"))
-    page.add_argument("--protocols", type=Path, help="the folder of benchmarks/protocols.py")
+    page.add_argument("--folder", type=Path, default=Path("docs"))
     page.set_defaults(part="write")
     arguments = parser.parse_args()
     parts = {"cifar10": run_cifar10, "ablations": run_ablations, "write": write}
