@@ -15,6 +15,7 @@ curvature condition (Nocedal and Wright, ch. 3, 6); raising lambda in steps (Sch
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from sela_cli import parallel
 from sela_cli.semidual import FAST_BFLOAT16, Point, Problem, Solution, breadth, laplacian, total
-from sela_cli.tiles import InMemory, Rows, Some
+from sela_cli.tiles import InMemory, Rows, Some, evenly
 
 # A given start with a larger residual is left for an annealed one.
 _NEAR = 0.02
@@ -47,9 +48,10 @@ _DAMPING = 1e-6
 # about it: Sinkhorn steps bring it back.
 _STARVED = 1e-6
 # Costs in softmax entries: a multiply-add of a dense product (in bfloat16 where the
-# processor has it), of a sparse one, of a Cholesky factor in float64.
-_DENSE = 1 / 64 if FAST_BFLOAT16 else 1 / 32
-_SPARSE, _PICK, _FACTOR = 2.5, 0.3, 1 / 16
+# processor has it) and of a Cholesky factor in float64; looking for entries that are not
+# negligible, each such entry, and each pair of them in a row.
+_DENSE, _FACTOR = 1 / 128 if FAST_BFLOAT16 else 1 / 64, 1 / 16
+_LOOK, _ENTRY, _PAIR = 0.5, 50.0, 1.4
 # A Hessian of all rows that costs no more steps than this is taken whenever one is due,
 # unless they are so many times the sample's.
 _CHEAP, _MANY = 4.0, 8
@@ -62,14 +64,14 @@ _FAST, _RATE, _NEWTON = 1.2, 0.5, 3.0
 
 def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     """Minimise the semi-dual; arguments and result as those of `sinkhorn.solve`."""
-    large, small = _sample(problem, _LARGE), _sample(problem, _SMALL)
-    levels = _levels(small, problem.lamb)
+    samples = _Samples(problem)
+    levels = _levels(problem)
     if init_K is None and (not levels or problem.over()):
         init_K = torch.zeros_like(problem.marginal_K)
-    descent = _Descent(problem, large)
+    descent = _Descent(problem, samples)
     point = descent.read(init_K) if init_K is not None else None
     if point is None or (levels and problem.residual(point) > _NEAR and not problem.over()):
-        point = descent.read(_anneal(problem, small, large, levels))
+        point = descent.read(_anneal(problem, samples, levels))
     rate = 0.0 if levels else math.inf
     while rate > _FAST and problem.residual(point) > problem.tol and not problem.over():
         before, point = point, descent.read(problem.sinkhorn(point))
@@ -79,56 +81,72 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
 
 def refine(problem: Problem, init_K: Tensor) -> Solution:
     """Go on from potentials that are nearly right: no annealing."""
-    descent = _Descent(problem, _sample(problem, _LARGE))
+    descent = _Descent(problem, _Samples(problem))
     return problem.solution(descent.run(descent.read(init_K)))
 
 
-def _sample(problem: Problem, size: tuple[int, int]) -> Rows:
-    """Rows drawn evenly and kept in memory; all of them where they are few."""
-    rows, (share, least) = problem.rows, size
-    # Of all processes together, so that they agree.
-    wanted = max(share * rows.shape[1], least) // parallel.size()
-    if problem.count <= 2 * wanted * parallel.size():
-        return rows
-    chosen_n = np.random.default_rng(0).choice(rows.shape[0], wanted, replace=False)
-    return InMemory.of(rows, np.sort(chosen_n))
+class _Samples:
+    """Rows drawn evenly, when they are first asked for; all of them where they are few."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    @cached_property
+    def small(self) -> Rows:
+        """For plans that are soft."""
+        return self._kept(_SMALL)
+
+    @cached_property
+    def large(self) -> Rows:
+        """For Hessians."""
+        return self._kept(_LARGE)
+
+    @cached_property
+    def middle(self) -> Rows:
+        """For rows that are nearly decided; not kept in memory."""
+        problem, (share, least) = self._problem, _LARGE
+        if problem.count // _SHARE < max(share * problem.rows.shape[1], least):
+            return problem.rows
+        return Some(problem.rows, self._drawn(problem.rows.shape[0] // _SHARE))
+
+    def _kept(self, size: tuple[int, int]) -> Rows:
+        problem, (share, least) = self._problem, size
+        # Of all processes together, so that they agree.
+        wanted = max(share * problem.rows.shape[1], least) // parallel.size()
+        if problem.count <= 2 * wanted * parallel.size():
+            return problem.rows
+        return InMemory.of(problem.rows, self._drawn(wanted))
+
+    def _drawn(self, wanted: int) -> np.ndarray:
+        count = self._problem.rows.shape[0]
+        return np.sort(np.random.default_rng(0).choice(count, wanted, replace=False))
 
 
-def _middle(problem: Problem) -> Rows:
-    """A sample for rows that are nearly decided, not kept; all rows where they are few."""
-    rows, (share, least) = problem.rows, _LARGE
-    count = rows.shape[0] // _SHARE
-    if problem.count // _SHARE < max(share * rows.shape[1], least):
-        return rows
-    chosen_n = np.random.default_rng(1).choice(rows.shape[0], count, replace=False)
-    return Some(rows, np.sort(chosen_n))
-
-
-def _levels(rows: Rows, lamb: float) -> int:
+def _levels(problem: Problem) -> int:
     """Smaller lambdas to go by: at the first no plan entry is near 0 or 1.
 
     None where that is so at `lamb` itself: rows that are much alike, as those of a fresh
     network, are balanced by Sinkhorn at once.
     """
-    return math.ceil(math.log(max(lamb * _spread(rows), 1.0), 4))
+    return math.ceil(math.log(max(problem.lamb * _spread(problem.rows), 1.0), 4))
 
 
-def _anneal(problem: Problem, small: Rows, large: Rows, levels: int) -> Tensor:
+def _anneal(problem: Problem, samples: _Samples, levels: int) -> Tensor:
     """Potentials by way of smaller lambdas, each four times the one before.
 
     They are solved on a small sample, unless rows are nearly decided: then it says little
     of the prices of the rest.
     """
     prices_K = torch.zeros_like(problem.marginal_K)
-    middle = _middle(problem)
     for level in range(levels, -1, -1):
         lamb = problem.lamb / 4**level
-        costs = _Costs(problem, breadth(small, lamb, prices_K * lamb))
-        rows = middle if costs.exact <= _CHEAP and level <= 2 else small
+        costs = _Costs(problem, breadth(problem.rows, lamb, prices_K * lamb))
+        decided = costs.exact <= _CHEAP and level <= 2
+        rows = samples.middle if decided else samples.small
         if level == 0 and rows is problem.rows:
             break
         softer = problem.at(rows, lamb, _ANNEAL_TOL)
-        descent = _Descent(softer, small if rows is small else large)
+        descent = _Descent(softer, samples, "large" if decided else "small")
         prices_K = descent.run(descent.read(prices_K * lamb)).a_K / lamb
         if problem.over():
             break
@@ -136,9 +154,8 @@ def _anneal(problem: Problem, small: Rows, large: Rows, levels: int) -> Tensor:
 
 
 def _spread(rows: Rows) -> float:
-    """Mean standard deviation of the scores within a row."""
-    scores_nK = rows.take(np.arange(min(_SPREAD, rows.shape[0])), torch.float32)
-    spread = scores_nK.std(1, correction=0).mean()
+    """Mean standard deviation of the scores within a row, of some rows."""
+    spread = evenly(rows, _SPREAD).tile(0, _SPREAD, torch.float32).std(1, correction=0).mean()
     return float(parallel.sum_of(spread)) / parallel.size()
 
 
@@ -147,7 +164,8 @@ class _Costs:
 
     def __init__(self, problem: Problem, breadth: float) -> None:
         clusters = problem.rows.shape[1]
-        dense, sparse = _DENSE * clusters, _PICK + _SPARSE * breadth**2 / clusters
+        dense = _DENSE * clusters
+        sparse = _LOOK + (_ENTRY * breadth + _PAIR * breadth**2) / clusters
         entries = problem.count * clusters
         step = entries + _FACTOR * clusters**3 / 3
         self.exact = entries * (1 + min(dense, sparse)) / step
@@ -158,14 +176,18 @@ class _Costs:
 class _Descent:
     """Steps down F, and the Hessian they go by."""
 
-    def __init__(self, problem: Problem, sample: Rows) -> None:
-        self.problem, self.sample = problem, sample
-        self.sampled = total(sample)
+    def __init__(self, problem: Problem, samples: _Samples, sample: str = "large") -> None:
+        self.problem, self._samples, self._sample = problem, samples, sample
         self.hessian_KK: Tensor | None = None
         self.costs: _Costs | None = None
         self.boxed = False
         self.box = _BOX
         self.residual = math.inf
+
+    @property
+    def sample(self) -> Rows:
+        """Rows for Hessians that are not of all rows."""
+        return self._samples.small if self._sample == "small" else self._samples.large
 
     def read(self, a_K: Tensor) -> Point:
         """A read at potentials, with the Hessian where that is cheap."""
@@ -173,7 +195,7 @@ class _Descent:
 
     def _costs_at(self, a_K: Tensor) -> _Costs:
         if self.costs is None or self.boxed:
-            self.costs = _Costs(self.problem, breadth(self.sample, self.problem.lamb, a_K))
+            self.costs = _Costs(self.problem, breadth(self.problem.rows, self.problem.lamb, a_K))
         return self.costs
 
     def run(self, point: Point) -> Point:
@@ -205,18 +227,20 @@ class _Descent:
 
     def _hessian(self, point: Point) -> Tensor:
         """The Hessian to use: taken anew where that costs less than the steps it may save."""
-        problem, costs = self.problem, self._costs_at(point.a_K)
+        problem = self.problem
         before, self.residual = self.residual, problem.residual(point)
+        if point.hessian_KK is not None:
+            self.hessian_KK = point.hessian_KK
+            return self.hessian_KK
+        costs, part = self._costs_at(point.a_K), total(self.sample) / problem.count
         rate = _RATE if self.hessian_KK is None else max(math.log(before / self.residual), 1e-3)
         left = math.log(self.residual / problem.tol)
         worth = self.residual < _NOISE and left / rate > costs.exact + left / _NEWTON
-        cheap = costs.exact <= _CHEAP and problem.count <= _MANY * self.sampled
+        cheap = costs.exact <= _CHEAP and part * _MANY >= 1
         # Steps to where a sample says no more, at this rate and at that of a fresh Hessian.
         saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
-        sampled = costs.exact * self.sampled / problem.count
-        if point.hessian_KK is not None:
-            self.hessian_KK = point.hessian_KK
-        elif self.hessian_KK is None or worth or (rate < _FAST if cheap else saved > sampled):
+        due = rate < _FAST if cheap else saved > costs.exact * part
+        if self.hessian_KK is None or worth or due:
             rows = problem.rows if worth or (cheap and self.residual < _FAR) else self.sample
             self.hessian_KK = laplacian(rows, problem.lamb, point.a_K, costs.sparse)
         return self.hessian_KK

@@ -40,7 +40,7 @@ _SOME = 512
 # From this many entries on, float32 is used for as long as it can tell.
 _LARGE = 1 << 20
 # A residual of so many times the rounding is not spoilt by it.
-_CLEAR = 4
+_CLEAR = 16
 # A step is taken back where the slope at its end is still this share of the first, upwards.
 _WOLFE = 0.5
 
