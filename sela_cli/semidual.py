@@ -249,7 +249,7 @@ def soft_sizes(
     for part_K, part_KK in map_spans(rows, work, None if kernel else dtype, least):
         sums_K += part_K
         if part_KK is not None:
-            overlap_KK[part_KK.coords] += part_KK.data
+            overlap_KK[part_KK.row, part_KK.col] += part_KK.data
     # The number of rows goes along: one exchange between processes a read.
     sums = parallel.sum_of(torch.cat([sums_K, sums_K.new_tensor([rows.shape[0]])]))
     s_K = sums[:-1] / sums[-1]
