@@ -38,7 +38,6 @@ LIMIT = 10_000
 # The long runs: examples/cifar10.sh and, beside it, true labels instead of found ones.
 LONG = "--arch resnet18 --image-size 32 --precision bfloat16 --batch-size 64 --lr 0.05"
 LONG += " --lr-schedule cosine --weight-decay 0.0005 --aug paper"
-LONG_EPOCHS = 24
 # The ablations: a network ten times as fast.
 SHORT = "--arch alexnet-small --image-size 32 --precision bfloat16 --batch-size 64 --lr 0.03"
 SHORT += " --lr-schedule cosine --weight-decay 0.0005 --aug paper"
@@ -128,9 +127,10 @@ def supervised(part: Experiment, options: str, epochs: int, seed: int) -> Path:
 
 def run_cifar10(arguments: argparse.Namespace) -> None:
     """A fresh, a self-labelled and a supervised ResNet-18, of as many steps each."""
-    data = f"--data {arguments.train} --limit {LIMIT}"
+    data, epochs = f"--data {arguments.train} --limit {LIMIT}", arguments.epochs
     for name in ("fresh", "sela", "supervised"):
-        part = Experiment(arguments.out / f"cifar10-{name}", arguments.train, arguments.test)
+        folder = arguments.out / f"cifar10-{epochs}-{name}"
+        part = Experiment(folder, arguments.train, arguments.test)
         if part.done:
             continue
         checkpoint = part.folder / "run/checkpoint.h5"
@@ -140,12 +140,12 @@ def run_cifar10(arguments: argparse.Namespace) -> None:
             )
         elif name == "sela":
             part.sela(
-                f"run {data} --preset cifar10 --heads 128x10 {LONG} --epochs {LONG_EPOCHS} "
-                f"--opts {LONG_EPOCHS} --relabel linear --relabel-heads all --view random "
+                f"run {data} --preset cifar10 --heads 128x10 {LONG} --epochs {epochs} "
+                f"--opts {epochs} --relabel linear --relabel-heads all --view random "
                 f"--out {part.folder}/run"
             )
         else:
-            checkpoint = supervised(part, LONG, LONG_EPOCHS, 0)
+            checkpoint = supervised(part, LONG, epochs, 0)
         part.probe(checkpoint, "layer4", 0)
         part.finish()
 
@@ -226,15 +226,18 @@ def write(arguments: argparse.Namespace) -> None:
     """The pages whose records are there."""
     out: Path = arguments.out
     records = {path.parent.name: json.loads(path.read_text()) for path in out.glob("*/record.json")}
-    long = {name: record for name, record in records.items() if name.startswith("cifar10-")}
-    short = {name: record for name, record in records.items() if name not in long}
-    for name, page, part in (
-        ("results-cifar10.md", cifar10_page, long),
-        ("results-ablations.md", ablations_page, short),
-    ):
-        if part:
-            lines = page(out, part)
-            (arguments.folder / name).write_text("\n".join(lines), encoding="utf-8")
+    short = {name: part for name, part in records.items() if not name.startswith("cifar10-")}
+    if short:
+        _write(arguments.folder / "results-ablations.md", ablations_page(out, short))
+    for epochs in {int(name.split("-")[1]) for name in records.keys() - short.keys()}:
+        prefix = f"cifar10-{epochs}-"
+        part = {name: record for name, record in records.items() if name.startswith(prefix)}
+        lines = cifar10_page(out, part, epochs)
+        _write(arguments.folder / f"results-cifar10-{epochs}.md", lines)
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def heading(title: str, records: dict[str, Any]) -> list[str]:
@@ -279,19 +282,20 @@ def commands(records: dict[str, Any], out: Path) -> list[str]:
     return [*lines, "```", ""]
 
 
-def cifar10_page(out: Path, records: dict[str, Any]) -> list[str]:
+def cifar10_page(out: Path, records: dict[str, Any], epochs: int) -> list[str]:
     """A fresh, a self-labelled and a supervised network."""
     lines = [
-        *heading("CIFAR-10, an hour on one core", records),
-        f"ResNet-18 with a stem for 32 pixels; SeLa: {LONG_EPOCHS} epochs, as many relabellings "
-        "(`examples/cifar10.sh`); supervised: on the true classes, as many epochs. One seed.",
+        *heading(f"CIFAR-10, {epochs} epochs on one core", records),
+        f"ResNet-18 with a stem for 32 pixels; SeLa: {epochs} epochs, as many relabellings (the "
+        "recipe of `examples/cifar10.sh`); supervised: on the true classes, as many epochs. One "
+        "seed.",
         "",
         "| network | kNN | linear layer4 | NMI | minutes |",
         "|---|---|---|---|---|",
     ]
     for name in ("fresh", "sela", "supervised"):
-        if f"cifar10-{name}" in records:
-            row = measured(out / f"cifar10-{name}")
+        if f"cifar10-{epochs}-{name}" in records:
+            row = measured(out / f"cifar10-{epochs}-{name}")
             nmi = "" if name == "fresh" or np.isnan(row["nmi"]) else f"{row['nmi']:.3f}"
             lines.append(
                 f"| {name} | {row['knn']:.1f} | {row['linear']:.1f} | {nmi} "
@@ -349,6 +353,7 @@ def main() -> None:
     run.add_argument("--train", type=Path, required=True)
     run.add_argument("--test", type=Path, required=True)
     run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--epochs", type=int, default=24, help="of cifar10")
     run.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     page = commands.add_parser("write")
     page.add_argument("--out", type=Path, required=True)
