@@ -765,6 +765,8 @@ def _datasets(path: str, file: h5py.File, group: str) -> dict[str, np.ndarray]:
     for name, item in items.items():
         if not isinstance(item, h5py.Dataset):
             raise BadData(f"{path}: '{group}/{name}' is not a dataset")
+        if not usable(item.dtype, "fiu"):
+            raise BadData(f"{path}: '{group}/{name}' has dtype {item.dtype}, not numbers for torch")
         _check_size(path, item)
     return {name: item[()] for name, item in items.items()}
 
@@ -779,7 +781,7 @@ def dataset(
     item = file.get(name)
     if not isinstance(item, h5py.Dataset):
         raise BadData(f"{path}: dataset '{name}' is missing")
-    if item.dtype.kind not in kinds:
+    if not usable(item.dtype, kinds):
         raise BadData(f"{path}: dataset '{name}' has dtype {item.dtype}, which can't be used here")
     fits = len(shape) == item.ndim and all(
         want is None or want == have for want, have in zip(shape, item.shape, strict=True)
@@ -789,6 +791,11 @@ def dataset(
         raise BadData(f"{path}: dataset '{name}' has shape {item.shape}, not {wanted}")
     _check_size(path, item)
     return item
+
+
+def usable(dtype: np.dtype, kinds: str) -> bool:
+    """Whether values are of these kinds (NumPy's letters), and torch has numbers of that size."""
+    return dtype.kind in kinds and (dtype.kind not in "fiu" or dtype.itemsize <= 8)
 
 
 # Honest data may be compressed a hundredfold; a bomb is by many thousands.

@@ -397,8 +397,10 @@ def _open_safetensors(stack: ExitStack, path: str, actual: str, name: str) -> Sc
 def _of_array(path: str, array: np.ndarray, name: str) -> Scores:
     if not isinstance(array, np.ndarray):
         raise BadData(f"{path}: '{name}' is not an array")
-    if array.dtype.kind not in "fiu":
-        raise BadData(f"{path}: '{name}' has dtype {array.dtype}, scores are numbers")
+    if not formats.usable(array.dtype, "fiu"):
+        raise BadData(
+            f"{path}: '{name}' has dtype {array.dtype}, scores are numbers of at most 64 bits"
+        )
     if array.ndim != 2:
         raise BadData(f"{path}: '{name}' has shape {array.shape}, scores are N x K")
     return _anonymous(Matrix(array.shape, lambda rows: np.asarray(array[rows]), name))

@@ -360,7 +360,7 @@ def test_other_ranks_are_refused_with_the_shape_where_a_name_is_given(
 
 
 @pytest.mark.parametrize("write", [foreign_named, npy, npz], ids=by_name)
-@pytest.mark.parametrize("dtype", ["S3", "complex128", "bool"])
+@pytest.mark.parametrize("dtype", ["S3", "complex128", "bool", "longdouble"])
 def test_what_is_no_number_is_refused(tmp_path: Path, write: Write, dtype: str) -> None:
     array = np.ones((2, 2)).astype(dtype)
     if write is foreign_named:
@@ -410,6 +410,17 @@ def test_missing_part_of_a_factored_file_is_named(tmp_path: Path, name: str) -> 
         del file[name]
     message = refusal(path)
     assert path in message and f"'{name}'" in message
+
+
+@pytest.mark.parametrize("name", ["heads/0/weight", "heads/0/bias", "features"])
+def test_numbers_wider_than_torch_has_are_refused(tmp_path: Path, name: str) -> None:
+    path = factored(tmp_path, MATRIX)
+    with h5py.File(path, "r+") as file:
+        values = file[name][()].astype(np.longdouble)
+        del file[name]
+        file[name] = values
+    message = refusal(path)
+    assert path in message and name in message and "float128" in message
 
 
 def test_features_whose_width_is_not_the_heads_are_refused(tmp_path: Path) -> None:
