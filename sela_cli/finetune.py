@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,13 @@ from torch.nn import functional
 
 from sela_cli import extras, formats, interrupt, passes, voc
 from sela_cli.errors import SelaError, StoppedEarly, UsageError
-from sela_cli.formats import Provenance
+from sela_cli.formats import Checkpoint, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, MEAN, STD, random_view
 from sela_cli.images.batches import Images, stored_side
 from sela_cli.images.sources import Source
-from sela_cli.networks import AlexNet, Network
+from sela_cli.networks import AlexNet, Network, arrays_of, load_arrays
+from sela_cli.seeds import generator_of, seed_of
+from sela_cli.unfinished import Unfinished, momentum_of, restore_momentum
 from sela_cli.voc import CLASSES, Objects
 
 TASKS = ("classification", "detection")
@@ -84,57 +86,93 @@ def finetune_stage(
     force: bool = False,
     progress: Progress = lambda done, total, note: None,
 ) -> list[dict[str, Any]]:
-    """Train on `train`, measure on `test`, write a finetune file; one row a class."""
+    """Train on `train`, measure on `test`, write a finetune file; one row a class.
+
+    A signal saves the state beside `output` and raises StoppedEarly; the same call then
+    goes on from there.
+    """
     formats.check_output(output, force)
     recipe.check()
+    identity = {
+        "parameters": provenance.parameters,
+        "inputs": [entry["digest"] for entry in provenance.inputs],
+        "images": [formats.dataset_id(source.keys) for source, _ in (train, test)],
+        "recipe": asdict(recipe),
+        "device": device.split(":")[0],
+    }
+    unfinished = Unfinished(output, "finetune", identity)
     with torch.random.fork_rng(devices=[]):
-        # Fresh layers, dropout, and the detector's sampling of boxes draw from here.
+        # Fresh layers draw from here.
         torch.manual_seed(recipe.seed)
         task = _classification if recipe.task == "classification" else _detection
-        rows = task(train, test, network, recipe, device, progress)
+        rows = task(train, test, network, recipe, device, progress, unfinished)
     formats.write_precisions(output, recipe.task, rows, provenance, force)
+    unfinished.remove()
     return rows
 
 
-def _fit(
-    model: nn.Module,
-    loss_of: Callable[[np.ndarray], Tensor],
-    count: int,
-    recipe: FinetuneRecipe,
-    progress: Progress,
-) -> None:
-    """SGD on random batches of row numbers below `count`."""
-    iterations, batch_size, lr = recipe.resolved()
-    optimizer = torch.optim.SGD(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=lr,
-        momentum=0.9,
-        weight_decay=recipe.weight_decay,
-    )
-    warm_up = min(_WARM_UP, iterations // 10)
-    drops = [round(iterations * part) for part in _MILESTONES]
+class _Training:
+    """SGD of a model on random batches; a state to go on from."""
 
-    def factor(step: int) -> float:
-        warmth = min(1.0, (step + 1) / (warm_up + 1))
-        return warmth * 0.1 ** sum(step >= drop for drop in drops)
+    def __init__(self, model: nn.Module, network: Network, recipe: FinetuneRecipe) -> None:
+        self.model, self.network, self.recipe = model, network, recipe
+        self.iterations, self.batch_size, self.lr = recipe.resolved()
+        self.step = 0
+        self.optimizer = torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=self.lr,
+            momentum=0.9,
+            weight_decay=recipe.weight_decay,
+        )
 
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    rng = np.random.default_rng(recipe.seed)
-    order = np.empty(0, np.int64)
-    for step in range(iterations):
-        if len(order) < min(batch_size, count):
-            order = rng.permutation(count)
-        rows, order = order[:batch_size], order[batch_size:]
-        loss = loss_of(rows)
-        if not math.isfinite(float(loss.detach())):
-            raise SelaError(f"the loss is {float(loss)} at step {step}", "try a smaller --lr")
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        scheduler.step()
-        progress(step + 1, iterations, f"loss {float(loss.detach()):.3f}")
-        if interrupt.requested():
-            raise StoppedEarly(f"stopped at step {step + 1} of {iterations}", "run it again")
+    def run(
+        self,
+        loss_of: Callable[[int, np.ndarray], Tensor],
+        count: int,
+        progress: Progress,
+        unfinished: Unfinished,
+    ) -> None:
+        """To the end, `loss_of` the number of the step and of rows below `count`."""
+        left = unfinished.read()
+        if left:
+            load_arrays(self.model, left.model, f"{unfinished.path}: does not fit this model")
+            restore_momentum(self.model, self.optimizer, left.optimizer, str(unfinished.path))
+            self.step = left.step
+        warm_up = min(_WARM_UP, self.iterations // 10)
+        drops = [round(self.iterations * part) for part in _MILESTONES]
+        batch_size = min(self.batch_size, count)
+        while self.step < self.iterations:
+            warmth = min(1.0, (self.step + 1) / (warm_up + 1))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * warmth * 0.1 ** sum(self.step >= drop for drop in drops)
+            epoch, place = divmod(self.step, count // batch_size)
+            order = np.random.default_rng([self.recipe.seed, epoch]).permutation(count)
+            # Dropout and the detector's sampling of boxes draw from the global generator.
+            torch.manual_seed(seed_of(self.recipe.seed, "finetune", self.step))
+            loss = loss_of(self.step, order[place * batch_size : (place + 1) * batch_size])
+            if not math.isfinite(float(loss.detach())):
+                raise SelaError(
+                    f"the loss is {float(loss)} at step {self.step}", "try a smaller --lr"
+                )
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.step += 1
+            progress(self.step, self.iterations, f"loss {float(loss.detach()):.3f}")
+            unfinished.after_step(self.step, self.iterations, self.state)
+
+    def state(self) -> Checkpoint:
+        """Where `run` is."""
+        return Checkpoint(
+            model=arrays_of(self.model),
+            optimizer=momentum_of(self.model, self.optimizer),
+            arch=self.network.arch,
+            image_size=self.network.image_size,
+            heads=[len(CLASSES)],
+            step=self.step,
+            epoch=float(self.step),
+            recipe=asdict(self.recipe),
+        )
 
 
 # ---- classification -------------------------------------------------------------
@@ -147,13 +185,14 @@ def _classification(
     recipe: FinetuneRecipe,
     device: str,
     progress: Progress,
+    unfinished: Unfinished,
 ) -> list[dict[str, Any]]:
     images, tested = (_squares(source, network, progress) for source, _ in (train, test))
     shown_NC = torch.from_numpy(voc.presence(train[1]))
     model = classifier(network, recipe.part).to(device)
-    generator = torch.Generator().manual_seed(recipe.seed)
 
-    def loss_of(rows: np.ndarray) -> Tensor:
+    def loss_of(step: int, rows: np.ndarray) -> Tensor:
+        generator = generator_of(recipe.seed, "finetune view", step)
         batch = images.batch(torch.from_numpy(rows)).to(device)
         view = random_view(batch, network.image_size, AUGMENTATIONS["crop-flip"], generator)
         shown_nC = shown_NC[rows].to(device)
@@ -162,7 +201,8 @@ def _classification(
             model(view), shown_nC.clamp(min=0).float(), weight=(shown_nC >= 0).float()
         )
 
-    _fit(model, loss_of, len(images), recipe, progress)
+    training = _Training(model, network, recipe)
+    training.run(loss_of, len(images), progress, unfinished)
     scores_NC = classifier_scores(model, tested, network.image_size, device)
     return voc.classification_precision(scores_NC, voc.presence(test[1]))
 
@@ -211,20 +251,28 @@ def _detection(
     recipe: FinetuneRecipe,
     device: str,
     progress: Progress,
+    unfinished: Unfinished,
 ) -> list[dict[str, Any]]:
     source, objects = train
     model = detector(network, recipe.part, recipe.min_size).to(device)
     model.train()
-    rng = np.random.default_rng([recipe.seed, 1])
 
-    def loss_of(rows: np.ndarray) -> Tensor:
+    def loss_of(step: int, rows: np.ndarray) -> Tensor:
+        rng = np.random.default_rng([recipe.seed, 1, step])
         pairs = [_example(source, objects, int(row), rng.random() < 0.5) for row in rows]
         images = [image.to(device) for image, _ in pairs]
         targets = [{name: item.to(device) for name, item in each.items()} for _, each in pairs]
         return torch.stack(list(model(images, targets).values())).sum()
 
-    _fit(model, loss_of, len(source), recipe, progress)
-    return voc.detection_precision(detections(model, test[0], device), test[1])
+    training = _Training(model, network, recipe)
+    training.run(loss_of, len(source), progress, unfinished)
+    try:
+        found = detections(model, test[0], device)
+    except StoppedEarly:
+        # It is trained: the next call is to measure only.
+        unfinished.write(training.state())
+        raise
+    return voc.detection_precision(found, test[1])
 
 
 def _pixels(source: Source, row: int) -> Tensor:

@@ -53,16 +53,26 @@ class Network(nn.Module):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Parameters and buffers by torch's names."""
-        return {name: tensor.detach().cpu().numpy() for name, tensor in self.state_dict().items()}
+        return arrays_of(self)
 
     def load_arrays(self, arrays: Mapping[str, np.ndarray], path: str) -> None:
         """The reverse. Raises BadData naming `path` where names or shapes differ."""
-        state = {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
-        try:
-            self.load_state_dict(state)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise BadData(f"{path}: does not fit network {self.arch} ({reason})") from error
+        load_arrays(self, arrays, f"{path}: does not fit network {self.arch}")
+
+
+def arrays_of(module: nn.Module) -> dict[str, np.ndarray]:
+    """Parameters and buffers of any module by torch's names."""
+    return {name: tensor.detach().cpu().numpy() for name, tensor in module.state_dict().items()}
+
+
+def load_arrays(module: nn.Module, arrays: Mapping[str, np.ndarray], complaint: str) -> None:
+    """The reverse. Raises BadData with the complaint where names or shapes differ."""
+    state = {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise BadData(f"{complaint} ({reason})") from error
 
 
 _ALEXNET_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,18 +20,21 @@ from torch.utils.hooks import RemovableHandle
 from sela_cli import formats, interrupt, job, parallel, passes
 from sela_cli.batchwide import BatchNorm2d
 from sela_cli.errors import BadData, StoppedEarly, UsageError
-from sela_cli.formats import Provenance
+from sela_cli.formats import Checkpoint, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, draw, drawn_view
 from sela_cli.images.batches import Images
 from sela_cli.logits import forward
-from sela_cli.networks import Network
+from sela_cli.networks import Network, arrays_of, load_arrays
 from sela_cli.precision import autocast
+from sela_cli.seeds import generator_of
+from sela_cli.unfinished import Unfinished, momentum_of, restore_momentum
 
 METHODS = ("linear", "knn", "both")
 # The trunk's output, which kNN compares and which linear probes can read like a layer.
 FEATURES = "features"
 CROPS = (1, 10)
 Progress = Callable[[int, int, str], None]
+_KEPT_NOWHERE = Unfinished("-", "probe", {})
 
 # The paper's pooling before the linear classifiers of AlexNet at 224 pixels: (kernel,
 # stride, padding), about 9,600 inputs each.
@@ -164,12 +166,30 @@ def probe_stage(
                 "use a folder with one subfolder a class, or a list with a class a line",
             )
     test = with_classes_of(train, test)
+    identity = {
+        "parameters": provenance.parameters,
+        "inputs": [entry["digest"] for entry in provenance.inputs],
+        "images": [train.dataset_id, test.dataset_id],
+        "layers": names,
+        "recipe": asdict(linear),
+        "precision": precision,
+        "device": device.split(":")[0],
+    }
+    unfinished = Unfinished(output, "probe", identity)
     rows: list[dict[str, Any]] = []
     if method in ("knn", "both"):
         rows += knn_rows(train, test, network, knn, split, device, precision, progress)
     if method in ("linear", "both"):
-        rows += linear_rows(train, test, network, names, linear, split, device, precision, progress)
-    job.once(partial(formats.write_probe, output, rows, provenance, force))
+        rows += linear_rows(
+            *(train, test, network, names, linear, split, device, precision),
+            *(progress, unfinished),
+        )
+
+    def write() -> None:
+        formats.write_probe(output, rows, provenance, force)
+        unfinished.remove()
+
+    job.once(write)
     return rows
 
 
@@ -183,11 +203,13 @@ def linear_rows(
     device: str = "cpu",
     precision: str = "float32",
     progress: Progress = lambda done, total, note: None,
+    unfinished: Unfinished = _KEPT_NOWHERE,
 ) -> list[dict[str, Any]]:
     """Linear accuracy of every layer, as rows of a probe file.
 
     With several rates: first each one's accuracy on the held-out part of `train`, which
     then has no part in the training; last, for each layer, the best one's on `test`.
+    A signal leaves the state in `unfinished` and raises StoppedEarly.
     """
     classes = _classes(train, test)
     parts = [train]
@@ -195,7 +217,7 @@ def linear_rows(
         parts = list(holdout(train, recipe.validation, recipe.seed))
     rows: list[dict[str, Any]] = []
     with LinearProbe(network, layers, classes, recipe, device, precision) as probe:
-        losses = probe.fit(parts[0], progress)
+        losses = probe.fit(parts[0], progress, unfinished)
 
         def add(images: Images, where: str, rates: Mapping[str, Sequence[float]]) -> None:
             for (name, lr), (top1, top5) in probe.accuracies(images, rates).items():
@@ -204,12 +226,18 @@ def linear_rows(
                 rows.append(row | {"lr": lr, "epoch": recipe.epochs, "loss": losses[name, lr]})
 
         best = dict.fromkeys(layers, recipe.lrs[0])
-        if len(recipe.lrs) > 1:
-            add(parts[1], f"validation {recipe.validation:g}", dict.fromkeys(layers, recipe.lrs))
-            for name in layers:
-                of_layer = [row for row in rows if row["layer"] == name]
-                best[name] = max(of_layer, key=lambda row: row["top1"])["lr"]
-        add(test, split, {name: [lr] for name, lr in best.items()})
+        try:
+            if len(recipe.lrs) > 1:
+                where = f"validation {recipe.validation:g}"
+                add(parts[1], where, dict.fromkeys(layers, recipe.lrs))
+                for name in layers:
+                    of_layer = [row for row in rows if row["layer"] == name]
+                    best[name] = max(of_layer, key=lambda row: row["top1"])["lr"]
+            add(test, split, {name: [lr] for name, lr in best.items()})
+        except StoppedEarly:
+            # Trained they are: the next call is to measure only.
+            job.once(lambda: unfinished.write(probe.state()))
+            raise
     return rows
 
 
@@ -421,63 +449,87 @@ class LinearProbe:
                     linear.weight.copy_(start)
                     linear.bias.zero_()
 
-    def fit(self, images: Images, progress: Progress) -> dict[tuple[str, float], float]:
+    def fit(
+        self, images: Images, progress: Progress, unfinished: Unfinished = _KEPT_NOWHERE
+    ) -> dict[tuple[str, float], float]:
         """Train all of them. Returns the mean loss of each in the last epoch."""
         assert images.truth_N is not None
         truth_N = torch.from_numpy(images.truth_N)
         recipe, layers = self.recipe, list(self.classifiers)
-        generator = torch.Generator().manual_seed(recipe.seed)
-        self._initialise(generator)
-        optimizer = torch.optim.SGD(
-            [
-                {"params": self._classifier(name, lr).parameters(), "lr": lr}
-                for name in layers
-                for lr in recipe.lrs
-            ],
+        each = [(name, lr) for name in layers for lr in recipe.lrs]
+        self._initialise(torch.Generator().manual_seed(recipe.seed))
+        self.optimizer = torch.optim.SGD(
+            [{"params": self._classifier(name, lr).parameters(), "lr": lr} for name, lr in each],
             momentum=0.9,
             weight_decay=recipe.weight_decay,
         )
+        self.step, self.totals = 0, np.zeros(len(each))
+        left = unfinished.read()
+        if left:
+            self._restore(left, str(unfinished.path))
         milestones = [max(1, round(recipe.epochs * part)) for part in recipe.milestones]
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
         # BatchNorm needs two rows: a last batch of one is left out.
         batch_size = min(recipe.batch_size, len(images))
-        steps = max(1, len(images) // batch_size)
+        self.steps = steps = max(1, len(images) // batch_size)
+        last = recipe.epochs * steps
         # This process's part of each batch, and of the mean over it.
         mine = job.share(batch_size)
         weight = (mine.stop - mine.start) / batch_size
         rates = dict.fromkeys(layers, recipe.lrs)
-        totals: dict[tuple[str, float], float] = {}
-        for epoch in range(recipe.epochs):
-            self.inputs.train()
-            order = torch.randperm(len(images), generator=generator)
-            totals = {(name, lr): 0.0 for name in layers for lr in recipe.lrs}
-            for step in range(steps):
-                rows = order[step * batch_size : (step + 1) * batch_size]
-                augmentation = AUGMENTATIONS[recipe.aug]
-                draws = draw(len(rows), images.side, augmentation, generator).of(mine)
-                rows = rows[mine]
-                view = drawn_view(
-                    images.batch(rows).to(self.device), self.network.image_size, draws
-                )
-                truth_n = truth_N[rows].to(self.device)
-                losses = {
-                    each: weight * functional.cross_entropy(logits, truth_n)
-                    for each, logits in self._logits(view, rates).items()
-                }
-                optimizer.zero_grad()
-                # No two share a parameter: the gradient of the sum is each one's own.
-                torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-                for parameter in self.classifiers.parameters():
-                    assert parameter.grad is not None
-                    parallel.sum_of(parameter.grad)
-                optimizer.step()
-                for each, loss in losses.items():
-                    totals[each] += float(parallel.sum_of(loss.detach()))
-                progress(epoch * steps + step + 1, recipe.epochs * steps, "linear classifiers")
-                if parallel.any_of(interrupt.requested()):
-                    raise StoppedEarly("probe stopped", "run it again")
-            scheduler.step()
-        return {each: total / steps for each, total in totals.items()}
+        self.inputs.train()
+        while self.step < last:
+            epoch, place = divmod(self.step, steps)
+            if place == 0:
+                self.totals[:] = 0
+            fallen = 0.1 ** sum(milestone <= epoch for milestone in milestones)
+            for group, (_, lr) in zip(self.optimizer.param_groups, each, strict=True):
+                group["lr"] = lr * fallen
+            order = torch.randperm(
+                len(images), generator=generator_of(recipe.seed, "probe order", epoch)
+            )
+            rows = order[place * batch_size : (place + 1) * batch_size]
+            generator = generator_of(recipe.seed, "probe view", self.step)
+            draws = draw(len(rows), images.side, AUGMENTATIONS[recipe.aug], generator).of(mine)
+            rows = rows[mine]
+            view = drawn_view(images.batch(rows).to(self.device), self.network.image_size, draws)
+            truth_n = truth_N[rows].to(self.device)
+            logits = self._logits(view, rates)
+            # No two share a parameter: the gradient of the sum is each one's own.
+            losses = torch.stack(
+                [weight * functional.cross_entropy(logits[key], truth_n) for key in each]
+            )
+            self.optimizer.zero_grad()
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            for parameter in self.classifiers.parameters():
+                assert parameter.grad is not None
+                parallel.sum_of(parameter.grad)
+            self.optimizer.step()
+            self.totals += parallel.sum_of(losses.detach()).cpu().numpy()
+            self.step += 1
+            progress(self.step, last, "linear classifiers")
+            unfinished.after_step(self.step, last, self.state)
+        return dict(zip(each, (self.totals / steps).tolist(), strict=True))
+
+    def state(self) -> Checkpoint:
+        """Where `fit` is, to go on from."""
+        return Checkpoint(
+            model=arrays_of(nn.ModuleList([self.inputs, self.classifiers]))
+            | {"totals": self.totals},
+            optimizer=momentum_of(self.classifiers, self.optimizer),
+            arch=self.network.arch,
+            image_size=self.network.image_size,
+            heads=[self.classes],
+            step=self.step,
+            epoch=self.step / self.steps,
+            recipe=asdict(self.recipe),
+        )
+
+    def _restore(self, left: Checkpoint, path: str) -> None:
+        arrays = dict(left.model)
+        self.step, self.totals = left.step, arrays.pop("totals")
+        both = nn.ModuleList([self.inputs, self.classifiers])
+        load_arrays(both, arrays, f"{path}: does not fit this probe")
+        restore_momentum(self.classifiers, self.optimizer, left.optimizer, path)
 
     @torch.no_grad()
     def accuracies(

@@ -7,11 +7,9 @@ that a checkpoint (weights, momentum, step) is all that is needed to go on exact
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -25,16 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from sela_cli import batchwide, formats, interrupt, job, parallel, schedule
-from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
+from sela_cli import batchwide, formats, job, parallel, schedule
+from sela_cli.errors import BadData, SelaError, UsageError
 from sela_cli.formats import Checkpoint, Labels, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw, drawn_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build
 from sela_cli.precision import autocast, faster
+from sela_cli.seeds import generator_of, seed_of
+from sela_cli.unfinished import Unfinished, momentum_of, restore_momentum
 
 PRECISIONS = ("float32", "bfloat16", "auto")
-_SAVE_SECONDS = 300.0
 # Batches that a fresh network's BatchNorm statistics are taken from.
 _SETTLING = 8
 
@@ -191,11 +190,11 @@ class Trainer:
         order = self._order(count, batch_size, self.step, to_step)
         rows, ahead = tee(rows_n[mine] for rows_n in order)
         for rows_n, batch in zip(rows, images.stream(ahead), strict=True):
-            generator = _generator(recipe.seed, "view", self.step)
+            generator = generator_of(recipe.seed, "view", self.step)
             draws = draw(batch_size, images.side, augmentation, generator).of(mine)
             view = drawn_view(batch.to(self.device), self.network.image_size, draws)
             # Dropout draws from the global generator.
-            torch.manual_seed(_seed(recipe.seed, "dropout", self.step))
+            torch.manual_seed(seed_of(recipe.seed, "dropout", self.step))
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.lr_at(self.step, count)
             labels_Tn = [labels_N[rows_n].to(self.device) for labels_N in labels_TN]
@@ -219,20 +218,15 @@ class Trainer:
         for step in range(first, last):
             epoch, place = divmod(step, per_epoch)
             if epoch != order_epoch:
-                generator = _generator(self.recipe.seed, "order", epoch)
+                generator = generator_of(self.recipe.seed, "order", epoch)
                 order, order_epoch = torch.randperm(count, generator=generator), epoch
             yield order[place * batch_size : (place + 1) * batch_size]
 
     def checkpoint(self, count: int) -> Checkpoint:
         """Everything that is needed to go on, for a collection of `count` images."""
-        momentum = {}
-        for name, parameter in self.network.named_parameters():
-            buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                momentum[name] = buffer.cpu().numpy()
         return Checkpoint(
             model=self.network.arrays(),
-            optimizer=momentum,
+            optimizer=momentum_of(self.network, self.optimizer),
             arch=self.network.arch,
             image_size=self.network.image_size,
             heads=self.network.clusters,
@@ -247,24 +241,7 @@ class Trainer:
         """Take up where a checkpoint stands. Raises BadData where it does not fit."""
         self.network.load_arrays(checkpoint.model, path)
         self.step, self.losses = checkpoint.step, checkpoint.losses.tolist()
-        parameters = dict(self.network.named_parameters())
-        for name, buffer in checkpoint.optimizer.items():
-            if name not in parameters or parameters[name].shape != buffer.shape:
-                raise BadData(
-                    f"{path}: momentum of '{name}' does not fit network {checkpoint.arch}"
-                )
-            momentum = torch.from_numpy(buffer).to(parameters[name].device)
-            like = torch.empty_like(parameters[name]).copy_(momentum)
-            self.optimizer.state[parameters[name]]["momentum_buffer"] = like
-
-
-def _seed(seed: int, purpose: str, number: int) -> int:
-    text = f"{seed}/{purpose}/{number}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:7], "little")
-
-
-def _generator(seed: int, purpose: str, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_seed(seed, purpose, number))
+        restore_momentum(self.network, self.optimizer, checkpoint.optimizer, path)
 
 
 def label_view(kind: str, recipe: Recipe, step: int) -> DrawOf | None:
@@ -275,7 +252,7 @@ def label_view(kind: str, recipe: Recipe, step: int) -> DrawOf | None:
     """
     if kind == "centre":
         return None
-    generator = _generator(recipe.seed, "label view", step)
+    generator = generator_of(recipe.seed, "label view", step)
     augmentation = AUGMENTATIONS[recipe.aug]
     return partial(draw, augmentation=augmentation, generator=generator)
 
@@ -294,7 +271,7 @@ def settle(network: Network, images: Images, recipe: Recipe) -> None:
         norm.momentum = None
     network.train()
     augmentation = AUGMENTATIONS[recipe.aug]
-    generator = _generator(recipe.seed, "settle", 0)
+    generator = generator_of(recipe.seed, "settle", 0)
     for _ in range(_SETTLING):
         rows = torch.randperm(len(images), generator=generator)[: recipe.batch_size]
         draws = draw(len(rows), images.side, augmentation, generator)
@@ -367,29 +344,23 @@ def train_stage(
         provenance = provenance.reading("checkpoint", start.header)
         trainer.restore(start, start.header.path)
     from_digest = start.header.digest if start and start.header else ""
-    saved = _Saved(output, from_digest, labels.header.digest, asdict(recipe))
-    saved.restore(trainer)
+    identity = {"start": from_digest, "labels": labels.header.digest, "recipe": asdict(recipe)}
+    unfinished = Unfinished(output, "train", identity)
+    left = unfinished.read()
+    if left:
+        trainer.restore(left, str(unfinished.path))
     trainer.labels_digest = labels.header.digest
     first, last = trainer.step, recipe.steps(recipe.epochs if to is None else to, len(images))
     if last < first:
         raise UsageError(
             f"--to {to} lies before the checkpoint's epoch {start.epoch if start else 0}"
         )
-    last_save = time.monotonic()
     batch = min(recipe.batch_size, len(images))
 
     def after() -> None:
-        nonlocal last_save
         done, total = (trainer.step - first) * batch, (last - first) * batch
         progress(done, total, f"loss {trainer.losses[-1]:.3f}")
-        stop = parallel.any_of(interrupt.requested()) and trainer.step < last
-        if parallel.rank() == 0 and (stop or time.monotonic() - last_save > _SAVE_SECONDS):
-            saved.write(trainer.checkpoint(len(images)))
-            last_save = time.monotonic()
-        if stop:
-            raise StoppedEarly(
-                f"stopped at step {trainer.step} of {last}, state saved", "run it again"
-            )
+        unfinished.after_step(trainer.step, last, lambda: trainer.checkpoint(len(images)))
 
     labels_TN = [torch.from_numpy(head.labels_N.astype(np.int64)) for head in labels.heads]
     trainer.run(images, labels_TN, last, after)
@@ -397,7 +368,7 @@ def train_stage(
 
     def write() -> None:
         formats.write_checkpoint(output, checkpoint, provenance, force)
-        saved.remove()
+        unfinished.remove()
 
     job.once(write)
     return checkpoint
@@ -410,32 +381,6 @@ def saved_recipe(output: str) -> dict[str, Any]:
         return {}
     header = formats.read_checkpoint(str(path)).header
     return header.parameters["recipe"] if header else {}
-
-
-class _Saved:
-    """The state of an unfinished training, beside its output; only the same call takes it up."""
-
-    def __init__(self, output: str, start: str, labels: str, recipe: dict[str, Any]) -> None:
-        self.path = Path(f"{output}.unfinished") if output != "-" else None
-        self.identity = {"start": start, "labels": labels, "recipe": recipe}
-
-    def restore(self, trainer: Trainer) -> None:
-        if self.path is None or not self.path.exists():
-            return
-        checkpoint = formats.read_checkpoint(str(self.path))
-        assert checkpoint.header is not None
-        # Through JSON, as the file's was: tuples become lists.
-        if checkpoint.header.parameters == formats.through_json(self.identity):
-            trainer.restore(checkpoint, str(self.path))
-
-    def write(self, checkpoint: Checkpoint) -> None:
-        if self.path is not None:
-            provenance = Provenance("train (unfinished)", self.identity)
-            formats.write_checkpoint(str(self.path), checkpoint, provenance, force=True)
-
-    def remove(self) -> None:
-        if self.path is not None:
-            formats.discard(self.path)
 
 
 @dataclass

@@ -28,7 +28,7 @@ import record
 import sklearn.datasets  # noqa: F401 (once here, instead of in each child)
 import torch._dynamo  # noqa: F401 (the same: an optimizer imports it, which takes 2 s)
 
-from sela_cli import cli, formats, loop, networks, probes, training  # noqa: F401 (the same)
+from sela_cli import cli, formats, loop, networks, probes, training, unfinished  # noqa: F401 (the same)
 
 TINY = (
     "--data digits --limit 96 --arch alexnet-small --image-size 16 --batch-size 32 "
@@ -249,7 +249,7 @@ def main() -> int:
     arguments = parser.parse_args()
     # A few filters are enough; and a training this short would never save its state.
     networks._FILTERS["alexnet-small"] = (4, 6, 6, 6, 4)
-    training._SAVE_SECONDS = 0.0
+    unfinished._SAVE_SECONDS = 0.0
     rows: dict[signal.Signals, list[list[object]]] = {signal.SIGKILL: [], signal.SIGTERM: []}
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="sela-kill-") as name:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
-from sela_cli import finetune, formats, voc
+from sela_cli import finetune, formats, interrupt, voc
 from sela_cli.cli import app
-from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
+from sela_cli.errors import BadData, CannotCreate, NoInput, StoppedEarly, UsageError
 from sela_cli.finetune import FinetuneRecipe, classifier, detector, finetune_stage
 from sela_cli.formats import Checkpoint, Provenance
 from sela_cli.networks import Network, build
@@ -58,10 +58,16 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_voc(tmp_path_factory.mktemp("voc"))
 
 
-def stage(tree: Path, output: Path, network: Network, **options: Any) -> list[dict[str, Any]]:
+def stage(
+    tree: Path,
+    output: Path,
+    network: Network,
+    progress: finetune.Progress = lambda done, total, note: None,
+    **options: Any,
+) -> list[dict[str, Any]]:
     train, test = voc.open_voc(f"voc2007:{tree}"), voc.open_voc(f"voc2007:{tree}@test")
-    recipe = FinetuneRecipe(**options)
-    return finetune_stage(train, test, network, str(output), recipe, Provenance("test", {}))
+    recipe, provenance = FinetuneRecipe(**options), Provenance("test", {})
+    return finetune_stage(train, test, network, str(output), recipe, provenance, progress=progress)
 
 
 # ---- annotations ----------------------------------------------------------------
@@ -281,6 +287,40 @@ def test_detection_runs_and_repeats(arch: str, size: int, tree: Path, tmp_path: 
         assert sum(row["positives"] for row in rows) == 6
         digests.add(formats.read_header(str(output)).digest)
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["classification", pytest.param("detection", marks=pytest.mark.slow)],
+)
+def test_stopped_after_every_step_it_goes_on_and_gives_the_same_digest(
+    task: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if task == "detection":
+        pytest.importorskip("torchmetrics")
+    whole, parts = tmp_path / "whole.h5", tmp_path / "parts.h5"
+    options: dict[str, Any] = {"task": task, "iterations": 3, "batch_size": 6, "lr": 0.001}
+    options["min_size"] = 64
+
+    asked: list[bool] = []
+    monkeypatch.setattr(interrupt, "requested", lambda: bool(asked))
+
+    def call(path: Path, stop: bool = False) -> None:
+        """`stop`: asked for in the first step that is made."""
+        asked.clear()
+        network = build("alexnet-small", 32, [2], seed=0)
+        progress = lambda done, total, note: asked.extend([True] * (stop and "loss" in note))  # noqa: E731
+        stage(tree, path, network, progress, **options)
+
+    call(whole)
+    stops = ["step 1 of 3", "step 2 of 3"]
+    for told in [*stops, "1 test images"] if task == "detection" else stops:
+        with pytest.raises(StoppedEarly, match=told):
+            call(parts, stop=True)
+        assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5.unfinished"]
+    call(parts)
+    assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5"]
+    assert formats.read_header(str(parts)).digest == formats.read_header(str(whole)).digest
 
 
 def test_mirrored_boxes_follow_their_image(tree: Path) -> None:

@@ -13,8 +13,8 @@ from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from sela_cli import formats, probes
-from sela_cli.errors import BadData, CannotCreate, UsageError
+from sela_cli import formats, interrupt, probes
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.formats import Provenance
 from sela_cli.images.augment import ten_views
 from sela_cli.images.batches import Images
@@ -276,6 +276,63 @@ def test_alexnet_between_the_sizes_is_pooled_to_as_much_as_the_papers() -> None:
     assert all(9200 <= width <= 9600 for width in widths)
 
 
+# ---- stopped and given again ------------------------------------------------------
+
+
+def test_stopped_after_every_step_it_goes_on_and_gives_the_same_digest(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the classifiers learn, and while they are measured."""
+    whole, parts = str(tmp_path / "whole.h5"), str(tmp_path / "parts.h5")
+    train, test = coloured(24, 1), coloured(12, 2)
+    recipe = LinearRecipe(epochs=2, lrs=(0.1, 0.01), batch_size=8, milestones=(0.5,))
+
+    def call(path: str, **options: Any) -> list[int]:
+        steps: list[int] = []
+        probe_stage(
+            *(train, test, network, path, Provenance("test", {})),
+            method="linear",
+            linear=options.get("linear", recipe),
+            progress=lambda done, total, note: steps.append(done),
+        )
+        return steps
+
+    assert call(whole) == [1, 2, 3, 4]
+    monkeypatch.setattr(interrupt, "requested", lambda: True)
+    for last in ("step 1 of 4", "step 2 of 4", "step 3 of 4", "probe stopped"):
+        with pytest.raises(StoppedEarly, match=last):
+            call(parts)
+        assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5.unfinished"]
+    monkeypatch.setattr(interrupt, "requested", lambda: False)
+    assert call(parts) == []
+    assert formats.read_header(parts).digest == formats.read_header(whole).digest
+    assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5"]
+
+
+def test_the_state_of_another_probe_is_not_taken_up(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, steps = str(tmp_path / "probe.h5"), []
+    train, test = coloured(24, 1), coloured(12, 2)
+
+    def call(test: Images, **recipe: Any) -> None:
+        probe_stage(
+            *(train, test, network, path, Provenance("test", {})),
+            method="linear",
+            linear=LinearRecipe(epochs=2, batch_size=8, **recipe),
+            force=True,
+            progress=lambda done, total, note: steps.append(done),
+        )
+
+    for other in ({"lrs": (0.2,)}, {"seed": 1}, {"test": coloured(12, 3)}):
+        with monkeypatch.context() as patch, pytest.raises(StoppedEarly):
+            patch.setattr(interrupt, "requested", lambda: True)
+            call(test)
+        steps.clear()
+        call(**({"test": test} | other))
+        assert len(steps) == 6
+
+
 # ---- several rates, ten crops, principal components ----------------------------
 
 
@@ -299,7 +356,7 @@ def test_the_rate_is_chosen_on_held_out_training_images(
     probe: Callable[..., list[dict[str, Any]]],
 ) -> None:
     """The same choice whatever the test images' classes are."""
-    lrs, train, test = (1e-7, 0.01), coloured(60, 1), coloured(30, 2)
+    lrs, train, test = (1e-7, 1.0), coloured(60, 1), coloured(30, 2)
     options = {"layers": "conv1,features", "method": "linear", "lr": lrs, "epochs": 3}
     options |= {"batch_size": 12, "aug": "none", "force": True, "validation": 0.2}
     rows = probe(train, test, **options)
@@ -319,7 +376,7 @@ def test_the_rate_is_chosen_on_held_out_training_images(
     chosen = [[(row["layer"], row["lr"]) for row in each] for each in (rows, spoilt)]
     assert chosen[0] == chosen[1]
     # At 1e-7 the random start is all there is.
-    assert dict(chosen[0][-1:]) == {"features": 0.01}
+    assert dict(chosen[0][-1:]) == {"features": 1.0}
 
 
 def test_ten_crops_give_the_mean_of_ten_views(network: Network) -> None:

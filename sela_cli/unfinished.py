@@ -1,0 +1,87 @@
+"""What stopped work leaves: its state beside its output, for the same call to go on from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sela_cli import formats, interrupt, parallel
+from sela_cli.errors import BadData, StoppedEarly
+from sela_cli.formats import Checkpoint, Provenance
+
+_SAVE_SECONDS = 300.0
+
+
+class Unfinished:
+    """The state of unfinished work at `output`; only the call of the same `identity` takes it up.
+
+    With `output` `-` nothing is kept.
+    """
+
+    def __init__(self, output: str, kind: str, identity: dict[str, Any]) -> None:
+        self.path = Path(f"{output}.unfinished") if output != "-" else None
+        self._kind, self._identity = kind, identity
+        self._saved = time.monotonic()
+
+    def read(self) -> Checkpoint | None:
+        """What was left, if it was this call that left it."""
+        if self.path is None or not self.path.exists():
+            return None
+        checkpoint = formats.read_checkpoint(str(self.path))
+        assert checkpoint.header is not None
+        # Through JSON, as the file's was: tuples become lists.
+        same = checkpoint.header.parameters == formats.through_json(self._identity)
+        return checkpoint if same else None
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Replace what is there."""
+        if self.path is not None:
+            provenance = Provenance(f"{self._kind} (unfinished)", self._identity)
+            formats.write_checkpoint(str(self.path), checkpoint, provenance, force=True)
+        self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """When the work is done."""
+        if self.path is not None:
+            formats.discard(self.path)
+
+    def after_step(self, step: int, last: int, state: Callable[[], Checkpoint]) -> None:
+        """Save now and then, by the first process; and where a stop is asked for, raising
+        StoppedEarly unless this was the last step."""
+        stop = parallel.any_of(interrupt.requested()) and step < last
+        if parallel.rank() == 0 and (stop or time.monotonic() - self._saved > _SAVE_SECONDS):
+            self.write(state())
+        if stop:
+            raise StoppedEarly(f"stopped at step {step} of {last}, state saved", "run it again")
+
+
+def momentum_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    """Momentum by the name of the parameter; of those that have any."""
+    found: dict[str, np.ndarray] = {}
+    for name, parameter in module.named_parameters():
+        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if buffer is not None:
+            found[name] = buffer.cpu().numpy()
+    return found
+
+
+def restore_momentum(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    momentum: Mapping[str, np.ndarray],
+    path: str,
+) -> None:
+    """The reverse of `momentum_of`. Raises BadData where names or shapes differ."""
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
+    for name, array in momentum.items():
+        if name not in parameters or parameters[name].shape != array.shape:
+            raise BadData(f"{path}: the momentum of '{name}' does not fit")
+        buffer = torch.from_numpy(array).to(parameters[name].device)
+        like = torch.empty_like(parameters[name]).copy_(buffer)
+        optimizer.state[parameters[name]]["momentum_buffer"] = like
