@@ -26,7 +26,7 @@ from sela_cli.images.batches import Images
 from sela_cli.logits import forward
 from sela_cli.networks import Network, arrays_of, load_arrays
 from sela_cli.precision import autocast
-from sela_cli.seeds import generator_of
+from sela_cli.seeds import batches, generator_of
 from sela_cli.unfinished import Unfinished, momentum_of, restore_momentum
 
 METHODS = ("linear", "knn", "both")
@@ -477,17 +477,13 @@ class LinearProbe:
         weight = (mine.stop - mine.start) / batch_size
         rates = dict.fromkeys(layers, recipe.lrs)
         self.inputs.train()
-        while self.step < last:
+        for rows in batches(recipe.seed, "probe order", len(images), batch_size, self.step, last):
             epoch, place = divmod(self.step, steps)
             if place == 0:
                 self.totals[:] = 0
             fallen = 0.1 ** sum(milestone <= epoch for milestone in milestones)
             for group, (_, lr) in zip(self.optimizer.param_groups, each, strict=True):
                 group["lr"] = lr * fallen
-            order = torch.randperm(
-                len(images), generator=generator_of(recipe.seed, "probe order", epoch)
-            )
-            rows = order[place * batch_size : (place + 1) * batch_size]
             generator = generator_of(recipe.seed, "probe view", self.step)
             draws = draw(len(rows), images.side, AUGMENTATIONS[recipe.aug], generator).of(mine)
             rows = rows[mine]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import tee
@@ -30,7 +30,7 @@ from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw, drawn_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build
 from sela_cli.precision import autocast, faster
-from sela_cli.seeds import generator_of, seed_of
+from sela_cli.seeds import batches, generator_of, seed_of
 from sela_cli.unfinished import Unfinished, momentum_of, restore_momentum
 
 PRECISIONS = ("float32", "bfloat16", "auto")
@@ -187,7 +187,7 @@ class Trainer:
             batchwide.divide(self.network, rows_n, turns * batch_size)
         augmentation = AUGMENTATIONS[recipe.aug]
         self.network.train()
-        order = self._order(count, batch_size, self.step, to_step)
+        order = batches(recipe.seed, "order", count, batch_size, self.step, to_step)
         rows, ahead = tee(rows_n[mine] for rows_n in order)
         for rows_n, batch in zip(rows, images.stream(ahead), strict=True):
             generator = generator_of(recipe.seed, "view", self.step)
@@ -210,17 +210,6 @@ class Trainer:
                 )
             self.step += 1
             after()
-
-    def _order(self, count: int, batch_size: int, first: int, last: int) -> Iterator[Tensor]:
-        """The rows of the batches of steps first..last-1."""
-        per_epoch = self.recipe.steps_per_epoch(count)
-        order, order_epoch = torch.empty(0), -1
-        for step in range(first, last):
-            epoch, place = divmod(step, per_epoch)
-            if epoch != order_epoch:
-                generator = generator_of(self.recipe.seed, "order", epoch)
-                order, order_epoch = torch.randperm(count, generator=generator), epoch
-            yield order[place * batch_size : (place + 1) * batch_size]
 
     def checkpoint(self, count: int) -> Checkpoint:
         """Everything that is needed to go on, for a collection of `count` images."""
