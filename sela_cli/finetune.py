@@ -203,7 +203,8 @@ def _classification(
 
     training = _Training(model, network, recipe)
     training.run(loss_of, len(images), progress, unfinished)
-    scores_NC = classifier_scores(model, tested, network.image_size, device)
+    with unfinished.kept(training.state):
+        scores_NC = classifier_scores(model, tested, network.image_size, device)
     return voc.classification_precision(scores_NC, voc.presence(test[1]))
 
 
@@ -238,7 +239,12 @@ def classifier_scores(model: nn.Module, images: Images, size: int, device: str) 
     batches = passes.over_ten_crops(
         images, size, lambda view: [model(view)], [len(CLASSES)], 16, device
     )
-    return torch.cat([scores for (scores,) in batches]).numpy()
+    found: list[Tensor] = []
+    for (scores_nC,) in batches:
+        found.append(scores_nC)
+        if interrupt.requested():
+            raise StoppedEarly(f"stopped after {len(found)} batches of test images", "run it again")
+    return torch.cat(found).numpy()
 
 
 # ---- detection ------------------------------------------------------------------
@@ -266,12 +272,8 @@ def _detection(
 
     training = _Training(model, network, recipe)
     training.run(loss_of, len(source), progress, unfinished)
-    try:
+    with unfinished.kept(training.state):
         found = detections(model, test[0], device)
-    except StoppedEarly:
-        # It is trained: the next call is to measure only.
-        unfinished.write(training.state())
-        raise
     return voc.detection_precision(found, test[1])
 
 

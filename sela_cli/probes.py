@@ -226,7 +226,8 @@ def linear_rows(
                 rows.append(row | {"lr": lr, "epoch": recipe.epochs, "loss": losses[name, lr]})
 
         best = dict.fromkeys(layers, recipe.lrs[0])
-        try:
+        # Trained they are: after a signal the next call is to measure only.
+        with unfinished.kept(probe.state):
             if len(recipe.lrs) > 1:
                 where = f"validation {recipe.validation:g}"
                 add(parts[1], where, dict.fromkeys(layers, recipe.lrs))
@@ -234,10 +235,6 @@ def linear_rows(
                     of_layer = [row for row in rows if row["layer"] == name]
                     best[name] = max(of_layer, key=lambda row: row["top1"])["lr"]
             add(test, split, {name: [lr] for name, lr in best.items()})
-        except StoppedEarly:
-            # Trained they are: the next call is to measure only.
-            job.once(lambda: unfinished.write(probe.state()))
-            raise
     return rows
 
 

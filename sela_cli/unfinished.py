@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sela_cli import formats, interrupt, parallel
+from sela_cli import formats, interrupt, job, parallel
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.formats import Checkpoint, Provenance
 
@@ -54,11 +55,21 @@ class Unfinished:
     def after_step(self, step: int, last: int, state: Callable[[], Checkpoint]) -> None:
         """Save now and then, by the first process; and where a stop is asked for, raising
         StoppedEarly unless this was the last step."""
-        stop = parallel.any_of(interrupt.requested()) and step < last
-        if parallel.rank() == 0 and (stop or time.monotonic() - self._saved > _SAVE_SECONDS):
+        if parallel.any_of(interrupt.requested()) and step < last:
+            with self.kept(state):
+                raise StoppedEarly(f"stopped at step {step} of {last}, state saved", "run it again")
+        if parallel.rank() == 0 and time.monotonic() - self._saved > _SAVE_SECONDS:
             self.write(state())
-        if stop:
-            raise StoppedEarly(f"stopped at step {step} of {last}, state saved", "run it again")
+
+    @contextmanager
+    def kept(self, state: Callable[[], Checkpoint]) -> Iterator[None]:
+        """StoppedEarly in the block leaves the state."""
+        try:
+            yield
+        except StoppedEarly:
+            # Where one process of a job ends, the others are ended too: not while one writes.
+            job.once(lambda: self.write(state()))
+            raise
 
 
 def momentum_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
