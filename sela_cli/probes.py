@@ -7,6 +7,7 @@ of several learning rates a held-out part of the training images chooses.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -151,7 +152,11 @@ def probe_stage(
     force: bool = False,
     progress: Progress = lambda done, total, note: None,
 ) -> list[dict[str, Any]]:
-    """Measure kNN and linear accuracy on `test` and write a probe file. Both need `truth`."""
+    """Measure kNN and linear accuracy on `test` and write a probe file. Both need `truth`.
+
+    A signal while linear probes are trained or measured saves their state beside `output`
+    and raises StoppedEarly; the same call then goes on from there.
+    """
     formats.check_output(output, force)
     job.meet()
     if method not in METHODS:
@@ -170,9 +175,9 @@ def probe_stage(
         "parameters": provenance.parameters,
         "inputs": [entry["digest"] for entry in provenance.inputs],
         "images": [train.dataset_id, test.dataset_id],
+        "truth": [_digest(images) for images in (train, test)],
         "layers": names,
-        "recipe": asdict(linear),
-        "precision": precision,
+        "recipe": asdict(linear) | {"precision": precision},
         "device": device.split(":")[0],
     }
     unfinished = Unfinished(output, "probe", identity)
@@ -244,6 +249,12 @@ def _row(
     nan = float("nan")
     row = {"layer": layer, "method": method, "head": "", "setting": setting, "lr": nan, "epoch": -1}
     return row | {"split": split, "n": count, "top1": top1, "top5": top5, "loss": nan}
+
+
+def _digest(images: Images) -> str:
+    """Hash of the true classes."""
+    assert images.truth_N is not None
+    return hashlib.sha256(images.truth_N.astype(np.int64).tobytes()).hexdigest()
 
 
 def _classes(train: Images, test: Images) -> int:
@@ -402,6 +413,10 @@ class LinearProbe:
             self.classifiers[name] = nn.ModuleList(nn.Linear(width, classes) for _ in recipe.lrs)
         self.inputs.to(device)
         self.classifiers.to(device)
+        # Of each classifier, the sum of its losses in the running epoch.
+        self.totals = torch.zeros(len(layers) * len(recipe.lrs), dtype=torch.float64)
+        self._kept = nn.ModuleDict({"inputs": self.inputs, "classifiers": self.classifiers})
+        self._kept.register_buffer("totals", self.totals)
 
     def __enter__(self) -> LinearProbe:
         return self
@@ -460,7 +475,7 @@ class LinearProbe:
             momentum=0.9,
             weight_decay=recipe.weight_decay,
         )
-        self.step, self.totals = 0, np.zeros(len(each))
+        self.step = 0
         left = unfinished.read()
         if left:
             self._restore(left, str(unfinished.path))
@@ -477,7 +492,7 @@ class LinearProbe:
         for rows in batches(recipe.seed, "probe order", len(images), batch_size, self.step, last):
             epoch, place = divmod(self.step, steps)
             if place == 0:
-                self.totals[:] = 0
+                self.totals.zero_()
             fallen = 0.1 ** sum(milestone <= epoch for milestone in milestones)
             for group, (_, lr) in zip(self.optimizer.param_groups, each, strict=True):
                 group["lr"] = lr * fallen
@@ -497,7 +512,7 @@ class LinearProbe:
                 assert parameter.grad is not None
                 parallel.sum_of(parameter.grad)
             self.optimizer.step()
-            self.totals += parallel.sum_of(losses.detach()).cpu().numpy()
+            self.totals += parallel.sum_of(losses.detach()).cpu()
             self.step += 1
             progress(self.step, last, "linear classifiers")
             unfinished.after_step(self.step, last, self.state)
@@ -506,22 +521,19 @@ class LinearProbe:
     def state(self) -> Checkpoint:
         """Where `fit` is, to go on from."""
         return Checkpoint(
-            model=arrays_of(nn.ModuleList([self.inputs, self.classifiers]))
-            | {"totals": self.totals},
+            model=arrays_of(self._kept),
             optimizer=momentum_of(self.classifiers, self.optimizer),
             arch=self.network.arch,
             image_size=self.network.image_size,
             heads=[self.classes],
             step=self.step,
             epoch=self.step / self.steps,
-            recipe=asdict(self.recipe),
+            recipe=asdict(self.recipe) | {"precision": self.precision},
         )
 
     def _restore(self, left: Checkpoint, path: str) -> None:
-        arrays = dict(left.model)
-        self.step, self.totals = left.step, arrays.pop("totals")
-        both = nn.ModuleList([self.inputs, self.classifiers])
-        load_arrays(both, arrays, f"{path}: does not fit this probe")
+        self.step = left.step
+        load_arrays(self._kept, left.model, f"{path}: does not fit this probe")
         restore_momentum(self.classifiers, self.optimizer, left.optimizer, path)
 
     @torch.no_grad()

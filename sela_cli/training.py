@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import tee
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build
 from sela_cli.precision import autocast, faster
 from sela_cli.seeds import batches, generator_of, seed_of
-from sela_cli.unfinished import Unfinished, momentum_of, restore_momentum
+from sela_cli.unfinished import Unfinished, began_in, momentum_of, restore_momentum
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 # Batches that a fresh network's BatchNorm statistics are taken from.
@@ -363,15 +362,6 @@ def train_stage(
     return checkpoint
 
 
-def saved_recipe(output: str) -> dict[str, Any]:
-    """The recipe of an unfinished training of `output`; empty where there is none."""
-    path = Path(f"{output}.unfinished")
-    if output == "-" or not path.exists():
-        return {}
-    header = formats.read_checkpoint(str(path)).header
-    return header.parameters["recipe"] if header else {}
-
-
 @dataclass
 class Job:
     """A training as the command line asks for it, checked and ready to run."""
@@ -391,9 +381,10 @@ class Job:
         recipe = self.recipe
         if recipe.precision == "auto":
             # A training that was stopped goes on in the arithmetic that it began in.
-            began = saved_recipe(self.output).get("precision")
             batch_size = min(recipe.batch_size, len(self.images))
-            measured = began or faster(self.network, batch_size, device, training=True)
+            measured = began_in(self.output) or faster(
+                self.network, batch_size, device, training=True
+            )
             recipe = replace(recipe, precision=measured)
         return train_stage(
             self.images,

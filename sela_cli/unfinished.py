@@ -72,6 +72,14 @@ class Unfinished:
             raise
 
 
+def began_in(output: str) -> str | None:
+    """The precision of the unfinished work at `output`; None where there is none."""
+    path = Path(f"{output}.unfinished")
+    if output == "-" or not path.exists():
+        return None
+    return formats.read_checkpoint(str(path)).recipe.get("precision")
+
+
 def momentum_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
     """Momentum by the name of the parameter; of those that have any."""
     found: dict[str, np.ndarray] = {}

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from sela_cli import formats, interrupt, loop, networks, precision, training
+from sela_cli import formats, interrupt, loop, networks, precision, training, unfinished
+from sela_cli.cli import app
 from sela_cli.errors import StoppedEarly, UsageError
 from sela_cli.formats import Provenance
 from sela_cli.images.batches import Images, open_images
@@ -109,6 +111,24 @@ def test_a_training_keeps_the_arithmetic_it_began_in(
     monkeypatch.setattr(training, "faster", lambda *_, **__: "float32")
     assert train(prepared(arch="alexnet-small", image_size=16)) == "bfloat16"
     assert train(prepared(checkpoint=output, force=True)) == "bfloat16"
+
+
+def test_a_probe_keeps_the_arithmetic_it_began_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, output = str(tmp_path / "c.h5"), str(tmp_path / "p.h5")
+    trainer = Trainer(build("alexnet-small", 16, [5], seed=0), Recipe())
+    formats.write_checkpoint(checkpoint, trainer.checkpoint(40), Provenance("test", {}))
+    line = f"probe --data digits --limit 40 --checkpoint {checkpoint} --method linear --epochs 2"
+    line += f" --batch-size 16 --precision auto --device cpu -q -o {output}"
+    # Of all that ask, the training alone hears of it.
+    monkeypatch.setattr(unfinished, "interrupt", SimpleNamespace(requested=lambda: True))
+    for step, chosen in ((1, "bfloat16"), (2, "float32")):
+        monkeypatch.setattr(precision, "faster", lambda *_, chosen=chosen, **__: chosen)
+        done = CliRunner().invoke(app, line.split())
+        assert isinstance(done.exception, StoppedEarly), done.output
+        left = formats.read_checkpoint(f"{output}.unfinished")
+        assert (left.step, left.recipe["precision"]) == (step, "bfloat16")
 
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from sela_cli import formats, interrupt, probes
+from sela_cli import formats, interrupt, probes, unfinished
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.formats import Provenance
 from sela_cli.images.augment import ten_views
@@ -309,6 +310,37 @@ def test_stopped_after_every_step_it_goes_on_and_gives_the_same_digest(
     assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5"]
 
 
+def test_killed_it_goes_on_from_the_last_state_saved(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = str(tmp_path / "whole.h5"), str(tmp_path / "parts.h5")
+    recipe = LinearRecipe(epochs=2, lrs=(0.1,), batch_size=8, milestones=(0.5,))
+    steps: list[int] = []
+
+    def call(path: str, killed_at: int = 0) -> None:
+        def progress(done: int, total: int, note: str) -> None:
+            steps.append(done)
+            if done == killed_at:
+                raise KeyboardInterrupt
+
+        stage = (coloured(24, 1), coloured(12, 2), network, path, Provenance("test", {}))
+        probe_stage(*stage, method="linear", linear=recipe, progress=progress)
+
+    call(whole)
+    steps.clear()
+    with monkeypatch.context() as patch:
+        # Always due.
+        patch.setattr(unfinished, "_SAVE_SECONDS", -1.0)
+        for killed_at in (3, 6):
+            with pytest.raises(KeyboardInterrupt):
+                call(parts, killed_at)
+    call(parts)
+    # What was not saved yet is made again.
+    assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert formats.read_header(parts).digest == formats.read_header(whole).digest
+    assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5"]
+
+
 def test_the_state_of_another_probe_is_not_taken_up(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,13 +356,38 @@ def test_the_state_of_another_probe_is_not_taken_up(
             progress=lambda done, total, note: steps.append(done),
         )
 
-    for other in ({"lrs": (0.2,)}, {"seed": 1}, {"test": coloured(12, 3)}):
+    renamed = coloured(12, 2)
+    renamed.truth_N = renamed.truth_N[::-1].copy() if renamed.truth_N is not None else None
+    for other in ({"lrs": (0.2,)}, {"seed": 1}, {"test": coloured(12, 3)}, {"test": renamed}):
         with monkeypatch.context() as patch, pytest.raises(StoppedEarly):
             patch.setattr(interrupt, "requested", lambda: True)
             call(test)
         steps.clear()
         call(**({"test": test} | other))
         assert len(steps) == 6
+
+
+@pytest.mark.parametrize("lost", ["totals", "classifiers.conv1.0.weight"])
+def test_a_damaged_state_is_named(
+    lost: str, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = str(tmp_path / "probe.h5")
+
+    def call() -> None:
+        stage = (coloured(24, 1), coloured(12, 2), network, output, Provenance("test", {}))
+        probe_stage(*stage, method="linear", linear=LinearRecipe(epochs=2, batch_size=8))
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedEarly):
+        patch.setattr(interrupt, "requested", lambda: True)
+        call()
+    with h5py.File(f"{output}.unfinished", "r+") as file:
+        del file[f"model/{lost}"]
+    with pytest.raises(BadData, match=rf"probe\.h5\.unfinished.*{lost}"):
+        call()
+    Path(f"{output}.unfinished").write_bytes(b"no HDF5")
+    with pytest.raises(BadData, match=r"probe\.h5\.unfinished"):
+        call()
+    assert not Path(output).exists()
 
 
 # ---- several rates, ten crops, principal components ----------------------------

@@ -136,6 +136,7 @@ def probe(
     from sela_cli.presets import protocol as preset
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
+    from sela_cli.unfinished import began_in
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
@@ -180,7 +181,10 @@ def probe(
     assert state.header is not None
     arithmetic = precision.value if precision else state.recipe.get("precision", "float32")
     if arithmetic == "auto":
-        arithmetic = faster(network, linear.batch_size, device_name(device), training=False)
+        # A probe that was stopped goes on in the arithmetic that it began in.
+        arithmetic = began_in(output) or faster(
+            network, linear.batch_size, device_name(device), training=False
+        )
     with terminal.progress("probe") as progress:
         rows = probes.probe_stage(
             train,
