@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -320,6 +321,61 @@ def test_stopped_after_every_step_it_goes_on_and_gives_the_same_digest(
     call(parts)
     assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5"]
     assert formats.read_header(str(parts)).digest == formats.read_header(str(whole)).digest
+
+
+def test_the_state_of_another_call_is_not_taken_up(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, steps = tmp_path / "out.h5", 0
+
+    def progress(done: int, total: int, note: str) -> None:
+        nonlocal steps
+        steps += "loss" in note
+
+    def call(**other: Any) -> int:
+        """The steps that were made."""
+        nonlocal steps
+        steps = 0
+        output.unlink(missing_ok=True)
+        options = {"task": "classification", "iterations": 2, "batch_size": 6, "lr": 0.001}
+        stage(tree, output, build("alexnet-small", 32, [2], seed=0), progress, **options | other)
+        return steps
+
+    def stopped() -> None:
+        with monkeypatch.context() as patch, pytest.raises(StoppedEarly, match="step 1 of 2"):
+            patch.setattr(interrupt, "requested", lambda: steps > 0)
+            call()
+
+    stopped()
+    assert call() == 1
+    for other in ({"lr": 0.002}, {"part": "fc"}, {"seed": 1}):
+        stopped()
+        assert call(**other) == 2
+
+
+@pytest.mark.parametrize("content", ["no HDF5", "no model"])
+def test_a_damaged_state_is_named(
+    content: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, left = tmp_path / "out.h5", tmp_path / "out.h5.unfinished"
+    noted: list[str] = []
+
+    def call() -> None:
+        network = build("alexnet-small", 32, [2], seed=0)
+        options = {"task": "classification", "iterations": 2, "batch_size": 6, "lr": 0.001}
+        stage(tree, output, network, lambda done, total, note: noted.append(note), **options)
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedEarly):
+        patch.setattr(interrupt, "requested", lambda: any("loss" in note for note in noted))
+        call()
+    if content == "no model":
+        with h5py.File(left, "r+") as file:
+            del file["model/1.bias"]
+    else:
+        left.write_text(content)
+    with pytest.raises(BadData, match=r"out\.h5\.unfinished"):
+        call()
+    assert not output.exists()
 
 
 def test_mirrored_boxes_follow_their_image(tree: Path) -> None:
