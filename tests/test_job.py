@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from sela_cli import batchwide, cli, formats, interrupt, job, networks, parallel
-from sela_cli.errors import BadData, UsageError
+from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.images.augment import AUGMENTATIONS, draw
-from sela_cli.images.batches import open_images
+from sela_cli.images.batches import Images, open_images
 from sela_cli.logits import forward
-from sela_cli.networks import build
+from sela_cli.networks import Network, build
 from sela_cli.probes import LinearProbe, LinearRecipe
 from sela_cli.training import Recipe, Trainer, settle
+from sela_cli.unfinished import Unfinished
 
 PROCESSES = 2
 TINY_RUN = (
@@ -52,7 +54,26 @@ def normed(norm: nn.Module, mine: slice) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, "weight": gradients[0], "bias": gradients[1], **state}
 
 
-def everything() -> dict[str, Any]:
+def stopped_twice(
+    images: Images, network: Network, recipe: LinearRecipe, folder: Path
+) -> dict[tuple[str, float], float]:
+    """The losses of a probe that goes on from its first step, and again from its second."""
+
+    def fit() -> dict[tuple[str, float], float]:
+        unfinished = Unfinished(str(folder / "probe.h5"), "probe", {})
+        with LinearProbe(network, ["conv2", "conv5"], 10, recipe, "cpu", "float32") as probe:
+            return probe.fit(images, lambda *_: None, unfinished)
+
+    # Only one of the processes is asked to stop, and it is not the one that writes.
+    asked = parallel.rank() == parallel.size() - 1
+    with mock.patch.object(interrupt, "requested", lambda: asked):
+        for step in (1, 2):
+            with pytest.raises(StoppedEarly, match=f"step {step} of 4"):
+                fit()
+    return fit()
+
+
+def everything(folder: Path) -> dict[str, Any]:
     """What this process, or all of its job, makes of 60 digits."""
     networks._FILTERS["alexnet-small"] = (8, 12, 12, 12, 8)
     torch.set_num_threads(1)
@@ -77,6 +98,7 @@ def everything() -> dict[str, Any]:
         loss = probe.fit(images, lambda *_: None)
         classifier = probe.classifiers["conv5"][1].weight.detach().clone()  # type: ignore[index]
         accuracies = probe.accuracies(images, {"conv2": [0.01, 0.1], "conv5": [0.1]})
+    resumed = stopped_twice(images, network, recipe, folder)
     return {
         "losses": trainer.losses,
         "settled": settled,
@@ -84,6 +106,7 @@ def everything() -> dict[str, Any]:
         "logits": logits,
         "classifier": classifier,
         "probe": [loss[name] for name in sorted(loss)],
+        "resumed": [resumed[name] for name in sorted(loss)],
         "accuracies": accuracies,
     }
 
@@ -94,7 +117,7 @@ def process(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
     )
     mine = job.share(7)
-    result = {"norm": normed(batchwide.BatchNorm2d(3), mine), **everything()}
+    result = {"norm": normed(batchwide.BatchNorm2d(3), mine), **everything(Path(folder))}
     sums = [parallel.any_of(rank == 1), parallel.any_of(False), parallel.size()]
 
     def failing() -> None:
@@ -124,11 +147,11 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process comes to."""
     before = networks._FILTERS["alexnet-small"]
     try:
-        return everything()
+        return everything(tmp_path_factory.mktemp("alone"))
     finally:
         networks._FILTERS["alexnet-small"] = before
 
@@ -167,6 +190,12 @@ def test_two_processes_embed_and_probe_as_one(
         close(part["probe"], alone["probe"], atol=1e-4)
         close(part["classifier"], alone["classifier"], atol=1e-4)
         assert part["accuracies"].keys() == alone["accuracies"].keys()
+
+
+@pytest.mark.slow
+def test_a_stopped_probe_goes_on_exactly(both: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    for part in (*both, alone):
+        assert part["resumed"] == part["probe"]
 
 
 @pytest.mark.slow
