@@ -267,8 +267,8 @@ def main() -> int:
             for number, table in rows.items():
                 if number is signal.SIGTERM and command not in STOPPED:
                     continue
-                # Their file operations come before the first step, and after the last.
-                if number is signal.SIGTERM and command in ("embed", "probe") and arguments.events:
+                # Its file operations come before the first batch, and after the last.
+                if number is signal.SIGTERM and command == "embed" and arguments.events:
                     continue
                 wanted, rng = digests(root / command), random.Random(arguments.seed)
                 kills = Kills(command, line, root, whole, wanted, number, arguments.events, rng)
