@@ -44,6 +44,7 @@ _MANY_HELD = 64
 # A step along which F falls by less than this for each unit of gradient is no good.
 _DESCENT = 0.1
 _DAMPING = 1e-6
+_LEAST_SHARE = 1e-4
 # Where a cluster has less than this share of its due, the quadratic model says nothing
 # about it: Sinkhorn steps bring it back.
 _STARVED = 1e-6
@@ -266,6 +267,8 @@ def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor, box: float) -
     clusters = len(s_K)
     # F does not change along (1, ..., 1): the constant makes the system regular there.
     system_KK = hessian_KK + 1 / clusters**2
+    # Clusters that hardly any row is due to would leave it singular to rounding.
+    s_K = s_K.clamp(min=_LEAST_SHARE / clusters**2)
     system_KK.diagonal().add_(_DAMPING * s_K)
     factor_KK = torch.linalg.cholesky(system_KK)
     free_K = torch.cholesky_solve(-gradient_K[:, None], factor_KK)[:, 0]

@@ -16,12 +16,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from sela_cli import parallel
@@ -231,7 +232,7 @@ def soft_sizes(
     clusters = rows.shape[1]
     kernel = None if curved else _kernel(rows.device)
 
-    def work(tiles: Iterator[tuple[int, Tensor]]) -> tuple[Tensor, coo_array | None]:
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> tuple[Tensor, csr_array | None]:
         s_K, kept = torch.zeros_like(a_K, device=rows.device), _Entries(clusters)
         for _, tile_nK in tiles:
             if kernel:
@@ -249,7 +250,9 @@ def soft_sizes(
     for part_K, part_KK in map_spans(rows, work, None if kernel else dtype, least):
         sums_K += part_K
         if part_KK is not None:
-            overlap_KK[part_KK.row, part_KK.col] += part_KK.data
+            # By the row: all at once would take copies of what may be K^2 entries.
+            for row, (first, end) in enumerate(pairwise(part_KK.indptr)):
+                overlap_KK[row, part_KK.indices[first:end]] += part_KK.data[first:end]
     # The number of rows goes along: one exchange between processes a read.
     sums = parallel.sum_of(torch.cat([sums_K, sums_K.new_tensor([rows.shape[0]])]))
     s_K = sums[:-1] / sums[-1]
@@ -348,12 +351,12 @@ class _Entries:
         self._columns.append(column)
         self._counts.append(np.bincount(row, minlength=len(q_nK)))
 
-    def overlap(self) -> coo_array:
+    def overlap(self) -> csr_array:
         """Their q^T q."""
         ends = np.concatenate([[0], *self._counts]).cumsum()
         parts = np.concatenate(self._values), np.concatenate(self._columns), ends
         kept = csr_array(parts, (len(ends) - 1, self.clusters))
-        return (kept.T @ kept).tocoo()
+        return (kept.T @ kept).tocsr()
 
 
 def _upper_gram(q_nK: Tensor) -> Tensor:

@@ -229,6 +229,15 @@ def test_newton_is_finite_for_any_lambda_and_magnitude(lamb: float, scale: float
     assert np.bincount(labels_N, minlength=12).tolist() == [25] * 12
 
 
+@pytest.mark.parametrize("weight", [1e-8, 1e-20, 1e-40])
+@pytest.mark.parametrize("lamb", [0.1, 25.0, 1000.0])
+def test_clusters_of_hardly_any_weight_are_no_hindrance(lamb: float, weight: float) -> None:
+    weights_K = np.r_[np.full(5, weight), np.ones(15)]
+    marginal_K = torch.from_numpy(weights_K / weights_K.sum())
+    solution = by_newton(ArrayRows(logits(500, 20, scale=3.0)), marginal_K, lamb, 1e-4, 500)
+    assert solution.converged and solution.potentials_K.isfinite().all()
+
+
 @pytest.mark.parametrize("solve", SOLVERS)
 @pytest.mark.parametrize("depth", [10.0, 1e3, 1e5])
 def test_a_cluster_that_nobody_wants_comes_back(solve: Solver, depth: float) -> None:
