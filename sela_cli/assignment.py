@@ -31,8 +31,6 @@ _LOOSE_ITER = 20
 _SHARPENINGS = 8
 # `balanced`: clusters looked at beyond twice those that lead to the nearest one with room.
 _FURTHER = 32
-# Rows for each cluster that one matrix of losses is of.
-_LOSS_ROWS = 8
 # Rows looked at: for each that has to move and for each cluster at least, and so many times
 # as many again where these do not do.
 _PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 8
@@ -334,7 +332,7 @@ def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
         return loss_KK
 
     loss_KK = np.full((clusters, clusters), np.inf)
-    for part_KK in map_spans(rows, work, least=_LOSS_ROWS * clusters):
+    for part_KK in map_spans(rows, work, square=True):
         np.minimum(loss_KK, part_KK, out=loss_KK)
     return loss_KK
 

@@ -72,6 +72,8 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     descent = _Descent(problem, samples)
     point = descent.read(init_K) if init_K is not None else None
     if point is None or (levels and problem.residual(point) > _NEAR and not problem.over()):
+        # Another descent: what Hessians cost at the start says nothing of those here.
+        descent = _Descent(problem, samples)
         point = descent.read(_anneal(problem, samples, levels))
     rate = 0.0 if levels else math.inf
     while rate > _FAST and problem.residual(point) > problem.tol and not problem.over():
@@ -156,8 +158,8 @@ def _anneal(problem: Problem, samples: _Samples, levels: int) -> Tensor:
 
 def _spread(rows: Rows) -> float:
     """Mean standard deviation of the scores within a row, of some rows."""
-    spread = evenly(rows, _SPREAD).tile(0, _SPREAD, torch.float32).std(1, correction=0).mean()
-    return float(parallel.sum_of(spread)) / parallel.size()
+    spread_n = evenly(rows, _SPREAD).tile(0, _SPREAD, torch.float32).std(1, correction=0)
+    return float(parallel.mean_of(spread_n.cpu()))
 
 
 class _Costs:
@@ -211,29 +213,30 @@ class _Descent:
         return point
 
     def _step(self, point: Point) -> Point:
-        before = self.hessian_KK
-        hessian_KK = self._hessian(point)
+        before, costs = self.hessian_KK, self._costs_at(point.a_K)
+        hessian_KK = self._hessian(point, costs)
         fresh = hessian_KK is not before
         box = self.box if fresh else min(self.box, _STALE_BOX)
         change_K = _box_step(hessian_KK, self.problem.gradient(point), point.s_K, box)
-        self.boxed = float(change_K.abs().max()) == box
         reads = len(self.problem.trace)
-        reached = self.problem.move(point, change_K, self._costs_at(point.a_K).curved)
+        reached = self.problem.move(point, change_K, costs.curved)
+        self.boxed = float(change_K.abs().max()) == box
         if len(self.problem.trace) > reads + 1:
             self.box = _BOX
         elif self.boxed and fresh:
             self.box *= 2
-        _update(hessian_KK, reached.a_K - point.a_K, reached.s_K - point.s_K)
+        if reached.hessian_KK is None:
+            _update(hessian_KK, reached.a_K - point.a_K, reached.s_K - point.s_K)
         return reached
 
-    def _hessian(self, point: Point) -> Tensor:
+    def _hessian(self, point: Point, costs: _Costs) -> Tensor:
         """The Hessian to use: taken anew where that costs less than the steps it may save."""
         problem = self.problem
         before, self.residual = self.residual, problem.residual(point)
         if point.hessian_KK is not None:
             self.hessian_KK = point.hessian_KK
             return self.hessian_KK
-        costs, part = self._costs_at(point.a_K), total(self.sample) / problem.count
+        part = total(self.sample) / problem.count
         rate = _RATE if self.hessian_KK is None else max(math.log(before / self.residual), 1e-3)
         left = math.log(self.residual / problem.tol)
         worth = self.residual < _NOISE and left / rate > costs.exact + left / _NEWTON

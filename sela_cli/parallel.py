@@ -27,6 +27,13 @@ def sum_of(value: Tensor) -> Tensor:
     return value
 
 
+def mean_of(values_nK: Tensor) -> Tensor:
+    """The mean over all processes' rows, some of which may have none; float64."""
+    count = values_nK.new_tensor([len(values_nK)], dtype=torch.float64)
+    sums = sum_of(torch.cat([values_nK.double().sum(0).reshape(-1), count]))
+    return (sums[:-1] / sums[-1]).reshape(values_nK.shape[1:])
+
+
 def logsumexp_of(value: Tensor) -> Tensor:
     """log sum exp of every process's `value`."""
     if not _job():

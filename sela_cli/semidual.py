@@ -32,8 +32,6 @@ from sela_cli.tiles import Rows, evenly, map_spans
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
 # Smaller entries of a row's plan are left out of a sparse Hessian.
 NEGLIGIBLE = 1e-4
-# Rows for each cluster that one sparse product is of: what it gives is written out densely.
-_SPARSE_ROWS = 8
 # Blocks of columns that a dense product is made of, and the columns of one at least.
 _GRAM_BLOCKS, _GRAM_LEAST = 4, 128
 # Rows that the breadth of the plan, and its rounding, are taken from.
@@ -130,7 +128,7 @@ class Problem:
         """One read of the matrix at potentials `a_K`, `curved` with the Hessian.
 
         Large matrices are read in float32 until its rounding shows in the residual, from
-        then on in float64; a residual within the tolerance is seen in float64 first.
+        then on in float64, in which a residual within the tolerance is looked at again.
         """
         point = self._read(a_K - a_K.mean(), curved)
         if self.dtype == torch.float32:
@@ -152,12 +150,11 @@ class Problem:
         More than of all rows, where errors of different rows cancel.
         """
         some = evenly(self.rows, _SOME)
-        plans = [
-            _plan(some.tile(0, _SOME, dtype), self.lamb, a_K).double().mean(0)
+        coarse_nK, fine_nK = (
+            _plan(some.tile(0, _SOME, dtype), self.lamb, a_K).double()
             for dtype in (torch.float32, torch.float64)
-        ]
-        moved = 0.5 * (plans[0] - plans[1]).abs().sum().cpu()
-        return float(parallel.sum_of(moved)) / parallel.size()
+        )
+        return 0.5 * float(parallel.mean_of((coarse_nK - fine_nK).cpu()).abs().sum())
 
     def _read(self, a_K: Tensor, curved: bool) -> Point:
         point = soft_sizes(self.rows, self.lamb, a_K, self.dtype, curved)
@@ -246,8 +243,7 @@ def soft_sizes(
 
     sums_K = torch.zeros_like(a_K)
     overlap_KK = np.zeros((clusters, clusters) if curved else 0)
-    least = _SPARSE_ROWS * clusters if curved else 0
-    for part_K, part_KK in map_spans(rows, work, None if kernel else dtype, least):
+    for part_K, part_KK in map_spans(rows, work, None if kernel else dtype, square=curved):
         sums_K += part_K
         if part_KK is not None:
             # By the row: all at once would take copies of what may be K^2 entries.
@@ -348,15 +344,17 @@ class _Entries:
         kept = np.flatnonzero(flat > NEGLIGIBLE)
         row, column = np.divmod(kept, self.clusters)
         self._values.append(flat[kept].astype(np.float32))
-        self._columns.append(column)
+        self._columns.append(column.astype(np.int32))
         self._counts.append(np.bincount(row, minlength=len(q_nK)))
 
     def overlap(self) -> csr_array:
-        """Their q^T q."""
-        ends = np.concatenate([[0], *self._counts]).cumsum()
+        """Their q^T q, above and below the diagonal alike."""
+        ends = np.concatenate([[0], *self._counts]).cumsum(dtype=np.int32)
         parts = np.concatenate(self._values), np.concatenate(self._columns), ends
         kept = csr_array(parts, (len(ends) - 1, self.clusters))
-        return (kept.T @ kept).tocsr()
+        # Symmetric: by the column is by the row.
+        product = kept.T @ kept
+        return csr_array((product.data, product.indices, product.indptr), product.shape)
 
 
 def _upper_gram(q_nK: Tensor) -> Tensor:
@@ -393,5 +391,5 @@ def breadth(rows: Rows, lamb: float, a_K: Tensor) -> float:
     Of some rows, evenly spread.
     """
     q_nK = _plan(evenly(rows, _SOME).tile(0, _SOME, torch.float32), lamb, a_K)
-    square = (q_nK > NEGLIGIBLE).sum(1).double().square().mean()
-    return math.sqrt(float(parallel.sum_of(square)) / parallel.size())
+    square_n = (q_nK > NEGLIGIBLE).sum(1).double().square()
+    return math.sqrt(float(parallel.mean_of(square_n.cpu())))

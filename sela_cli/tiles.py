@@ -33,6 +33,8 @@ _SPAN_ELEMENTS = 1 << 21
 # and of rows that are there and need no copy. It is waited for once a span.
 _DEVICE_TILE, _DEVICE_VIEW = 1 << 23, 1 << 28
 _DEVICE_TILES = 8
+# Rows for each cluster of a span that gives K x K numbers, so that these cost less.
+_SQUARE_ROWS = 8
 # Threads that read tiles for it, and so the spans that are in its memory.
 _DEVICE_WORKERS = 4
 
@@ -215,11 +217,11 @@ def map_spans(
     rows: Rows,
     work: Callable[[Iterator[tuple[int, Tensor]]], T],
     dtype: torch.dtype | None = torch.float64,
-    least: int = 0,
+    square: bool = False,
 ) -> Iterator[T]:
     """`work` of each span of rows, in order. It is given the span's tiles, one at a time,
-    as (number of the first row, tile_nK), and runs in a thread of its own. Spans have
-    `least` rows at least."""
+    as (number of the first row, tile_nK), and runs in a thread of its own. `square`: it gives
+    K x K numbers, so that spans are larger."""
     count, clusters = rows.shape
     elements, span_elements = _TILE_ELEMENTS, _SPAN_ELEMENTS
     if rows.device.type != "cpu":
@@ -228,6 +230,7 @@ def map_spans(
             elements = _DEVICE_VIEW
         span_elements = _DEVICE_TILES * elements
     tile = tile_rows(clusters, elements)
+    least = _SQUARE_ROWS * clusters if square else 0
     span = tile * max(1, span_elements // (tile * clusters), least // tile)
 
     def tiles(first: int) -> Iterator[tuple[int, Tensor]]:

@@ -270,6 +270,19 @@ def test_two_processes_label_as_one(tmp_path: Path, assign: str) -> None:
 
 
 @pytest.mark.slow
+def test_more_processes_than_rows(tmp_path: Path) -> None:
+    """The share of one of them is empty."""
+    np.save(tmp_path / "scores.npy", [[9.0, 0.0], [8.0, 0.0]])
+    done = run_label(
+        str(tmp_path / "scores.npy"), "-o", str(tmp_path / "labels.h5"),
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    head = formats.read_labels(str(tmp_path / "labels.h5")).heads[0]
+    assert head.labels_N.tolist() == [0, 1]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's accounting")
 def test_memory_stays_within_what_was_allowed(tmp_path: Path) -> None:
     """A file of more than the limit leaves the process below it."""

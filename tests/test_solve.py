@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sela_cli import assignment, lbfgs, newton, sinkhorn
 from sela_cli.labels import marginal
-from sela_cli.semidual import Problem, Solution, laplacian, soft_sizes
+from sela_cli.semidual import Point, Problem, Solution, laplacian, soft_sizes
 from sela_cli.tiles import InMemory, Rows
 
 Solver = Callable[..., Solution]
@@ -258,6 +258,22 @@ def test_a_warm_start_at_the_solution_ends_at_once(solve: Solver) -> None:
     found = solve(rows, uniform(6), 10.0, 1e-8, 5000)
     again = solve(rows, uniform(6), 10.0, 1e-7, 5000, found.potentials_K)
     assert again.converged and len(again.trace) == 1
+
+
+def test_a_far_start_is_left_with_what_it_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There all rows are decided, and Hessians next to nothing; where it goes on they are not."""
+    curved: list[bool] = []
+
+    class Watched(Problem):
+        def read(self, a_K: torch.Tensor, hessian: bool = False) -> Point:
+            if self.count == 5000:
+                curved.append(hessian)
+            return super().read(a_K, hessian)
+
+    rows = ArrayRows(logits(5000, 100))
+    start_K = torch.arange(100.0, dtype=torch.float64) * 100
+    solution = newton.solve(Watched(rows, uniform(100), 4.0, 1e-4, 100), start_K)
+    assert solution.converged and curved[0] and not any(curved[1:])
 
 
 @pytest.mark.parametrize("solve", SOLVERS)
