@@ -378,8 +378,9 @@ def _balancing(clusters: int) -> int:
 
 
 def _curvature(clusters: int) -> int:
-    """Bytes of Newton's Hessian, its products in float32 of every worker, and its factors."""
-    return clusters**2 * (8 * torch.get_num_threads() + 48)
+    """Bytes of Newton's Hessian and its factors, and of every worker's sparse product: the
+    entries, what they give, and that of the span before."""
+    return clusters**2 * (20 * torch.get_num_threads() + 48)
 
 
 def _kept(rows: Rows, settings: LabelSettings, taken: int) -> Rows:

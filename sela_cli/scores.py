@@ -34,11 +34,9 @@ _SUFFIXES = {
 }
 # Of features that are being kept, at a time.
 _BLOCK_VALUES = 1 << 23
-
-
-# Rows that are read along with each that is wanted, in storage that has no quick way to it.
-_BETWEEN = 12
-
+# Rows that are read along with each that is wanted, in storage that has no quick way to it;
+# and how many values at a time.
+_BETWEEN, _BETWEEN_VALUES = 12, 1 << 21
 
 Which = slice | np.ndarray
 
@@ -317,19 +315,29 @@ def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matr
         stored = _Stored.open(stack, file.filename, path, item.dtype, item.shape, offset)
         return Matrix(item.shape, stored.read, item.name)
 
-    def read(rows: Which) -> np.ndarray:
-        with formats.damage_named(path):
-            # HDF5 looks up rows one by one: all that lie between are soon read.
-            if isinstance(rows, np.ndarray) and len(rows) and _dense(rows):
-                return np.asarray(item[rows[0] : rows[-1] + 1])[rows - rows[0]]
-            return np.asarray(item[rows])
+    matrix: Matrix
 
-    return Matrix(item.shape, read, item.name)
+    def read(rows: Which) -> np.ndarray:
+        if isinstance(rows, slice) or not _dense(rows):
+            with formats.damage_named(path):
+                return np.asarray(item[rows])
+        # HDF5 looks up rows one by one: all that lie between are soon read.
+        between = int(rows[-1] - rows[0]) + 1
+        if between * item.shape[1] > _BETWEEN_VALUES and len(rows) > 1:
+            halves = np.array_split(rows, 2)
+            return np.concatenate([read(half) for half in halves])
+        with formats.damage_named(path):
+            block_nK = np.asarray(item[rows[0] : rows[-1] + 1])
+        matrix.tally.add((between - len(rows)) * block_nK[:1].nbytes)
+        return block_nK[rows - rows[0]]
+
+    matrix = Matrix(item.shape, read, item.name)
+    return matrix
 
 
 def _dense(rows: np.ndarray) -> bool:
     """Whether ascending row numbers are so many of those between the first and the last."""
-    return int(rows[-1] - rows[0]) < _BETWEEN * len(rows)
+    return len(rows) > 0 and int(rows[-1] - rows[0]) < _BETWEEN * len(rows)
 
 
 def _factored(stack: ExitStack, path: str, file: h5py.File) -> tuple[list[Matrix], Features]:

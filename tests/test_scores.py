@@ -312,6 +312,21 @@ def test_flipped_byte_is_bad_data_or_harmless(tmp_path: Path, write: Write) -> N
     assert others == set()
 
 
+def test_bytes_between_the_rows_of_a_chunked_file_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few at a time: a sample takes no more memory than its own rows ask for."""
+    matrix = np.arange(600.0).reshape(100, 6)
+    monkeypatch.setattr("sela_cli.scores._BETWEEN_VALUES", 60)
+    path, wanted = foreign_chunked(tmp_path, matrix), np.arange(3, 100, 4)
+    with scores.open_scores(path) as opened:
+        assert (opened.heads[0].read(wanted) == matrix[wanted]).all()
+        assert matrix[wanted].nbytes < opened.heads[0].tally.take() < matrix.nbytes
+        # So far apart that they are looked up one by one.
+        assert (opened.heads[0].read(wanted[::4]) == matrix[wanted[::4]]).all()
+        assert opened.heads[0].tally.take() == matrix[wanted[::4]].nbytes
+
+
 @pytest.mark.parametrize("part", ["chunk", "header"])
 def test_damaged_hdf5_is_refused(tmp_path: Path, part: str) -> None:
     path = foreign_chunked(tmp_path, MATRIX)
