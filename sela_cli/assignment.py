@@ -332,7 +332,7 @@ def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
         return loss_KK
 
     loss_KK = np.full((clusters, clusters), np.inf)
-    for part_KK in map_spans(rows, work, square=True):
+    for part_KK in map_spans(rows, work, square=8):
         np.minimum(loss_KK, part_KK, out=loss_KK)
     return loss_KK
 

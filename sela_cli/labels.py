@@ -37,6 +37,8 @@ _BASE = 700 << 20
 # losses, Hessians and samples.
 _DEVICE_BASE = 4 << 30
 _DEVICE_MATRICES = 256
+# One part in so many of what is left is for the plans that Newton's steps go by.
+_PLANS = 4
 # Beyond this a Newton step, which grows with K^3, takes longer than the reads it saves.
 _NEWTON_CLUSTERS = 4096
 # A moved row may lose this share of the mean cost more than it must.
@@ -121,7 +123,9 @@ class ScoreRows:
 
     def _scores(self, stored_nK: Tensor, rows: Which, dtype: torch.dtype | None) -> Tensor:
         exact = stored_nK.dtype in (torch.float16, torch.float32) and self.input_kind == "logits"
-        tile_nK = stored_nK.to((dtype or torch.float32) if exact else torch.float64)
+        tile_nK = stored_nK.float() if stored_nK.dtype == torch.float16 else stored_nK
+        # By way of single precision: torch takes half to double one by one, at six times the price.
+        tile_nK = tile_nK.to((dtype or torch.float32) if exact else torch.float64)
         maximum_n1 = self._maximum_N1[rows]
         unread = bool(maximum_n1.isnan().any())
         if unread:
@@ -405,10 +409,17 @@ def _bytes(shape: tuple[int, int], size: int = 4) -> int:
 def _spare(clusters: int, settings: LabelSettings, device: torch.device) -> int:
     """Bytes that are left for the scores, in memory or in that of the GPU."""
     if device.type == "cpu":
-        return settings.max_memory - max(_balancing(clusters), _curvature(clusters)) - _BASE
+        unused = _unused(clusters, settings)
+        return unused - unused // _PLANS
     # What a training before this has left to torch is free too.
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0] - _DEVICE_BASE - _DEVICE_MATRICES * clusters**2
+
+
+def _unused(clusters: int, settings: LabelSettings) -> int:
+    """Bytes of memory that are left for scores and plans."""
+    taken = max(_balancing(clusters), _curvature(clusters)) + _BASE
+    return max(settings.max_memory - taken, 0)
 
 
 def _keep_features(scores: Scores, settings: LabelSettings, device: torch.device) -> int:
@@ -482,6 +493,8 @@ def _solve_head(
         settings.max_iter,
         progress=lambda step: progress(step.iteration, 0, f"{name} residual {step.residual:.1e}"),
         stop=interrupt.requested,
+        # The same whether the rows are kept or not, so that the labels are.
+        memory=_unused(rows.shape[1], settings) // _PLANS,
     )
     solution = solve(problem, init_K)
     prices_K = solution.potentials_K / settings.lamb

@@ -4,9 +4,10 @@ K columns (clusters) of the score matrix.
 
 A step minimises the quadratic model of the semi-dual F (see `semidual`) in a box about
 the potentials: within it no plan entry changes by more than a constant factor, so that
-the Hessian means something. Where rows are nearly decided, their plans are sparse and
-every read gives the Hessian too. Elsewhere it comes from a sample of the rows, or from all
-of them; BFGS updates keep it while a new one would cost more than the reads it may save.
+the Hessian means something. It comes from a sample of the rows, or from all of them; BFGS
+updates keep it while a new one would cost more than the reads it may save. Where rows are
+nearly decided a read gives their plans too, and with these a model of F in memory: it is
+minimised between two reads, each of which corrects it.
 From a far start, problems of smaller lambda are solved first, loosely, on a sample.
 Sources: Carmon et al. 2020 (Newton steps in balls for softmax problems); BFGS and Wolfe's
 curvature condition (Nocedal and Wright, ch. 3, 6); raising lambda in steps (Schmitzer 2019).
@@ -16,13 +17,15 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sela_cli import parallel
-from sela_cli.semidual import FAST_BFLOAT16, Point, Problem, Solution, breadth, laplacian, total
+from sela_cli.plans import FAST_BFLOAT16, NEGLIGIBLE, Plans, Take
+from sela_cli.semidual import Point, Problem, Solution, breadth, laplacian, total
 from sela_cli.tiles import InMemory, Rows, Some, evenly
 
 # A given start with a larger residual is left for an annealed one.
@@ -50,12 +53,27 @@ _LEAST_SHARE = 1e-4
 _STARVED = 1e-6
 # Costs in softmax entries: a multiply-add of a dense product (in bfloat16 where the
 # processor has it) and of a Cholesky factor in float64; looking for entries that are not
-# negligible, each such entry, and each pair of them in a row.
+# negligible, taking one, going over one that was taken; and in sparse products, an entry
+# and a pair of entries in a row.
 _DENSE, _FACTOR = 1 / 128 if FAST_BFLOAT16 else 1 / 64, 1 / 16
-_LOOK, _ENTRY, _PAIR = 0.5, 50.0, 1.4
+_LOOK, _TAKE, _KEPT = 0.5, 10.0, 6.0
+_ENTRY, _PAIR = 50.0, 2.4
+# Plans are taken where that costs no more reads than _WORTH: of the entries above the first
+# of _LEAST, or above the last that cost no more than _EASY. Bytes of one, work included.
+_WORTH, _EASY = 2.0, 1.0
+_LEAST = (NEGLIGIBLE, 1e-6, 1e-8, 1e-10)
+_ENTRY_BYTES = 24
+# A model's own reads, at most.
+_MODEL_READS = 200
+# Plans are taken anew where a potential has moved so far that entries left out may be _SEEN,
+# and a model is left where they may be _LOST. It is not used again if it has not brought
+# the residual down to a _GAIN-th.
+_SEEN, _LOST, _GAIN = 1e-3, 1.0, 4.0
 # A Hessian of all rows that costs no more steps than this is taken whenever one is due,
 # unless they are so many times the sample's.
 _CHEAP, _MANY = 4.0, 8
+# One that costs no more than this is taken for every step.
+_ALWAYS = 2.0
 # A sample's Hessian is good for residuals above _NOISE; above _FAR no other is taken.
 _NOISE, _FAR = 0.02, 0.1
 # One is due when a step lowers the logarithm of the residual by less than _FAST; _RATE is
@@ -69,11 +87,9 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     levels = _levels(problem)
     if init_K is None and (not levels or problem.over()):
         init_K = torch.zeros_like(problem.marginal_K)
-    descent = _Descent(problem, samples)
+    descent = _Descent(problem, _OfRows(problem, samples, "large"))
     point = descent.read(init_K) if init_K is not None else None
     if point is None or (levels and problem.residual(point) > _NEAR and not problem.over()):
-        # Another descent: what Hessians cost at the start says nothing of those here.
-        descent = _Descent(problem, samples)
         point = descent.read(_anneal(problem, samples, levels))
     rate = 0.0 if levels else math.inf
     while rate > _FAST and problem.residual(point) > problem.tol and not problem.over():
@@ -84,7 +100,7 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
 
 def refine(problem: Problem, init_K: Tensor) -> Solution:
     """Go on from potentials that are nearly right: no annealing."""
-    descent = _Descent(problem, _Samples(problem))
+    descent = _Descent(problem, _OfRows(problem, _Samples(problem), "large"))
     return problem.solution(descent.run(descent.read(init_K)))
 
 
@@ -143,13 +159,13 @@ def _anneal(problem: Problem, samples: _Samples, levels: int) -> Tensor:
     prices_K = torch.zeros_like(problem.marginal_K)
     for level in range(levels, -1, -1):
         lamb = problem.lamb / 4**level
-        costs = _Costs(problem, breadth(problem.rows, lamb, prices_K * lamb))
+        costs = _costs(problem.at(problem.rows, lamb, 1.0), prices_K * lamb)
         decided = costs.exact <= _CHEAP and level <= 2
         rows = samples.middle if decided else samples.small
         if level == 0 and rows is problem.rows:
             break
         softer = problem.at(rows, lamb, _ANNEAL_TOL)
-        descent = _Descent(softer, samples, "large" if decided else "small")
+        descent = _Descent(softer, _OfRows(softer, samples, "large" if decided else "small"))
         prices_K = descent.run(descent.read(prices_K * lamb)).a_K / lamb
         if problem.over():
             break
@@ -158,48 +174,147 @@ def _anneal(problem: Problem, samples: _Samples, levels: int) -> Tensor:
 
 def _spread(rows: Rows) -> float:
     """Mean standard deviation of the scores within a row, of some rows."""
-    spread_n = evenly(rows, _SPREAD).tile(0, _SPREAD, torch.float32).std(1, correction=0)
+    some_nK = evenly(rows, _SPREAD).tile(0, _SPREAD, torch.float32)
+    # Not torch's own, which warns of a process without rows.
+    spread_n = (some_nK - some_nK.mean(1, keepdim=True)).square().mean(1).sqrt()
     return float(parallel.mean_of(spread_n.cpu()))
 
 
-class _Costs:
-    """What a Hessian of all rows costs, in steps, and whether as products of sparse plans."""
+class _Costs(NamedTuple):
+    """How many clusters a row's plan is spread over; what a Hessian of all rows costs, in
+    steps, and whether as products of sparse plans; the plans that are worth taking."""
 
-    def __init__(self, problem: Problem, breadth: float) -> None:
-        clusters = problem.rows.shape[1]
-        dense = _DENSE * clusters
-        sparse = _LOOK + (_ENTRY * breadth + _PAIR * breadth**2) / clusters
-        entries = problem.count * clusters
-        step = entries + _FACTOR * clusters**3 / 3
-        self.exact = entries * (1 + min(dense, sparse)) / step
-        self.sparse = sparse < dense
-        self.curved = problem.rows.device.type == "cpu" and entries * sparse <= step
+    spread: float
+    exact: float
+    sparse: bool
+    take: Take | None = None
+
+
+def _costs(problem: Problem, a_K: Tensor) -> _Costs:
+    """At potentials, for the rows of a problem."""
+    clusters = problem.rows.shape[1]
+    spreads = breadth(problem.rows, problem.lamb, a_K, _LEAST)
+    taking = [_LOOK + _TAKE * spread / clusters for spread in spreads]
+    dense = _DENSE * clusters
+    sparse = taking[0] + (_ENTRY * spreads[0] + _PAIR * spreads[0] ** 2) / clusters
+    entries, factoring = problem.count * clusters, _factoring(clusters)
+    # Not where a step of the model costs more than a read.
+    short = entries * _CHEAP < factoring
+    exact = entries * (1 + min(dense, sparse)) / (entries + factoring)
+    if problem.rows.device.type != "cpu" or taking[0] > _WORTH or short:
+        return _Costs(spreads[0], exact, sparse < dense)
+    finest = max([0, *(n for n, cost in enumerate(taking) if cost <= _EASY)])
+    size = problem.count / parallel.size() * spreads[finest] * _ENTRY_BYTES
+    every = max(1, math.ceil(size / max(problem.memory, 1)))
+    enough = every == 1 or problem.count >= every * _LARGE[0] * clusters
+    take = Take(every, _LEAST[finest]) if enough else None
+    return _Costs(spreads[0], exact, sparse < dense, take)
+
+
+def _factoring(clusters: int) -> float:
+    """What the Cholesky factor of a Hessian costs."""
+    return _FACTOR * clusters**3 / 3
+
+
+class _OfRows:
+    """Hessians of F, from the rows of a problem or from a sample of them."""
+
+    def __init__(self, problem: Problem, samples: _Samples, sample: str) -> None:
+        self._problem, self._samples, self._sample = problem, samples, sample
+        self._known: _Costs | None = None
+
+    def costs(self, a_K: Tensor, anew: bool) -> _Costs:
+        """Those of Hessians; `anew`: as they may have changed."""
+        if self._known is None or anew:
+            self._known = _costs(self._problem, a_K)
+        return self._known
+
+    @property
+    def _drawn(self) -> Rows:
+        return self._samples.small if self._sample == "small" else self._samples.large
+
+    @property
+    def part(self) -> float:
+        """The sample's share of the rows."""
+        return total(self._drawn) / self._problem.count
+
+    def at(self, a_K: Tensor, costs: _Costs, everything: bool) -> Tensor:
+        """The Hessian at potentials, of all rows or of the sample."""
+        rows = self._problem.rows if everything else self._drawn
+        return laplacian(rows, self._problem.lamb, a_K, costs.sparse)
+
+
+class _OfPlans:
+    """Hessians of a model."""
+
+    def __init__(self, plans: Plans, spread: float) -> None:
+        clusters = len(plans.a_K)
+        share, least = _LARGE
+        self._plans = plans
+        self._every = max(1, plans.rows // max(share * clusters, least))
+        dense = clusters * (1 + _DENSE * clusters)
+        sparse = _ENTRY * spread + _PAIR * spread**2
+        read = _KEPT * plans.entries
+        exact = (read + plans.rows * min(dense, sparse)) / (read + _factoring(clusters))
+        self._costs = _Costs(spread, exact, sparse < dense)
+
+    def costs(self, a_K: Tensor, anew: bool) -> _Costs:
+        """Those of Hessians."""
+        return self._costs
+
+    @property
+    def part(self) -> float:
+        """The sample's share of the rows."""
+        return 1 / self._every
+
+    def at(self, a_K: Tensor, costs: _Costs, everything: bool) -> Tensor:
+        """The Hessian at potentials, of all rows or of some."""
+        return self._plans.laplacian(a_K, 1 if everything else self._every, costs.sparse)
+
+
+class _Model(Problem):
+    """A problem as the plans at a point have it, with a marginal that makes up for what
+    they leave out: r_k times the share of s_k that they have."""
+
+    def __init__(self, problem: Problem, point: Point, plans: Plans) -> None:
+        # What plans leave out counts for more than a smaller residual.
+        tol = max(plans.taken.least**0.5 * problem.residual(point), problem.tol / 2)
+        self._plans, self._start_K, self._moved = plans, point.a_K, 0.0
+        found_K = plans.soft_sizes(point.a_K)
+        marginal_K = problem.marginal_K * found_K / point.s_K
+        marginal_K /= marginal_K.sum()
+        super().__init__(
+            problem.rows, marginal_K, problem.lamb, tol, _MODEL_READS, stop=problem.stop
+        )
+
+    def read(self, a_K: Tensor, take: Take | None = None) -> Point:
+        """What a read would give, from the plans."""
+        return self._read(a_K - a_K.mean(), None)
+
+    def _soft_sizes(self, a_K: Tensor, take: Take | None) -> Point:
+        self._moved = float((a_K - self._start_K).abs().max())
+        return Point(a_K, self._plans.soft_sizes(a_K).log())
+
+    def over(self) -> bool:
+        """Whether it is to be left."""
+        return self._moved > math.log(_LOST / self._plans.taken.least) or super().over()
 
 
 class _Descent:
     """Steps down F, and the Hessian they go by."""
 
-    def __init__(self, problem: Problem, samples: _Samples, sample: str = "large") -> None:
-        self.problem, self._samples, self._sample = problem, samples, sample
+    def __init__(self, problem: Problem, hessians: _OfRows | _OfPlans) -> None:
+        self.problem, self._hessians = problem, hessians
         self.hessian_KK: Tensor | None = None
-        self.costs: _Costs | None = None
         self.boxed = False
         self.box = _BOX
         self.residual = math.inf
-
-    @property
-    def sample(self) -> Rows:
-        """Rows for Hessians that are not of all rows."""
-        return self._samples.small if self._sample == "small" else self._samples.large
+        # Where the last model was no good, at what residual.
+        self._failed = math.inf
 
     def read(self, a_K: Tensor) -> Point:
-        """A read at potentials, with the Hessian where that is cheap."""
-        return self.problem.read(a_K, self._costs_at(a_K).curved)
-
-    def _costs_at(self, a_K: Tensor) -> _Costs:
-        if self.costs is None or self.boxed:
-            self.costs = _Costs(self.problem, breadth(self.problem.rows, self.problem.lamb, a_K))
-        return self.costs
+        """A read at potentials, with the plans where these are worth it."""
+        return self.problem.read(a_K, self._hessians.costs(a_K, anew=True).take)
 
     def run(self, point: Point) -> Point:
         """From `point` to the tolerance, or to where the reads are over."""
@@ -208,45 +323,80 @@ class _Descent:
             if problem.starved(point, _STARVED):
                 self.hessian_KK = None
                 point = self.read(problem.sinkhorn(point))
-            else:
-                point = self._step(point)
+                continue
+            change_K = None
+            if point.plans and self._promising(point):
+                change_K = self._by_plans(point, point.plans)
+            point = self._step(point) if change_K is None else self._checked(point, change_K)
         return point
 
+    def _promising(self, point: Point) -> bool:
+        """Whether a model may be of use: much has changed since the last that was not."""
+        return self.problem.residual(point) * _GAIN < self._failed
+
+    def _by_plans(self, point: Point, plans: Plans) -> Tensor | None:
+        """The change that minimises the model; None where it is no good."""
+        self._failed = self.problem.residual(point)
+        model = _Model(self.problem, point, plans)
+        if not (model.marginal_K > 0).all():
+            return None
+        spread = self._hessians.costs(point.a_K, anew=False).spread
+        descent = _Descent(model, _OfPlans(plans, spread))
+        descent.hessian_KK = self.hessian_KK
+        found = descent.run(model.read(point.a_K))
+        if model.residual(found) * _GAIN > self._failed:
+            self.hessian_KK = None
+            return None
+        self._failed, self.hessian_KK = math.inf, descent.hessian_KK
+        return found.a_K - point.a_K
+
+    def _checked(self, point: Point, change_K: Tensor) -> Point:
+        """The point that a model's change leads to, with plans to go on by."""
+        problem, plans = self.problem, point.plans
+        assert plans is not None
+        moved = float((point.a_K + change_K - plans.a_K).abs().max())
+        far = moved > math.log(_SEEN / plans.taken.least)
+        take = self._hessians.costs(point.a_K, anew=True).take if far else None
+        reached = problem.move(point, change_K, take)
+        if reached.plans is None and problem.residual(reached) * _GAIN < problem.residual(point):
+            return reached._replace(plans=plans)
+        return reached
+
     def _step(self, point: Point) -> Point:
-        before, costs = self.hessian_KK, self._costs_at(point.a_K)
+        before, costs = self.hessian_KK, self._hessians.costs(point.a_K, self.boxed)
         hessian_KK = self._hessian(point, costs)
         fresh = hessian_KK is not before
         box = self.box if fresh else min(self.box, _STALE_BOX)
         change_K = _box_step(hessian_KK, self.problem.gradient(point), point.s_K, box)
         reads = len(self.problem.trace)
-        reached = self.problem.move(point, change_K, costs.curved)
+        take = costs.take if self._promising(point) else None
+        reached = self.problem.move(point, change_K, take)
         self.boxed = float(change_K.abs().max()) == box
         if len(self.problem.trace) > reads + 1:
             self.box = _BOX
         elif self.boxed and fresh:
             self.box *= 2
-        if reached.hessian_KK is None:
-            _update(hessian_KK, reached.a_K - point.a_K, reached.s_K - point.s_K)
+        _update(hessian_KK, reached.a_K - point.a_K, reached.s_K - point.s_K)
         return reached
 
     def _hessian(self, point: Point, costs: _Costs) -> Tensor:
         """The Hessian to use: taken anew where that costs less than the steps it may save."""
         problem = self.problem
         before, self.residual = self.residual, problem.residual(point)
-        if point.hessian_KK is not None:
-            self.hessian_KK = point.hessian_KK
-            return self.hessian_KK
-        part = total(self.sample) / problem.count
         rate = _RATE if self.hessian_KK is None else max(math.log(before / self.residual), 1e-3)
         left = math.log(self.residual / problem.tol)
         worth = self.residual < _NOISE and left / rate > costs.exact + left / _NEWTON
-        cheap = costs.exact <= _CHEAP and part * _MANY >= 1
+        source = _OfPlans(point.plans, costs.spread) if point.plans else self._hessians
+        cheap = costs.exact <= _CHEAP and source.part * _MANY >= 1
         # Steps to where a sample says no more, at this rate and at that of a fresh Hessian.
         saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
-        due = rate < _FAST if cheap else saved > costs.exact * part
-        if self.hessian_KK is None or worth or due:
-            rows = problem.rows if worth or (cheap and self.residual < _FAR) else self.sample
-            self.hessian_KK = laplacian(rows, problem.lamb, point.a_K, costs.sparse)
+        due = rate < _FAST if cheap else saved > costs.exact * source.part
+        if self.hessian_KK is None or worth or due or costs.exact <= _ALWAYS:
+            everything = worth or costs.exact <= _ALWAYS or (cheap and self.residual < _FAR)
+            self.hessian_KK = source.at(point.a_K, costs, everything)
+            # Clusters that hardly any row is undecided about leave it singular to rounding,
+            # and what is made of that by an update indefinite.
+            self.hessian_KK.diagonal().add_(_DAMPING * _weights(point.s_K))
         return self.hessian_KK
 
 
@@ -260,6 +410,11 @@ def _update(hessian_KK: Tensor, moved_K: Tensor, turned_K: Tensor) -> None:
         hessian_KK -= torch.outer(foreseen_K, foreseen_K / along)
 
 
+def _weights(s_K: Tensor) -> Tensor:
+    """Of the clusters in damping."""
+    return s_K.clamp(min=_LEAST_SHARE / len(s_K) ** 2)
+
+
 def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor, box: float) -> Tensor:
     """The change that minimises the quadratic model within the box (half its side given),
     or nearly.
@@ -270,9 +425,8 @@ def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor, box: float) -
     clusters = len(s_K)
     # F does not change along (1, ..., 1): the constant makes the system regular there.
     system_KK = hessian_KK + 1 / clusters**2
-    # Clusters that hardly any row is due to would leave it singular to rounding.
-    s_K = s_K.clamp(min=_LEAST_SHARE / clusters**2)
-    system_KK.diagonal().add_(_DAMPING * s_K)
+    # Again: an update may have taken it out.
+    system_KK.diagonal().add_(_DAMPING * _weights(s_K))
     factor_KK = torch.linalg.cholesky(system_KK)
     free_K = torch.cholesky_solve(-gradient_K[:, None], factor_KK)[:, 0]
     free_K -= free_K.median()
@@ -295,7 +449,7 @@ def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor, box: float) -
         and float(gradient_K @ change_K) > -_DESCENT * float(gradient_K.abs().sum())
     ):
         damping *= 10
-        system_KK.diagonal().add_(damping * s_K)
+        system_KK.diagonal().add_(damping * _weights(s_K))
         factor_KK = torch.linalg.cholesky(system_KK)
         change_K = torch.cholesky_solve(-gradient_K[:, None], factor_KK)[:, 0]
         change_K -= change_K.mean()

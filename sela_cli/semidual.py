@@ -14,26 +14,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
 from sela_cli import parallel
+from sela_cli.plans import Entries, Plans, Take, gram, hessian_of
 from sela_cli.tiles import Rows, evenly, map_spans
 
 # Below this a mean of softmax entries may have lost terms to underflow.
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
-# Smaller entries of a row's plan are left out of a sparse Hessian.
-NEGLIGIBLE = 1e-4
-# Blocks of columns that a dense product is made of, and the columns of one at least.
-_GRAM_BLOCKS, _GRAM_LEAST = 4, 128
 # Rows that the breadth of the plan, and its rounding, are taken from.
 _SOME = 512
 # From this many entries on, float32 is used for as long as it can tell.
@@ -42,17 +36,6 @@ _LARGE = 1 << 20
 _CLEAR = 16
 # A step is taken back where the slope at its end is still this share of the first, upwards.
 _WOLFE = 0.5
-
-
-def _has_fast_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16; elsewhere torch emulates it slowly."""
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-FAST_BFLOAT16 = _has_fast_bfloat16()
 
 
 class Step(NamedTuple):
@@ -74,11 +57,11 @@ class Solution(NamedTuple):
 
 class Point(NamedTuple):
     """Potentials, and the logarithms of the soft sizes there, both float64 on the CPU; and
-    the Hessian, where it was asked for."""
+    plans, where they were asked for."""
 
     a_K: Tensor
     log_s_K: Tensor
-    hessian_KK: Tensor | None = None
+    plans: Plans | None = None
 
     @property
     def s_K(self) -> Tensor:
@@ -90,8 +73,8 @@ class Problem:
     """A matrix, the wanted marginal, and the account of the reads that a solve makes.
 
     `marginal_K`: positive, sums to 1, float64. `progress` hears of every read, `stop` is
-    asked after each. In a job of several processes each has a share of the rows, and all
-    see the same sums.
+    asked after each. `memory`: bytes that may be kept of plans. In a job of several
+    processes each has a share of the rows, and all see the same sums.
     """
 
     def __init__(
@@ -103,10 +86,11 @@ class Problem:
         max_iter: int,
         progress: Callable[[Step], None] = lambda step: None,
         stop: Callable[[], bool] = lambda: False,
+        memory: int = 1 << 30,
     ) -> None:
         self.rows, self.marginal_K, self.lamb = rows, marginal_K, lamb
         self.tol, self.max_iter = tol, max_iter
-        self._progress, self._stop = progress, stop
+        self._progress, self.stop, self.memory = progress, stop, memory
         self.count = total(rows)
         large = self.count * rows.shape[1] >= _LARGE
         self.dtype = torch.float32 if large else torch.float64
@@ -119,18 +103,18 @@ class Problem:
         Its reads count here if the rows are these, unless it has `reads` of its own.
         """
         most = self.max_iter if reads is None else reads
-        other = Problem(rows, self.marginal_K, lamb, tol, most, stop=self._stop)
+        other = Problem(rows, self.marginal_K, lamb, tol, most, stop=self.stop, memory=self.memory)
         if rows is self.rows and reads is None:
             other.trace, other._start, other._progress = self.trace, self._start, self._progress
         return other
 
-    def read(self, a_K: Tensor, curved: bool = False) -> Point:
-        """One read of the matrix at potentials `a_K`, `curved` with the Hessian.
+    def read(self, a_K: Tensor, take: Take | None = None) -> Point:
+        """One read of the matrix at potentials `a_K`, and plans with it.
 
         Large matrices are read in float32 until its rounding shows in the residual, from
         then on in float64, in which a residual within the tolerance is looked at again.
         """
-        point = self._read(a_K - a_K.mean(), curved)
+        point = self._read(a_K - a_K.mean(), take)
         if self.dtype == torch.float32:
             # The relative error of a plan entry near the top of its row: a sum of two
             # numbers that may both be as large as the range of the potentials.
@@ -141,7 +125,7 @@ class Problem:
             if seen > self.tol / 4 and self.residual(point) <= max(self.tol, _CLEAR * seen):
                 self.dtype = torch.float64
                 if self.residual(point) <= self.tol:
-                    point = self._read(point.a_K, curved)
+                    point = self._read(point.a_K, take)
         return point
 
     def _rounding(self, a_K: Tensor) -> float:
@@ -156,14 +140,17 @@ class Problem:
         )
         return 0.5 * float(parallel.mean_of((coarse_nK - fine_nK).cpu()).abs().sum())
 
-    def _read(self, a_K: Tensor, curved: bool) -> Point:
-        point = soft_sizes(self.rows, self.lamb, a_K, self.dtype, curved)
+    def _read(self, a_K: Tensor, take: Take | None) -> Point:
+        point = self._soft_sizes(a_K, take)
         seconds = time.monotonic() - self._start
         self.trace.append(Step(len(self.trace) + 1, self.residual(point), seconds))
         self._progress(self.trace[-1])
         return point
 
-    def move(self, point: Point, change_K: Tensor, curved: bool = False) -> Point:
+    def _soft_sizes(self, a_K: Tensor, take: Take | None) -> Point:
+        return soft_sizes(self.rows, self.lamb, a_K, self.dtype, take)
+
+    def move(self, point: Point, change_K: Tensor, take: Take | None = None) -> Point:
         """The point that a step along `change_K` leads to, shortened where F would rise.
 
         F is convex: it has not risen where it still slopes down. A step that halves the
@@ -171,10 +158,10 @@ class Problem:
         """
         slope = float(self.gradient(point) @ change_K)
         if slope >= 0:
-            return self.read(self.sinkhorn(point), curved)
+            return self.read(self.sinkhorn(point), take)
         length = 1.0
         while True:
-            reached = self.read(point.a_K + length * change_K, curved)
+            reached = self.read(point.a_K + length * change_K, take)
             end = float(self.gradient(reached) @ change_K)
             if end <= -_WOLFE * slope or self.residual(reached) < self.residual(point) / 2:
                 return reached
@@ -200,7 +187,7 @@ class Problem:
 
     def over(self) -> bool:
         """Whether no more reads are to be made."""
-        return len(self.trace) >= self.max_iter or parallel.any_of(self._stop())
+        return len(self.trace) >= self.max_iter or parallel.any_of(self.stop())
 
     def solution(self, point: Point) -> Solution:
         """The result of a solve that ends at `point`."""
@@ -218,37 +205,33 @@ def soft_sizes(
     lamb: float,
     a_K: Tensor,
     dtype: torch.dtype = torch.float64,
-    curved: bool = False,
+    take: Take | None = None,
 ) -> Point:
     """log s_K(a), in one read of the matrix.
 
     A cluster that no row wants has an s below the smallest number; its logarithm is then
     taken in the log domain in a second read, so that it is finite for finite scores and
-    the cluster can recover. `curved`: with the Hessian (`laplacian`, sparse) of the same read.
+    the cluster can recover. `take`: with these plans.
     """
-    clusters = rows.shape[1]
-    kernel = None if curved else _kernel(rows.device)
+    kernel = None if take else _kernel(rows.device)
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> tuple[Tensor, csr_array | None]:
-        s_K, kept = torch.zeros_like(a_K, device=rows.device), _Entries(clusters)
-        for _, tile_nK in tiles:
+        s_K, entries = torch.zeros_like(a_K, device=rows.device), Entries(rows.shape[1])
+        for first, tile_nK in tiles:
             if kernel:
                 s_K += kernel(tile_nK, lamb, a_K, dtype)
                 continue
             q_nK = _plan(tile_nK, lamb, a_K)
             s_K += q_nK.sum(0).to(s_K)
-            if curved:
-                kept.add(q_nK.numpy())
-        return s_K.cpu(), kept.overlap() if curved else None
+            if take:
+                entries.add(q_nK[-first % take.every :: take.every].numpy(), take.least)
+        return s_K.cpu(), entries.block() if take else None
 
-    sums_K = torch.zeros_like(a_K)
-    overlap_KK = np.zeros((clusters, clusters) if curved else 0)
-    for part_K, part_KK in map_spans(rows, work, None if kernel else dtype, square=curved):
+    sums_K, blocks = torch.zeros_like(a_K), []
+    for part_K, block in map_spans(rows, work, None if kernel else dtype, square=8 if take else 0):
         sums_K += part_K
-        if part_KK is not None:
-            # By the row: all at once would take copies of what may be K^2 entries.
-            for row, (first, end) in enumerate(pairwise(part_KK.indptr)):
-                overlap_KK[row, part_KK.indices[first:end]] += part_KK.data[first:end]
+        if block is not None:
+            blocks.append(block)
     # The number of rows goes along: one exchange between processes a read.
     sums = parallel.sum_of(torch.cat([sums_K, sums_K.new_tensor([rows.shape[0]])]))
     s_K = sums[:-1] / sums[-1]
@@ -256,10 +239,7 @@ def soft_sizes(
     dead = (s_K < _UNDERFLOW[dtype]).nonzero()[:, 0]
     if len(dead):
         log_s_K[dead] = _log_sizes(rows, lamb, a_K, dead)
-    hessian_KK = None
-    if curved:
-        hessian_KK = _of_overlap(torch.from_numpy(overlap_KK), int(sums[-1]))
-    return Point(a_K, log_s_K, hessian_KK)
+    return Point(a_K, log_s_K, Plans(a_K, take, blocks) if take else None)
 
 
 @cache
@@ -299,80 +279,30 @@ def laplacian(rows: Rows, lamb: float, a_K: Tensor, sparse: bool) -> Tensor:
     """The Hessian of F over `rows`, (K, K) float64, from products in float32, or in
     bfloat16 where that is faster: it only decides the direction of a step.
 
-    Its rows sum to zero, so the diagonal is taken from the rest of each row: s_k less
-    the mean of q_ik^2 would cancel where rows are all but decided. `sparse` leaves out
-    entries q_ik below `NEGLIGIBLE`; what is left is still positive semidefinite.
+    `sparse` leaves out what is negligible; what is left is still positive semidefinite.
     """
     if rows.device.type != "cpu":
         return _laplacian_on_device(rows, lamb, a_K)
     if sparse:
-        hessian_KK = soft_sizes(rows, lamb, a_K, torch.float32, curved=True).hessian_KK
-        assert hessian_KK is not None
-        return hessian_KK
+        plans = soft_sizes(rows, lamb, a_K, torch.float32, Take()).plans
+        assert plans is not None
+        return plans.laplacian(a_K)
     clusters = rows.shape[1]
     overlap_KK = torch.zeros(clusters, clusters, dtype=torch.float64)
 
-    def gram(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
-        q_nK = torch.cat([_plan(tile_nK, lamb, a_K) for _, tile_nK in tiles])
-        return _upper_gram(q_nK.bfloat16() if FAST_BFLOAT16 else q_nK)
+    def overlap(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+        return gram(torch.cat([_plan(tile_nK, lamb, a_K) for _, tile_nK in tiles]))
 
-    for part_KK in map_spans(rows, gram, torch.float32):
+    for part_KK in map_spans(rows, overlap, torch.float32, square=2):
         overlap_KK += part_KK
-    overlap_KK = overlap_KK.triu() + overlap_KK.triu(1).T
-    return _of_overlap(overlap_KK, total(rows))
-
-
-def _of_overlap(overlap_KK: Tensor, count: int) -> Tensor:
-    """The Hessian from the sum of q_i q_i^T over this process's rows; `count`: of all."""
-    parallel.sum_of(overlap_KK)
-    overlap_KK.fill_diagonal_(0.0).div_(-count)
-    return overlap_KK.diagonal_scatter(-overlap_KK.sum(1))
-
-
-class _Entries:
-    """What is not negligible of the plans of a span of rows."""
-
-    def __init__(self, clusters: int) -> None:
-        self.clusters = clusters
-        self._values: list[np.ndarray] = []
-        self._columns: list[np.ndarray] = []
-        self._counts: list[np.ndarray] = []
-
-    def add(self, q_nK: np.ndarray) -> None:
-        """Those of one tile."""
-        flat = q_nK.ravel()
-        kept = np.flatnonzero(flat > NEGLIGIBLE)
-        row, column = np.divmod(kept, self.clusters)
-        self._values.append(flat[kept].astype(np.float32))
-        self._columns.append(column.astype(np.int32))
-        self._counts.append(np.bincount(row, minlength=len(q_nK)))
-
-    def overlap(self) -> csr_array:
-        """Their q^T q, above and below the diagonal alike."""
-        ends = np.concatenate([[0], *self._counts]).cumsum(dtype=np.int32)
-        parts = np.concatenate(self._values), np.concatenate(self._columns), ends
-        kept = csr_array(parts, (len(ends) - 1, self.clusters))
-        # Symmetric: by the column is by the row.
-        product = kept.T @ kept
-        return csr_array((product.data, product.indices, product.indptr), product.shape)
-
-
-def _upper_gram(q_nK: Tensor) -> Tensor:
-    """q^T q on and above the diagonal, by blocks; below it nothing, which saves a third."""
-    clusters = q_nK.shape[1]
-    gram_KK = q_nK.new_zeros(clusters, clusters)
-    step = max(-(-clusters // _GRAM_BLOCKS), _GRAM_LEAST)
-    for start in range(0, clusters, step):
-        block_nk = q_nK[:, start : start + step]
-        gram_KK[start : start + step, start:] = block_nk.T @ q_nK[:, start:]
-    return gram_KK
+    return hessian_of(overlap_KK, rows.shape[0])
 
 
 def _laplacian_on_device(rows: Rows, lamb: float, a_K: Tensor) -> Tensor:
     """The same on a GPU, whose dense products are faster than sparse ones would be."""
     clusters = rows.shape[1]
 
-    def gram(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
+    def overlap(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
         gram_KK = torch.zeros(clusters, clusters, device=rows.device)
         for _, tile_nK in tiles:
             q_nK = _plan(tile_nK, lamb, a_K).bfloat16()
@@ -380,16 +310,16 @@ def _laplacian_on_device(rows: Rows, lamb: float, a_K: Tensor) -> Tensor:
         return gram_KK
 
     overlap_KK = torch.zeros(clusters, clusters, dtype=torch.float64, device=rows.device)
-    for part_KK in map_spans(rows, gram, torch.float32):
+    for part_KK in map_spans(rows, overlap, torch.float32):
         overlap_KK += part_KK
-    return _of_overlap(overlap_KK.cpu(), total(rows))
+    return hessian_of(overlap_KK.cpu(), rows.shape[0])
 
 
-def breadth(rows: Rows, lamb: float, a_K: Tensor) -> float:
-    """Root mean square number of clusters with a share of a row that is not negligible.
+def breadth(rows: Rows, lamb: float, a_K: Tensor, least: Sequence[float]) -> list[float]:
+    """Root mean square number of clusters with a share of a row that is above each of `least`.
 
     Of some rows, evenly spread.
     """
     q_nK = _plan(evenly(rows, _SOME).tile(0, _SOME, torch.float32), lamb, a_K)
-    square_n = (q_nK > NEGLIGIBLE).sum(1).double().square()
-    return math.sqrt(float(parallel.mean_of(square_n.cpu())))
+    squares = [(q_nK > share).sum(1).double().square() for share in least]
+    return parallel.mean_of(torch.stack(squares, 1).cpu()).sqrt().tolist()

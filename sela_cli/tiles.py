@@ -33,8 +33,6 @@ _SPAN_ELEMENTS = 1 << 21
 # and of rows that are there and need no copy. It is waited for once a span.
 _DEVICE_TILE, _DEVICE_VIEW = 1 << 23, 1 << 28
 _DEVICE_TILES = 8
-# Rows for each cluster of a span that gives K x K numbers, so that these cost less.
-_SQUARE_ROWS = 8
 # Threads that read tiles for it, and so the spans that are in its memory.
 _DEVICE_WORKERS = 4
 
@@ -217,11 +215,11 @@ def map_spans(
     rows: Rows,
     work: Callable[[Iterator[tuple[int, Tensor]]], T],
     dtype: torch.dtype | None = torch.float64,
-    square: bool = False,
+    square: int = 0,
 ) -> Iterator[T]:
     """`work` of each span of rows, in order. It is given the span's tiles, one at a time,
     as (number of the first row, tile_nK), and runs in a thread of its own. `square`: it gives
-    K x K numbers, so that spans are larger."""
+    K x K numbers, which cost less by the row if spans have so many rows for each cluster."""
     count, clusters = rows.shape
     elements, span_elements = _TILE_ELEMENTS, _SPAN_ELEMENTS
     if rows.device.type != "cpu":
@@ -230,15 +228,14 @@ def map_spans(
             elements = _DEVICE_VIEW
         span_elements = _DEVICE_TILES * elements
     tile = tile_rows(clusters, elements)
-    least = _SQUARE_ROWS * clusters if square else 0
-    span = tile * max(1, span_elements // (tile * clusters), least // tile)
+    span = tile * max(1, span_elements // (tile * clusters), square * clusters // tile)
 
     def tiles(first: int) -> Iterator[tuple[int, Tensor]]:
         end = min(first + span, count)
         for start in range(first, end, tile):
             yield start, rows.tile(start, min(start + tile, end), dtype)
 
-    return _in_order(work, map(tiles, range(0, count, span)), rows.device)
+    return in_order(work, map(tiles, range(0, count, span)), rows.device)
 
 
 def map_rows(
@@ -250,10 +247,10 @@ def map_rows(
     """`work` of the named rows (ascending), a span of them at a time, in order."""
     size = max(1, _SPAN_ELEMENTS // rows.shape[1])
     parts = [rows_n[at : at + size] for at in range(0, len(rows_n), size)]
-    return _in_order(lambda part_n: work(rows.take(part_n, dtype)), parts, rows.device)
+    return in_order(lambda part_n: work(rows.take(part_n, dtype)), parts, rows.device)
 
 
-def _in_order(work: Callable[[S], T], items: Iterable[S], device: torch.device) -> Iterator[T]:
+def in_order(work: Callable[[S], T], items: Iterable[S], device: torch.device) -> Iterator[T]:
     """Results as a plain map gives them, worked out in the pool, a few ahead."""
     workers = torch.get_num_threads()
     if device.type != "cpu":

@@ -119,10 +119,10 @@ def _matrix(array: np.ndarray):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_rows_kept_and_rows_streamed_give_the_same_bits(tmp_path: Path, dtype: type) -> None:
-    np.save(tmp_path / "scores.npy", scores(90_000, 16).astype(dtype))
+    np.save(tmp_path / "scores.npy", scores(90_000, 64).astype(dtype))
     kept = label(tmp_path / "scores.npy", assign="argmax")
     # Too little for the rows, enough for all else.
-    streamed = label(tmp_path / "scores.npy", assign="argmax", max_memory=702 << 20)
+    streamed = label(tmp_path / "scores.npy", assign="argmax", max_memory=735 << 20)
     assert (kept.labels_N == streamed.labels_N).all()
     assert kept.potentials_K.tolist() == streamed.potentials_K.tolist()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sela_cli import assignment, lbfgs, newton, sinkhorn
 from sela_cli.labels import marginal
+from sela_cli.plans import Take
 from sela_cli.semidual import Point, Problem, Solution, laplacian, soft_sizes
 from sela_cli.tiles import InMemory, Rows
 
@@ -159,16 +160,27 @@ def test_the_laplacian_is_the_hessian_of_the_semi_dual() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_read_may_give_the_hessian_too(dtype: torch.dtype) -> None:
-    scores_NK = logits(3000, 30, scale=2.0)
-    a_K = torch.from_numpy(np.random.default_rng(3).normal(0, 1, 30))
-    plain = soft_sizes(ArrayRows(scores_NK), 4.0, a_K, dtype)
-    curved = soft_sizes(ArrayRows(scores_NK), 4.0, a_K, dtype, curved=True)
-    assert plain.hessian_KK is None and curved.hessian_KK is not None
-    torch.testing.assert_close(curved.s_K, plain.s_K, rtol=1e-6, atol=0)
-    q_NK = softmax(4.0 * scores_NK + a_K.numpy(), axis=1)
+def test_a_read_may_give_the_plans_too(dtype: torch.dtype) -> None:
+    """With them soft sizes and Hessians elsewhere, as another read gives them."""
+    rows, clusters = ArrayRows(logits(3000, 30, scale=2.0)), 30
+    generator = np.random.default_rng(3)
+    a_K, b_K = (torch.from_numpy(generator.normal(0, 1, clusters)) for _ in range(2))
+    plain, read = (soft_sizes(rows, 4.0, a_K, dtype, take) for take in (None, Take()))
+    assert plain.plans is None and read.plans is not None and read.plans.rows == 3000
+    torch.testing.assert_close(read.s_K, plain.s_K, rtol=1e-6, atol=0)
+    elsewhere = soft_sizes(rows, 4.0, b_K, torch.float64)
+    found_K = read.plans.soft_sizes(b_K)
+    torch.testing.assert_close(found_K, elsewhere.s_K, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found_K.sum(), torch.tensor(1.0).double())
+    q_NK = softmax(4.0 * rows.scores_NK + b_K.numpy(), axis=1)
     expected = np.diag(q_NK.mean(0)) - q_NK.T @ q_NK / 3000
-    np.testing.assert_allclose(curved.hessian_KK, expected, atol=1e-4)
+    for sparse in (False, True):
+        found = read.plans.laplacian(b_K, 1, sparse)
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+        # Of a third of the rows.
+        third = soft_sizes(rows, 4.0, b_K, dtype, Take(every=3)).plans
+        assert third is not None and third.rows == 1000
+        torch.testing.assert_close(third.laplacian(b_K, 1, sparse), found, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("solve", SOLVERS)
@@ -261,19 +273,18 @@ def test_a_warm_start_at_the_solution_ends_at_once(solve: Solver) -> None:
 
 
 def test_a_far_start_is_left_with_what_it_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There all rows are decided, and Hessians next to nothing; where it goes on they are not."""
-    curved: list[bool] = []
+    """There all rows are decided, and plans next to nothing; where it goes on they are not."""
+    taken: list[bool] = []
 
     class Watched(Problem):
-        def read(self, a_K: torch.Tensor, hessian: bool = False) -> Point:
-            if self.count == 5000:
-                curved.append(hessian)
-            return super().read(a_K, hessian)
+        def read(self, a_K: torch.Tensor, take: Take | None = None) -> Point:
+            taken.append(take is not None)
+            return super().read(a_K, take)
 
     rows = ArrayRows(logits(5000, 100))
     start_K = torch.arange(100.0, dtype=torch.float64) * 100
-    solution = newton.solve(Watched(rows, uniform(100), 4.0, 1e-4, 100), start_K)
-    assert solution.converged and curved[0] and not any(curved[1:])
+    solution = newton.solve(Watched(rows, uniform(100), 0.5, 1e-4, 100), start_K)
+    assert solution.converged and taken[0] and not any(taken[1:])
 
 
 @pytest.mark.parametrize("solve", SOLVERS)

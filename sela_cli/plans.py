@@ -1,0 +1,185 @@
+"""The plans of rows that are nearly decided, kept as sparse rows: soft sizes without a read.
+
+K columns (clusters) of the score matrix, n rows of a block.
+
+With q_i the plan of row i at potentials a, that at a + d is q_ik e^{d_k} / sum_l q_il e^{d_l}:
+what the score matrix was read for is in the plan. Entries that are negligible are left
+out, so that this holds near a only. What is found in memory is checked, and what was left
+out made up for, by the next read (`newton`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csc_array, csr_array, vstack
+from torch import Tensor
+
+from sela_cli import parallel
+from sela_cli.tiles import CPU, in_order
+
+# Smaller entries are left out of Hessians, and of plans that have many of them.
+NEGLIGIBLE = 1e-4
+# Entries of a block for each cluster, at least: adding up its product takes time too.
+_BLOCK = 256
+# Blocks of columns that a dense product is made of, and the columns of one at least.
+_GRAM_BLOCKS, _GRAM_LEAST = 4, 128
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16; elsewhere torch emulates it slowly."""
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+FAST_BFLOAT16 = _has_fast_bfloat16()
+
+
+class Take(NamedTuple):
+    """Which plans are wanted: of every so many of the rows, the entries above `least`."""
+
+    every: int = 1
+    least: float = NEGLIGIBLE
+
+
+class Plans:
+    """Plans at potentials `a_K`, of rows of all processes: this one's in blocks."""
+
+    def __init__(self, a_K: Tensor, taken: Take, blocks: list[csr_array]) -> None:
+        self.taken = taken
+        self.a_K, self._blocks = a_K, _merged(blocks, _BLOCK * len(a_K))
+        own = sum(block.shape[0] for block in blocks), sum(block.nnz for block in blocks)
+        self.rows, self.entries = parallel.sum_of(torch.tensor(own)).tolist()
+
+    def soft_sizes(self, a_K: Tensor) -> Tensor:
+        """s_K at other potentials, float64."""
+        factor_K = self._factor(a_K)
+        sums_K = np.zeros(len(factor_K))
+        for part_K in in_order(partial(_sums, factor_K=factor_K), self._blocks, CPU):
+            sums_K += part_K
+        return parallel.sum_of(torch.from_numpy(sums_K * factor_K)) / self.rows
+
+    def laplacian(self, a_K: Tensor, every: int = 1, sparse: bool = True) -> Tensor:
+        """The Hessian of F at other potentials, of every so many of the rows; `sparse`: from
+        sparse products. (K, K) float64, as that of `semidual.laplacian`."""
+        factor_K = self._factor(a_K).astype(np.float32)
+
+        def overlap(block: csr_array) -> tuple[int, Any]:
+            part = _moved(block[::every] if every > 1 else block, factor_K)
+            part.data[part.data <= NEGLIGIBLE] = 0
+            part.eliminate_zeros()
+            if sparse:
+                return part.shape[0], part.T @ part
+            return part.shape[0], gram(torch.from_numpy(part.toarray()))
+
+        rows, overlap_KK = 0, torch.zeros(len(a_K), len(a_K), dtype=torch.float64)
+        for count, part_KK in in_order(overlap, self._blocks, CPU):
+            rows += count
+            if sparse:
+                _add(overlap_KK.numpy(), part_KK)
+            else:
+                overlap_KK += part_KK
+        return hessian_of(overlap_KK, rows)
+
+    def _factor(self, a_K: Tensor) -> np.ndarray:
+        factor_K: np.ndarray = (a_K - self.a_K).exp().numpy()
+        return factor_K
+
+
+class Entries:
+    """Plans of some rows, tile by tile."""
+
+    def __init__(self, clusters: int) -> None:
+        self._clusters = clusters
+        self._values: list[np.ndarray] = []
+        self._columns: list[np.ndarray] = []
+        self._counts: list[np.ndarray] = []
+
+    def add(self, q_nK: np.ndarray, least: float) -> None:
+        """Those of one tile."""
+        flat = q_nK.ravel()
+        found = np.flatnonzero(flat > least)
+        row, column = np.divmod(found, self._clusters)
+        self._values.append(flat[found].astype(np.float32))
+        self._columns.append(column.astype(np.int32))
+        self._counts.append(np.bincount(row, minlength=len(q_nK)))
+
+    def block(self) -> csr_array:
+        """All of them."""
+        ends = np.concatenate([[0], *self._counts]).cumsum(dtype=np.int32)
+        parts = np.concatenate(self._values), np.concatenate(self._columns), ends
+        return csr_array(parts, (len(ends) - 1, self._clusters))
+
+
+def _add(sum_KK: np.ndarray, product: csc_array) -> None:
+    """By the row: all at once would take copies of what may be K^2 entries."""
+    # Symmetric: by the column is by the row.
+    for row, (first, end) in enumerate(pairwise(product.indptr)):
+        sum_KK[row, product.indices[first:end]] += product.data[first:end]
+
+
+def _merged(blocks: list[csr_array], least: int) -> list[csr_array]:
+    """The same rows in blocks of so many entries."""
+    merged: list[csr_array] = []
+    waiting: list[csr_array] = []
+    for number, block in enumerate(blocks):
+        waiting.append(block)
+        if sum(part.nnz for part in waiting) >= least or number == len(blocks) - 1:
+            merged.append(vstack(waiting, format="csr") if len(waiting) > 1 else block)
+            waiting = []
+    return merged
+
+
+def _sums(block: csr_array, factor_K: np.ndarray) -> np.ndarray:
+    """sum_i q_ik / sum_l q_il e^{d_l}: the soft sizes, but for e^{d_k} and the count."""
+    sums_K: np.ndarray = block.T @ (1 / (block @ factor_K))
+    return sums_K
+
+
+def _moved(block: csr_array, factor_K: np.ndarray) -> csr_array:
+    """The plans where the potentials have changed."""
+    sums_n = np.repeat(block @ factor_K, np.diff(block.indptr))
+    values = block.data * factor_K[block.indices] / sums_n
+    # Copies: these are cut.
+    parts = values, block.indices.copy(), block.indptr.copy()
+    return csr_array(parts, block.shape)
+
+
+def gram(q_nK: Tensor) -> Tensor:
+    """q^T q by blocks, those below the diagonal as those above, which saves a third.
+
+    In bfloat16 where the processor is made for it: a Hessian only says where to go.
+    """
+    q_nK = q_nK.bfloat16() if FAST_BFLOAT16 else q_nK
+    clusters = q_nK.shape[1]
+    gram_KK = q_nK.new_zeros(clusters, clusters)
+    step = max(-(-clusters // _GRAM_BLOCKS), _GRAM_LEAST)
+    for start in range(0, clusters, step):
+        end = start + step
+        block_kK = q_nK[:, start:end].T @ q_nK[:, start:]
+        # Rounding of the two halves differs, and what is not symmetric may have no factor.
+        block_kk = block_kK[:, :step]
+        block_kk.copy_(block_kk.triu() + block_kk.triu(1).T)
+        gram_KK[start:end, start:] = block_kK
+        gram_KK[start:, start:end] = block_kK.T
+    return gram_KK
+
+
+def hessian_of(overlap_KK: Tensor, rows: int) -> Tensor:
+    """The Hessian from the sum of q_i q_i^T over this process's rows, in the same place.
+
+    Its rows sum to zero, so the diagonal is taken from the rest of each row: s_k less the
+    mean of q_ik^2 would cancel where rows are all but decided.
+    """
+    parallel.sum_of(overlap_KK)
+    count = int(parallel.sum_of(torch.tensor(rows)))
+    overlap_KK.fill_diagonal_(0.0).div_(-count)
+    overlap_KK.diagonal().copy_(-overlap_KK.sum(1))
+    return overlap_KK
