@@ -297,8 +297,8 @@ def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
         line = f"head {number}: {metrics.sizes_text(values)}"
         if values["assign"] in ("balanced", "argmax"):
             line += (
-                f", objective {values['objective']:.4f} (bound {values['lower-bound']:.4f}), "
-                f"residual {values['residual']:.1e} in {values['n-iters']} passes, "
+                f", objective {values['objective']:.4f}, gap {values['gap']:.1e}, "
+                f"residual {values['residual']:.1e}, {values['n-iters']} passes, "
                 f"{values['seconds']:.1f} s, {values['bytes-read'] / 1e6:.1f} MB read"
             )
             if not values["converged"]:
@@ -345,7 +345,7 @@ def label(
             if settings.assign == "fixed":
                 heads.append(_fixed_head(rows, settings, init.heads[number], taken))
                 continue
-        name = f"head {number + 1}/{len(scores.heads)}"
+        name = f"head {number + 1}/{len(scores.heads)} " if len(scores.heads) > 1 else ""
         heads.append(_solve_head(rows, settings, init_K, taken, name, progress))
     return Labels(scores.keys, scores.index_N, heads)
 
@@ -480,7 +480,9 @@ def _solve_head(
         settings.lamb,
         settings.tol,
         settings.max_iter,
-        progress=lambda step: progress(step.iteration, 0, f"{name} residual {step.residual:.1e}"),
+        progress=lambda step: progress(
+            step.iteration, 0, f"{name}residual {step.residual:.1e} (tol {settings.tol:.0e})"
+        ),
         stop=interrupt.requested,
     )
     solution = solve(problem, init_K)
@@ -498,7 +500,7 @@ def _solve_head(
             sharp_K,
             sizes.given,
             _SLACK * assignment.certified(evenly(whole, _SOME), sharp_K, None).objective,
-            progress=lambda left: moving(f"{name} {left} rows to move"),
+            progress=lambda left: moving(f"{name}{left} rows to move"),
         )
         result = assignment.certified(whole, prices_K, sizes.allowed, labels_N)
     else:
