@@ -296,8 +296,11 @@ def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
         heads.append(values)
         line = f"head {number}: {metrics.sizes_text(values)}"
         if values["assign"] in ("balanced", "argmax"):
+            line += f", objective {values['objective']:.4f}, "
+            if values["assign"] == "balanced":
+                # Below zero only by rounding.
+                line += f"gap {max(values['gap'], 0.0):.1e}, "
             line += (
-                f", objective {values['objective']:.4f}, gap {values['gap']:.1e}, "
                 f"residual {values['residual']:.1e}, {values['n-iters']} passes, "
                 f"{values['seconds']:.1f} s, {values['bytes-read'] / 1e6:.1f} MB read"
             )
