@@ -158,7 +158,8 @@ class _Training:
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.step += 1
-            progress(self.step, self.iterations, f"loss {float(loss.detach()):.3f}")
+            done, total = self.step * batch_size, self.iterations * batch_size
+            progress(done, total, f"loss {float(loss.detach()):.3f}")
             unfinished.after_step(self.step, self.iterations, self.state)
 
     def state(self) -> Checkpoint:
@@ -204,7 +205,7 @@ def _classification(
     training = _Training(model, network, recipe)
     training.run(loss_of, len(images), progress, unfinished)
     with unfinished.kept(training.state):
-        scores_NC = classifier_scores(model, tested, network.image_size, device)
+        scores_NC = classifier_scores(model, tested, network.image_size, device, progress)
     return voc.classification_precision(scores_NC, voc.presence(test[1]))
 
 
@@ -233,15 +234,24 @@ def _fully_connected(trunk: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def classifier_scores(model: nn.Module, images: Images, size: int, device: str) -> np.ndarray:
+def classifier_scores(
+    model: nn.Module,
+    images: Images,
+    size: int,
+    device: str,
+    progress: Progress = lambda done, total, note: None,
+) -> np.ndarray:
     """Mean logits (N, C) of ten crops."""
     model.eval()
+    done = 0
     batches = passes.over_ten_crops(
         images, size, lambda view: [model(view)], [len(CLASSES)], 16, device
     )
     found: list[Tensor] = []
     for (scores_nC,) in batches:
         found.append(scores_nC)
+        done += len(scores_nC)
+        progress(done, len(images), "test images")
         if interrupt.requested():
             raise StoppedEarly(f"stopped after {len(found)} batches of test images", "run it again")
     return torch.cat(found).numpy()
@@ -273,7 +283,7 @@ def _detection(
     training = _Training(model, network, recipe)
     training.run(loss_of, len(source), progress, unfinished)
     with unfinished.kept(training.state):
-        found = detections(model, test[0], device)
+        found = detections(model, test[0], device, progress)
     return voc.detection_precision(found, test[1])
 
 
@@ -298,13 +308,19 @@ def _example(
 
 
 @torch.no_grad()
-def detections(model: nn.Module, source: Source, device: str) -> list[dict[str, Tensor]]:
+def detections(
+    model: nn.Module,
+    source: Source,
+    device: str,
+    progress: Progress = lambda done, total, note: None,
+) -> list[dict[str, Tensor]]:
     """Boxes, scores and labels that the detector finds in every image."""
     model.eval()
     found = []
     for row in range(len(source)):
         (result,) = model([_pixels(source, row).to(device)])
         found.append({name: item.cpu() for name, item in result.items()})
+        progress(row + 1, len(source), "test images")
         if interrupt.requested():
             raise StoppedEarly(f"stopped after {row + 1} test images", "run it again")
     return found

@@ -300,9 +300,12 @@ def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
         heads.append(values)
         line = f"head {number}: {metrics.sizes_text(values)}"
         if values["assign"] in ("balanced", "argmax"):
+            line += f", objective {values['objective']:.4f}, "
+            if values["assign"] == "balanced":
+                # Below zero only by rounding.
+                line += f"gap {max(values['gap'], 0.0):.1e}, "
             line += (
-                f", objective {values['objective']:.4f} (bound {values['lower-bound']:.4f}), "
-                f"residual {values['residual']:.1e} in {values['n-iters']} passes, "
+                f"residual {values['residual']:.1e}, {values['n-iters']} passes, "
                 f"{values['seconds']:.1f} s, {values['bytes-read'] / 1e6:.1f} MB read"
             )
             if not values["converged"]:
@@ -349,7 +352,7 @@ def label(
             if settings.assign == "fixed":
                 heads.append(_fixed_head(rows, settings, init.heads[number], taken))
                 continue
-        name = f"head {number + 1}/{len(scores.heads)}"
+        name = f"head {number + 1}/{len(scores.heads)} " if len(scores.heads) > 1 else ""
         heads.append(_solve_head(rows, settings, init_K, taken, name, progress))
     return Labels(scores.keys, scores.index_N, heads)
 
@@ -491,7 +494,9 @@ def _solve_head(
         settings.lamb,
         settings.tol,
         settings.max_iter,
-        progress=lambda step: progress(step.iteration, 0, f"{name} residual {step.residual:.1e}"),
+        progress=lambda step: progress(
+            step.iteration, 0, f"{name}residual {step.residual:.1e} (tol {settings.tol:.0e})"
+        ),
         stop=interrupt.requested,
         # The same whether the rows are kept or not, so that the labels are.
         memory=_unused(rows.shape[1], settings) // _PLANS,
@@ -511,7 +516,7 @@ def _solve_head(
             sharp_K,
             sizes.given,
             _SLACK * assignment.certified(evenly(whole, _SOME), sharp_K, None).objective,
-            progress=lambda left: moving(f"{name} {left} rows to move"),
+            progress=lambda left: moving(f"{name}{left} rows to move"),
         )
         result = assignment.certified(whole, prices_K, sizes.allowed, labels_N)
     else:

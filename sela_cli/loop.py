@@ -149,8 +149,9 @@ def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
 
 def text_of(summary: dict[str, Any]) -> str:
     """The result of a run for people."""
+    rounds = "1 round" if summary["rounds"] == 1 else f"{summary['rounds']} rounds"
     lines = [
-        f"{summary['images']} images, {summary['rounds']} rounds, {summary['epochs']:g} epochs, "
+        f"{summary['images']} images, {rounds}, {summary['epochs']:g} epochs, "
         f"loss of the last epoch {summary['loss']:.3f}"
     ]
     if "knn" in summary:
@@ -458,7 +459,8 @@ class _Run:
     ) -> None:
         """Train on the labels of round `source`."""
         goal = self.settings.recipe.epochs if to is None else to
-        with self.watcher.stage(f"to epoch {goal:.1f}") as progress:
+        title = f"train to epoch {goal:.1f}" if goal else "fresh network"
+        with self.watcher.stage(title) as progress:
             train_stage(
                 self.images,
                 formats.read_labels(self.path(f"labels-{source:03d}.h5")),
@@ -589,11 +591,11 @@ def _round_line(row: dict[str, Any], rounds: int) -> str:
     if "loss" in row:
         parts.append(f"loss {row['loss']:.3f}")
     parts.append(f"{row['churn']:.1%} relabelled")
-    parts.append(f"sizes {row['smallest']}..{row['largest']}")
+    if row["empty"]:
+        parts.append(f"{row['empty']} empty clusters")
     parts.append(f"entropy {row['entropy']:.2f}")
     if "nmi" in row:
         parts.append(f"NMI {row['nmi']:.3f}")
-    parts.append(f"residual {row['residual']:.1e}")
     return ", ".join(parts)
 
 

@@ -79,7 +79,9 @@ def sizes(head: HeadLabels) -> dict[str, float]:
 def sizes_text(values: dict[str, Any]) -> str:
     """`sizes` in words."""
     empty = f", {values['empty']} empty" if values["empty"] else ""
-    return f"{values['clusters']} clusters of {values['smallest']}..{values['largest']}{empty}"
+    smallest, largest = values["smallest"], values["largest"]
+    size = f"{smallest}" if smallest == largest else f"{smallest}..{largest}"
+    return f"{values['clusters']} clusters of {size}{empty}"
 
 
 def churn(before: list[HeadLabels], after: list[HeadLabels]) -> float:
@@ -144,10 +146,10 @@ def table(rows: list[dict[str, float]]) -> str:
     """What the comparisons give, as aligned text; columns that no row has are left out."""
     rows = [{"head": number} | row for number, row in enumerate(rows)]
     names = [name for name in (*_COLUMNS, *_SHARES) if name in rows[0]]
-    lines = [" ".join(f"{name:>8}" for name in names)]
-    for row in rows:
-        lines.append(" ".join(f"{row[n]:8.4f}" if n in _SHARES else f"{row[n]:8d}" for n in names))
-    return "\n".join(lines)
+    cells = [[f"{row[n]:.4f}" if n in _SHARES else f"{row[n]}" for n in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+    lines = [map(str.rjust, line, widths) for line in (names, *cells)]
+    return "\n".join(map("  ".join, lines))
 
 
 def _truth(labels: Labels, labels_path: str, truth: str) -> np.ndarray:

@@ -225,7 +225,7 @@ def linear_rows(
         losses = probe.fit(parts[0], progress, unfinished)
 
         def add(images: Images, where: str, rates: Mapping[str, Sequence[float]]) -> None:
-            for (name, lr), (top1, top5) in probe.accuracies(images, rates).items():
+            for (name, lr), (top1, top5) in probe.accuracies(images, rates, progress).items():
                 setting = f"crops={recipe.crops}"
                 row = _row(name, "linear", setting, where, len(images), top1, top5)
                 rows.append(row | {"lr": lr, "epoch": recipe.epochs, "loss": losses[name, lr]})
@@ -320,6 +320,7 @@ def knn_rows(
     rows = []
     truth = torch.from_numpy(test.truth_N)
     for name, bank, query in spaces:
+        progress(0, 0, "nearest neighbours")
         similarity, nearest = neighbours(bank.to(device), query.to(device), max(recipe.ks))
         classes_Mk = torch.from_numpy(train.truth_N)[nearest]
         for k in recipe.ks:
@@ -514,7 +515,7 @@ class LinearProbe:
             self.optimizer.step()
             self.totals += parallel.sum_of(losses.detach()).cpu()
             self.step += 1
-            progress(self.step, last, "linear classifiers")
+            progress(self.step * batch_size, last * batch_size, "linear classifiers")
             unfinished.after_step(self.step, last, self.state)
         return dict(zip(each, (self.totals / steps).tolist(), strict=True))
 
@@ -538,7 +539,10 @@ class LinearProbe:
 
     @torch.no_grad()
     def accuracies(
-        self, images: Images, rates: Mapping[str, Sequence[float]]
+        self,
+        images: Images,
+        rates: Mapping[str, Sequence[float]],
+        progress: Progress = lambda done, total, note: None,
     ) -> dict[tuple[str, float], tuple[float, float]]:
         """Top-1 and top-5 for these rates of each layer, on the centre views or on ten crops."""
         assert images.truth_N is not None
@@ -559,9 +563,12 @@ class LinearProbe:
             max(1, self.recipe.batch_size // crops),
             self.device,
         )
+        done = 0
         for batch in outputs:
             for key, logits in zip(each, batch, strict=True):
                 scores[key].append(logits)
+            done += len(batch[0])
+            progress(done, len(images), "test images")
             if parallel.any_of(interrupt.requested()):
                 raise StoppedEarly("probe stopped", "run it again")
         truth_N = torch.from_numpy(images.truth_N)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +15,8 @@ from typing import Any
 
 Progress = Callable[[int, int, str], None]
 _PLAIN_SECONDS = 30.0
+# The rate is that of the last so many seconds.
+_RATE_SECONDS = 30.0
 
 
 class Terminal:
@@ -43,11 +47,12 @@ class Terminal:
     def progress(self, title: str, unit: str = "") -> Iterator[Progress]:
         """A callback (done, total, note): a bar on a terminal, else a line every 30 s.
 
-        `unit` is what is counted. A total of 0 is unknown: then no time is left to tell.
+        `unit` is what is counted; without one no rate is shown. A total of 0 is unknown:
+        then no time is left to tell.
         """
         if self.quiet:
             yield lambda done, total, note: None
-        elif sys.stderr.isatty():
+        elif sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
             with _bar(title, unit) as update:
                 yield update
         else:
@@ -65,56 +70,84 @@ def _finite(value: Any) -> Any:
     return value
 
 
+class _Status:
+    """What is known of a stage, and the most important of it first: lines may be cut off."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit, self._began = unit, time.monotonic()
+        self._done, self._total, self._note = 0, 0, ""
+        self._reports: deque[tuple[float, int]] = deque()
+        self._speed, self._reported = 0.0, 0.0
+
+    def report(self, done: int, total: int, note: str) -> None:
+        """Of the rate only growth tells: an earlier call may have done what is done at first."""
+        now = time.monotonic()
+        if total != self._total or done < self._done:
+            # Something else is counted.
+            self._reports.clear()
+        self._reports.append((now, done))
+        # Two at least, however slow they come.
+        while len(self._reports) > 2 and now - self._reports[1][0] >= _RATE_SECONDS:
+            self._reports.popleft()
+        began, first = self._reports[0]
+        self._speed = (done - first) / (now - began) if now > began else 0.0
+        self._done, self._total, self._note, self._reported = done, total, note, now
+
+    def text(self) -> str:
+        """`loss 2.1, 0:00:03 left, 410 images/s, 384/1797`; without a total, what is known."""
+        now, done, speed = time.monotonic(), self._done, self._speed
+        parts = [self._note]
+        if self._total:
+            if speed:
+                # Time goes on where reports are slow to come.
+                left = (self._total - done) / speed - (now - self._reported)
+                parts.append(f"{timedelta(seconds=max(0, round(left)))} left")
+                if self._unit:
+                    parts.append(f"{speed:.{0 if speed >= 10 else 2}f} {self._unit}/s")
+            parts.append(f"{done}/{self._total}")
+        else:
+            parts.append(f"iteration {done}" if done else "")
+            parts.append(f"{timedelta(seconds=round(now - self._began))}")
+        return ", ".join(filter(None, parts))
+
+
 @contextmanager
 def _bar(title: str, unit: str) -> Iterator[Progress]:
     from rich import progress as bars
     from rich.console import Console
     from rich.text import Text
 
-    class Status(bars.ProgressColumn):
+    status = _Status(unit)
+
+    class Column(bars.ProgressColumn):
         def render(self, task: Any) -> Text:
-            done, total = int(task.completed), int(task.total or 0)
-            elapsed = task.elapsed or 0.0
-            text = _status(done, total, unit, task.speed, elapsed, task.fields["note"])
-            return Text(text, no_wrap=True, overflow="ellipsis")
+            return Text(status.text(), no_wrap=True, overflow="ellipsis")
 
     with bars.Progress(
         bars.TextColumn("{task.description}"),
         bars.BarColumn(bar_width=12),
-        Status(),
+        Column(),
         console=Console(stderr=True),
         transient=True,
     ) as bar:
-        task = bar.add_task(title, total=None, note="")
-        yield lambda done, total, note: bar.update(
-            task, completed=done, total=total or None, note=note
-        )
+        task = bar.add_task(title, total=None)
+
+        def update(done: int, total: int, note: str) -> None:
+            status.report(done, total, note)
+            bar.update(task, completed=done, total=total or None)
+
+        yield update
 
 
 def _lines(title: str, unit: str) -> Progress:
-    began = last = time.monotonic()
+    status, last = _Status(unit), time.monotonic()
 
     def update(done: int, total: int, note: str) -> None:
         nonlocal last
+        status.report(done, total, note)
         now = time.monotonic()
         if now - last >= _PLAIN_SECONDS:
             last = now
-            status = _status(done, total, unit, done / (now - began), now - began, note)
-            print(f"{title}: {status}", file=sys.stderr, flush=True)
+            print(f"{title}: {status.text()}", file=sys.stderr, flush=True)
 
     return update
-
-
-def _status(
-    done: int, total: int, unit: str, speed: float | None, elapsed: float, note: str
-) -> str:
-    """`384/1797, 410 images/s, 0:00:03 left, loss 2.1`; without a total, what is known."""
-    if total:
-        parts = [f"{done}/{total}"]
-        if speed:
-            left = timedelta(seconds=round((total - done) / speed))
-            parts += [f"{speed:.0f} {unit}".rstrip() + "/s", f"{left} left"]
-    else:
-        parts = [f"iteration {done}"] if done else []
-        parts.append(str(timedelta(seconds=round(elapsed))))
-    return ", ".join(filter(None, [*parts, note]))

@@ -154,6 +154,7 @@ def test_sizes_count_empty_clusters() -> None:
     result = sizes(head(np.array([0, 0, 0, 2, 2, 4]), 6))
     assert result == {"clusters": 6, "smallest": 0, "median": 0.5, "largest": 3, "empty": 3}
     assert sizes_text(result) == "6 clusters of 0..3, 3 empty"
+    assert sizes_text(result | {"smallest": 3, "empty": 0}) == "6 clusters of 3"
 
 
 def test_churn_is_the_share_of_changed_labels() -> None:
@@ -292,3 +293,12 @@ def test_rounds_of_other_heads_or_images_are_bad_data(write_labels: Callable[...
     fewer = write_labels(head(labels_N[:23], 3), keys=KEYS[:23], name="fewer.h5")
     with pytest.raises(BadData, match=r"'23\.png'"):
         between_files(path, fewer)
+
+
+def test_a_table_is_as_wide_as_what_is_in_it() -> None:
+    rows = [{"clusters": 3, "nmi": 0.5}, {"clusters": 123456789, "nmi": 1.0}]
+    assert table(rows).splitlines() == [
+        "head   clusters     nmi",
+        "   0          3  0.5000",
+        "   1  123456789  1.0000",
+    ]

@@ -310,6 +310,15 @@ def test_tables_tell_what_the_files_say(contents: Contents, text: str) -> None:
         assert f'<td class="number">{row["nmi"]:.4f}</td>' in text
 
 
+def test_columns_that_no_probe_fills_are_left_out(contents: Contents) -> None:
+    assert '<th class="number">lr</th>' not in page._probes(contents)
+    name, rows = contents.probes[0]
+    trained = rows[0] | {"method": "linear", "lr": 0.01, "epoch": 2, "loss": 1.5}
+    assert '<th class="number">lr</th>' in page._probes(
+        replace(contents, probes=[*contents.probes, (name, [trained])])
+    )
+
+
 # ---- what is refused --------------------------------------------------------
 
 

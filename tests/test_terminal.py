@@ -54,9 +54,20 @@ def test_a_bar_tells_count_rate_time_left_and_loss() -> None:
     screen = on_a_terminal(STAGE.format(quiet=False))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
     assert "embed" in text and "1000/1000" in text and "loss 2.5" in text
-    assert re.search(r"\d+ images/s, 0:00:00 left", text)
+    assert re.search(r"0:00:00 left, \d+ images/s", text)
     # It takes itself away: the last it does is to clear its line.
     assert screen.rstrip().endswith("\x1b[2K")
+
+
+def test_a_narrow_window_cuts_off_the_count_not_the_loss() -> None:
+    text = on_a_terminal(STAGE.format(quiet=False), COLUMNS="50")
+    assert "loss 2.5, 0:00:00 left" in text and "…" in text and "/1000" not in text
+
+
+def test_terminals_that_can_not_move_the_cursor_get_plain_lines() -> None:
+    code = "from sela_cli import terminal; terminal._PLAIN_SECONDS = 0.0"
+    screen = on_a_terminal(code + STAGE.format(quiet=False), TERM="dumb")
+    assert "embed: loss 2.5, " in screen and "\x1b" not in screen
 
 
 def test_colours_are_left_out_on_request_and_all_when_quiet() -> None:
@@ -82,8 +93,8 @@ def test_elsewhere_a_line_every_half_minute(
             clock[0] = second
             progress(20 * second, 6000, "loss 2.5")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "train: 600/6000, 20 images/s, 0:04:30 left, loss 2.5"
-    assert lines[2] == "train: 1800/6000, 20 images/s, 0:03:30 left, loss 2.5"
+    assert lines[0] == "train: loss 2.5, 0:04:30 left, 20 images/s, 600/6000"
+    assert lines[2] == "train: loss 2.5, 0:03:30 left, 20 images/s, 1800/6000"
     assert len(lines) == 3
 
 
@@ -96,6 +107,36 @@ def test_an_open_end_has_no_time_left(
         clock[0] = 62.0
         progress(0, 0, "5 rows to move")
     assert capsys.readouterr().err.splitlines() == [
-        "label: iteration 12, 0:00:31, residual 1.0e-03",
-        "label: 0:01:02, 5 rows to move",
+        "label: residual 1.0e-03, iteration 12, 0:00:31",
+        "label: 5 rows to move, 0:01:02",
     ]
+
+
+def test_the_rate_is_that_of_now(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Terminal().progress("embed", "images") as progress:
+        # An earlier call did 5000; then it slows down, then reports are rare.
+        for second, done in ((0, 5000), (30, 5600), (60, 5660), (160, 5700)):
+            clock[0] = second
+            progress(done, 6000, "")
+        # Other images are counted from here on.
+        for second, done in ((200, 5), (240, 10)):
+            clock[0] = second
+            progress(done, 20, "")
+    assert capsys.readouterr().err.splitlines() == [
+        "embed: 0:00:20 left, 20 images/s, 5600/6000",
+        "embed: 0:02:50 left, 2.00 images/s, 5660/6000",
+        "embed: 0:12:30 left, 0.40 images/s, 5700/6000",
+        "embed: 5/20",
+        "embed: 0:01:20 left, 0.12 images/s, 10/20",
+    ]
+
+
+def test_time_left_goes_on_while_nothing_is_reported(clock: list[float]) -> None:
+    status = terminal._Status("images")
+    for second in (0, 10):
+        clock[0] = second
+        status.report(10 * second, 400, "")
+    clock[0] = 15.0
+    assert status.text() == "0:00:25 left, 10 images/s, 100/400"
+    clock[0] = 99.0
+    assert status.text().startswith("0:00:00 left")

@@ -114,7 +114,7 @@ def finetune(
     provenance = formats.Provenance(
         "finetune", parameters, dataset_id=formats.dataset_id(learned[0].keys)
     )
-    with terminal.progress("finetune") as progress:
+    with terminal.progress("finetune", "images") as progress:
         rows = finetune_stage(
             learned,
             tested,

@@ -185,7 +185,7 @@ def probe(
         arithmetic = began_in(output) or faster(
             network, linear.batch_size, device_name(device), training=False
         )
-    with terminal.progress("probe") as progress:
+    with terminal.progress("probe", "images") as progress:
         rows = probes.probe_stage(
             train,
             tested,

@@ -13,9 +13,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -39,7 +40,7 @@ _DOTS_PER_INCH = 200
 
 
 def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+    figure = Figure(figsize=(4.0, 2.7), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     return figure, axes
@@ -51,7 +52,7 @@ def loss(contents: Contents) -> Figure:
     losses = contents.checkpoint.losses
     if len(losses):
         epochs = np.arange(1, len(losses) + 1) / contents.steps_per_epoch
-        axes.plot(epochs, losses, lw=0.5, alpha=0.35, color="C0", label="step")
+        axes.plot(epochs, losses, lw=0.5, alpha=0.5, color="C0", label="step")
         width = min(len(losses), max(1, round(contents.steps_per_epoch)))
         # Differences of sums: an epoch may have thousands of steps.
         sums = np.cumsum(np.concatenate([[0.0], losses]))
@@ -60,7 +61,7 @@ def loss(contents: Contents) -> Figure:
         for number, row in enumerate(contents.rounds[1:]):
             label = "new labels" if number == 0 else None
             axes.axvline(row["epoch"], ymax=0.04, lw=0.8, color="C3", label=label)
-        axes.legend(loc="upper right")
+        figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 
@@ -96,7 +97,9 @@ def agreement(contents: Contents) -> Figure | None:
 def residuals(contents: Contents) -> Figure:
     """Residual of the label solve by iteration: a line a round and head, coloured by round."""
     figure, axes = _axes("iteration", "residual")
-    colours = ScalarMappable(Normalize(1, max(2, len(contents.traces) - 1)), "viridis")
+    # Without the yellow end, which is hardly seen on white.
+    viridis = ListedColormap(colormaps["viridis"](np.linspace(0, 0.85, 256)))
+    colours = ScalarMappable(Normalize(1, max(2, len(contents.traces) - 1)), viridis)
     for number, heads in enumerate(contents.traces):
         for trace in heads:
             axes.plot(
@@ -106,6 +109,8 @@ def residuals(contents: Contents) -> Figure:
                 color=colours.to_rgba(np.array(number)),
             )
     _residual_axis(axes, contents.labels.heads[0].attributes["tol"])
+    if len(axes.get_legend_handles_labels()[0]):
+        axes.legend(loc="upper right")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     ticks = MaxNLocator(6, integer=True)
     figure.colorbar(colours, ax=axes, label="round", ticks=ticks)
@@ -118,23 +123,22 @@ def trace(traces: Sequence[Trace], tol: float) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     for number, head in enumerate(traces):
         for axes, name in ((left, "iteration"), (right, "seconds")):
-            axes.plot(head[name], head["residual"], "o-", ms=2, lw=1, label=f"head {number}")
+            label = f"head {number}" if len(traces) <= 10 else None
+            axes.plot(head[name], head["residual"], "o-", ms=2, lw=1, label=label)
     left.set(xlabel="iteration", ylabel="residual")
     right.set(xlabel="seconds")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, right):
         _residual_axis(axes, tol)
-    if len(traces) <= 10:
-        lines, names = right.get_legend_handles_labels()
-        figure.legend(lines, names, loc="outside right upper")
+    lines, names = right.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside right upper")
     return figure
 
 
 def _residual_axis(axes: Axes, tol: float) -> None:
     axes.set_yscale("log")
     if np.isfinite(tol):
-        axes.axhline(tol, lw=0.8, ls="--", color="0.4")
-        axes.annotate("tolerance", (0.01, tol), xycoords=("axes fraction", "data"), va="bottom")
+        axes.axhline(tol, lw=0.8, ls="--", color="0.4", label="tolerance")
 
 
 def sizes(contents: Contents) -> Figure:
@@ -147,12 +151,12 @@ def sizes(contents: Contents) -> Figure:
     bins = np.linspace(0, most, 41).tolist()
     for number, values in enumerate(relative):
         # At most ten heads are told apart; the rest are one colour.
-        name = f"head {number}, {len(values)} clusters" if len(relative) <= 10 else None
+        name = f"{number}: {len(values)}" if len(relative) <= 10 else None
         weights = np.full(len(values), 1 / len(values))
         axes.hist(values, bins, weights=weights, histtype="step", lw=1.3, label=name)
     axes.yaxis.set_major_formatter("{x:.0%}")
     if len(relative) <= 10:
-        axes.legend()
+        axes.legend(title="head: clusters", loc="upper right")
     return figure
 
 
@@ -172,7 +176,7 @@ def filters(contents: Contents) -> Figure:
         top = number // columns * (height + 1) + 1
         left = number % columns * (width + 1) + 1
         sheet[top : top + height, left : left + width] = tile
-    figure = Figure(figsize=(4.6, 4.6 * sheet.shape[0] / sheet.shape[1]), layout="constrained")
+    figure = Figure(figsize=(4.0, 4.0 * sheet.shape[0] / sheet.shape[1]), layout="constrained")
     axes = figure.add_subplot()
     axes.imshow(sheet, interpolation="nearest")
     axes.axis("off")

@@ -19,6 +19,7 @@ from sela_cli.report.contents import Contents, gallery, read
 
 # The probes that every run with classes writes.
 _NETWORKS = {"probe-000.h5": "fresh", "probe.h5": "trained"}
+_ABBREVIATIONS = ("nmi", "ami", "ari")
 
 
 def report_stage(
@@ -92,7 +93,7 @@ def _cards(contents: Contents) -> list[tuple[str, str]]:
         ("epochs", f"{contents.checkpoint.epoch:g}"),
         ("rounds", f"{len(contents.rounds) - 1}"),
         ("loss after the last round", _number(last["loss"])),
-        ("labels changed in it", f"{last['churn']:.1%}"),
+        ("labels changed by the last round", f"{last['churn']:.1%}"),
     ]
     if "nmi" in last:
         cards.append(("NMI, mean of the heads", f"{last['nmi']:.3f}"))
@@ -142,6 +143,9 @@ def _probes(contents: Contents) -> str:
     for row in rows:
         # -1 stands for none: kNN is not trained.
         row["epoch"] = math.nan if row["epoch"] < 0 else row["epoch"]
+    # Where all is kNN, nothing was trained.
+    blank = {name for name in names if all(_number(row[name]) == "" for row in rows)}
+    rows = [{name: row[name] for name in row if name not in blank} for row in rows]
     hint = "<p>None here. <code>sela probe</code> measures the features by known classes.</p>"
     return _table(rows) if rows else hint
 
@@ -149,8 +153,9 @@ def _probes(contents: Contents) -> str:
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     """Columns are those of the first row; what is text there is set to the left."""
     kinds = ["text" if isinstance(value, str) else "number" for value in rows[0].values()]
+    names = [name.upper() if name in _ABBREVIATIONS else name for name in rows[0]]
     heading = "".join(
-        f'<th class="{kind}">{escape(name)}</th>' for kind, name in zip(kinds, rows[0], strict=True)
+        f'<th class="{kind}">{escape(name)}</th>' for kind, name in zip(kinds, names, strict=True)
     )
     body = "".join(
         "<tr>"
