@@ -460,10 +460,12 @@ class _Run:
         """Train on the labels of round `source`."""
         goal = self.settings.recipe.epochs if to is None else to
         title = f"train to epoch {goal:.1f}" if goal else "fresh network"
+        labels = formats.read_labels(self.path(f"labels-{source:03d}.h5"))
+        relabelled = f", {self._churn(source, labels):.0%} relabelled" if source else ""
         with self.watcher.stage(title) as progress:
             train_stage(
                 self.images,
-                formats.read_labels(self.path(f"labels-{source:03d}.h5")),
+                labels,
                 network,
                 self.path(output),
                 self.settings.recipe,
@@ -471,8 +473,13 @@ class _Run:
                 to=to,
                 device=self.device,
                 force=True,
-                progress=progress,
+                progress=lambda done, total, note: progress(done, total, note + relabelled),
             )
+
+    def _churn(self, number: int, labels: Labels) -> float:
+        """The share of labels that are others than a round before."""
+        before = formats.read_labels(self.path(f"labels-{number - 1:03d}.h5"))
+        return metrics.churn(before.heads, labels.heads)
 
     def _forget(self, number: int) -> None:
         """Labels are small and stay; of the checkpoints the newest is enough to go on from."""
@@ -508,10 +515,7 @@ class _Run:
         labels = formats.read_labels(self.path(f"labels-{number:03d}.h5"))
         positions = [0.0, *self.settings.positions]
         row: dict[str, Any] = {"round": number, "epoch": round(positions[number], 3)}
-        row["churn"] = float("nan")
-        if number:
-            before = formats.read_labels(self.path(f"labels-{number - 1:03d}.h5"))
-            row["churn"] = metrics.churn(before.heads, labels.heads)
+        row["churn"] = self._churn(number, labels) if number else float("nan")
         for name in ("residual", "objective", "n-iters"):
             row[name] = float(np.mean([head.attributes[name] for head in labels.heads]))
         sizes = [metrics.sizes(head) for head in labels.heads]

@@ -292,8 +292,13 @@ class _Model(Problem):
         return self._read(a_K - a_K.mean(), None)
 
     def _soft_sizes(self, a_K: Tensor, take: Take | None) -> Point:
-        self._moved = float((a_K - self._start_K).abs().max())
         return Point(a_K, self._plans.soft_sizes(a_K).log())
+
+    def move(self, point: Point, change_K: Tensor, take: Take | None = None) -> Point:
+        """As that of any problem; notes how far the point it leads to is."""
+        reached = super().move(point, change_K)
+        self._moved = float((reached.a_K - self._start_K).abs().max())
+        return reached
 
     def over(self) -> bool:
         """Whether it is to be left."""
@@ -369,8 +374,7 @@ class _Descent:
         box = self.box if fresh else min(self.box, _STALE_BOX)
         change_K = _box_step(hessian_KK, self.problem.gradient(point), point.s_K, box)
         reads = len(self.problem.trace)
-        take = costs.take if self._promising(point) else None
-        reached = self.problem.move(point, change_K, take)
+        reached = self.problem.move(point, change_K, costs.take)
         self.boxed = float(change_K.abs().max()) == box
         if len(self.problem.trace) > reads + 1:
             self.box = _BOX
