@@ -63,8 +63,9 @@ _ENTRY, _PAIR = 50.0, 2.4
 _WORTH, _EASY = 2.0, 1.0
 _LEAST = (NEGLIGIBLE, 1e-6, 1e-8, 1e-10)
 _ENTRY_BYTES = 24
-# A model's own reads, at most.
-_MODEL_READS = 200
+# A model's own reads, at most; and how much nearer than the tolerance it is brought where
+# plans are that good: steps in memory are cheap, and fewer rows are left to be balanced.
+_MODEL_READS, _NEARER = 200, 1 / 32
 # Plans are taken anew where a potential has moved so far that entries left out may be _SEEN,
 # and a model is left where they may be _LOST. It is not used again if it has not brought
 # the residual down to a _GAIN-th.
@@ -278,7 +279,7 @@ class _Model(Problem):
 
     def __init__(self, problem: Problem, point: Point, plans: Plans) -> None:
         # What plans leave out counts for more than a smaller residual.
-        tol = max(plans.taken.least**0.5 * problem.residual(point), problem.tol / 2)
+        tol = max(plans.taken.least**0.5 * problem.residual(point), _NEARER * problem.tol)
         self._plans, self._start_K, self._moved = plans, point.a_K, 0.0
         found_K = plans.soft_sizes(point.a_K)
         marginal_K = problem.marginal_K * found_K / point.s_K
