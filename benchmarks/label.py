@@ -29,6 +29,7 @@ import torch
 
 from sela_cli import lbfgs, newton, sinkhorn
 from sela_cli.labels import ScoreRows, marginal
+from sela_cli.machine import processor
 from sela_cli.scores import Matrix
 from sela_cli.semidual import Problem
 from sela_cli.tiles import InMemory, map_spans
@@ -292,14 +293,6 @@ def main() -> None:
         stage for stage in ("fresh", "half", "trained") if (options.inputs / f"{stage}.h5").exists()
     ]
     names = [f"{stage}/{head}" for head in (0, 1) for stage in stages] + ["peaked:100000:1000"]
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
     import importlib.metadata as metadata
 
     versions = ", ".join(
@@ -310,7 +303,7 @@ def main() -> None:
         "",
         "Written by `python benchmarks/label.py` (`make bench-label`).",
         "",
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {cpu}, {torch.get_num_threads()} "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {processor()}, {torch.get_num_threads()} "
         f"threads, Python {platform.python_version()}, {versions}. Lambda {LAMB:g}, seed 0. The "
         "machine is shared: compare within a run.",
         "",

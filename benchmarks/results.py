@@ -32,6 +32,7 @@ import torch
 from sela_cli import formats
 from sela_cli.formats import HeadLabels, Labels, Provenance
 from sela_cli.images.batches import open_images
+from sela_cli.machine import processor
 
 SEEDS = (0, 1, 2)
 LIMIT = 10_000
@@ -353,14 +354,6 @@ def ablations_page(out: Path, records: dict[str, Any]) -> list[str]:
     lines += [difference(variants, *pair) for pair in pairs if set(pair) <= variants.keys()]
     first = {f"{name}-{seeds[name][0]}" for name in variants}
     return lines + commands({name: records[name] for name in first}, out)
-
-
-def processor() -> str:
-    """The processor's name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.machine()
 
 
 def main() -> None:

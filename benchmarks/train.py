@@ -39,6 +39,7 @@ from sela_cli.images.augment import MEAN, STD
 from sela_cli.images.batches import Images, open_images
 from sela_cli.images.pack import pack_stage
 from sela_cli.logits import forward
+from sela_cli.machine import processor
 from sela_cli.networks import Network, build
 from sela_cli.precision import autocast, faster
 from sela_cli.training import Objective, Recipe, Trainer
@@ -272,11 +273,6 @@ def verdicts(rows: list[list[str]]) -> list[str]:
 
 def page(rows: list[list[str]], threads: int, workers: int) -> str:
     """The table with all that is needed to judge and repeat it."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = names[0].split(":")[1].strip() if names else processor
     return "\n".join(
         [
             "# Speed of embedding and training",
@@ -294,7 +290,7 @@ def page(rows: list[list[str]], threads: int, workers: int) -> str:
             *verdicts(rows),
             "",
             f"- command: `python {' '.join(sys.argv)}`",
-            f"- machine: {processor}, {threads} threads, {workers} workers of the plain loop",
+            f"- machine: {processor()}, {threads} threads, {workers} workers of the plain loop",
             f"- versions: Python {platform.python_version()}, torch {torch.__version__}, "
             f"torchvision {torchvision.__version__}",
             f"- date: {datetime.now(UTC):%Y-%m-%d}",

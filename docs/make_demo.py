@@ -15,19 +15,10 @@ import torch
 import torchvision
 
 from sela_cli import __version__
+from sela_cli.machine import processor
 
 COMMAND = "sela run --data digits --out runs/demo"
 TARGET = Path(__file__).with_name("demo.md")
-
-
-def processor() -> str:
-    """The model name that Linux tells, else what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def main() -> None:

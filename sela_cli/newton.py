@@ -24,15 +24,17 @@ import torch
 from torch import Tensor
 
 from sela_cli import parallel
-from sela_cli.plans import FAST_BFLOAT16, NEGLIGIBLE, Plans, Take
+from sela_cli.machine import has_fast_bfloat16
+from sela_cli.plans import NEGLIGIBLE, Plans, Take
 from sela_cli.semidual import Point, Problem, Solution, breadth, laplacian, total
 from sela_cli.tiles import InMemory, Rows, Some, evenly
 
 # A given start with a larger residual is left for an annealed one.
 _NEAR = 0.02
 _ANNEAL_TOL = 0.01
-# Rows that the range of the scores is taken from.
-_SPREAD = 1024
+# Rows that the range of the scores is taken from, and where it ends: masked columns may be
+# as far away as numbers go.
+_SPREAD, _WIDEST = 1024, 1e9
 # Rows of a sample, per cluster and at least; of fewer than twice as many all are taken.
 _SMALL, _LARGE = (4, 4096), (16, 8192)
 # One row of so many is in the sample for rows that are nearly decided.
@@ -47,6 +49,8 @@ _MANY_HELD = 64
 # A step along which F falls by less than this for each unit of gradient is no good.
 _DESCENT = 0.1
 _DAMPING = 1e-6
+# The least cosine of a step and of how the gradient turned that says anything.
+_TURN = 1e-12
 _LEAST_SHARE = 1e-4
 # Where a cluster has less than this share of its due, the quadratic model says nothing
 # about it: Sinkhorn steps bring it back.
@@ -55,7 +59,7 @@ _STARVED = 1e-6
 # processor has it) and of a Cholesky factor in float64; looking for entries that are not
 # negligible, taking one, going over one that was taken; and in sparse products, an entry
 # and a pair of entries in a row.
-_DENSE, _FACTOR = 1 / 128 if FAST_BFLOAT16 else 1 / 64, 1 / 16
+_DENSE, _FACTOR = 1 / 128 if has_fast_bfloat16() else 1 / 64, 1 / 16
 _LOOK, _TAKE, _KEPT = 0.5, 10.0, 6.0
 _ENTRY, _PAIR = 50.0, 2.4
 # Plans are taken where that costs no more reads than _WORTH: of the entries above the first
@@ -148,7 +152,7 @@ def _levels(problem: Problem) -> int:
     None where that is so at `lamb` itself: rows that are much alike, as those of a fresh
     network, are balanced by Sinkhorn at once.
     """
-    return math.ceil(math.log(max(problem.lamb * _spread(problem.rows), 1.0), 4))
+    return math.ceil(math.log(min(max(problem.lamb * _spread(problem.rows), 1.0), _WIDEST), 4))
 
 
 def _anneal(problem: Problem, samples: _Samples, levels: int) -> Tensor:
@@ -175,7 +179,7 @@ def _anneal(problem: Problem, samples: _Samples, levels: int) -> Tensor:
 
 def _spread(rows: Rows) -> float:
     """Mean standard deviation of the scores within a row, of some rows."""
-    some_nK = evenly(rows, _SPREAD).tile(0, _SPREAD, torch.float32)
+    some_nK = evenly(rows, _SPREAD).tile(0, _SPREAD)
     # Not torch's own, which warns of a process without rows.
     spread_n = (some_nK - some_nK.mean(1, keepdim=True)).square().mean(1).sqrt()
     return float(parallel.mean_of(spread_n.cpu()))
@@ -198,6 +202,7 @@ def _costs(problem: Problem, a_K: Tensor) -> _Costs:
     taking = [_LOOK + _TAKE * spread / clusters for spread in spreads]
     dense = _DENSE * clusters
     sparse = taking[0] + (_ENTRY * spreads[0] + _PAIR * spreads[0] ** 2) / clusters
+    # A step is a read and, where coordinates are held in the box, about as much as a factor.
     entries, factoring = problem.count * clusters, _factoring(clusters)
     # Not where a step of the model costs more than a read.
     short = entries * _CHEAP < factoring
@@ -311,7 +316,7 @@ class _Descent:
 
     def __init__(self, problem: Problem, hessians: _OfRows | _OfPlans) -> None:
         self.problem, self._hessians = problem, hessians
-        self.hessian_KK: Tensor | None = None
+        self.curvature: _Curvature | None = None
         self.boxed = False
         self.box = _BOX
         self.residual = math.inf
@@ -327,53 +332,51 @@ class _Descent:
         problem = self.problem
         while problem.residual(point) > problem.tol and not problem.over():
             if problem.starved(point, _STARVED):
-                self.hessian_KK = None
+                self.curvature = None
                 point = self.read(problem.sinkhorn(point))
                 continue
-            change_K = None
-            if point.plans and self._promising(point):
-                change_K = self._by_plans(point, point.plans)
-            point = self._step(point) if change_K is None else self._checked(point, change_K)
+            point = self._by_plans(point) or self._step(point)
         return point
 
-    def _promising(self, point: Point) -> bool:
-        """Whether a model may be of use: much has changed since the last that was not."""
-        return self.problem.residual(point) * _GAIN < self._failed
-
-    def _by_plans(self, point: Point, plans: Plans) -> Tensor | None:
-        """The change that minimises the model; None where it is no good."""
-        self._failed = self.problem.residual(point)
+    def _by_plans(self, point: Point) -> Point | None:
+        """A read at what minimises a model; None where there is none, or it is no good."""
+        plans, residual = point.plans, self.problem.residual(point)
+        # After one that was no good, much has to change.
+        if plans is None or residual * _GAIN >= self._failed:
+            return None
+        self._failed = residual
         model = _Model(self.problem, point, plans)
         if not (model.marginal_K > 0).all():
             return None
         spread = self._hessians.costs(point.a_K, anew=False).spread
         descent = _Descent(model, _OfPlans(plans, spread))
-        descent.hessian_KK = self.hessian_KK
+        descent.curvature = self.curvature
         found = descent.run(model.read(point.a_K))
-        if model.residual(found) * _GAIN > self._failed:
-            self.hessian_KK = None
+        left = model.residual(found)
+        if left * _GAIN > residual:
+            self.curvature = None
             return None
-        self._failed, self.hessian_KK = math.inf, descent.hessian_KK
-        return found.a_K - point.a_K
+        self._failed, self.curvature = math.inf, descent.curvature
+        return self._checked(point, plans, found.a_K, last=left <= self.problem.tol)
 
-    def _checked(self, point: Point, change_K: Tensor) -> Point:
-        """The point that a model's change leads to, with plans to go on by."""
-        problem, plans = self.problem, point.plans
-        assert plans is not None
-        moved = float((point.a_K + change_K - plans.a_K).abs().max())
+    def _checked(self, point: Point, plans: Plans, found_K: Tensor, last: bool) -> Point:
+        """A read at what a model found, with plans to go on by unless it may be the `last`."""
+        moved = float((found_K - plans.a_K).abs().max())
         far = moved > math.log(_SEEN / plans.taken.least)
-        take = self._hessians.costs(point.a_K, anew=True).take if far else None
-        reached = problem.move(point, change_K, take)
-        if reached.plans is None and problem.residual(reached) * _GAIN < problem.residual(point):
+        take = self._hessians.costs(point.a_K, anew=True).take if far and not last else None
+        reached = self.problem.move(point, found_K - point.a_K, take)
+        if reached.plans is None and (
+            self.problem.residual(reached) * _GAIN < self.problem.residual(point)
+        ):
             return reached._replace(plans=plans)
         return reached
 
     def _step(self, point: Point) -> Point:
-        before, costs = self.hessian_KK, self._hessians.costs(point.a_K, self.boxed)
-        hessian_KK = self._hessian(point, costs)
-        fresh = hessian_KK is not before
+        before, costs = self.curvature, self._hessians.costs(point.a_K, self.boxed)
+        curvature = self._curvature(point, costs)
+        fresh = curvature is not before
         box = self.box if fresh else min(self.box, _STALE_BOX)
-        change_K = _box_step(hessian_KK, self.problem.gradient(point), point.s_K, box)
+        change_K = _box_step(curvature, self.problem.gradient(point), box)
         reads = len(self.problem.trace)
         reached = self.problem.move(point, change_K, costs.take)
         self.boxed = float(change_K.abs().max()) == box
@@ -381,14 +384,14 @@ class _Descent:
             self.box = _BOX
         elif self.boxed and fresh:
             self.box *= 2
-        _update(hessian_KK, reached.a_K - point.a_K, reached.s_K - point.s_K)
+        curvature.update(reached.a_K - point.a_K, reached.s_K - point.s_K)
         return reached
 
-    def _hessian(self, point: Point, costs: _Costs) -> Tensor:
-        """The Hessian to use: taken anew where that costs less than the steps it may save."""
+    def _curvature(self, point: Point, costs: _Costs) -> _Curvature:
+        """The one to use: taken anew where that costs less than the steps it may save."""
         problem = self.problem
         before, self.residual = self.residual, problem.residual(point)
-        rate = _RATE if self.hessian_KK is None else max(math.log(before / self.residual), 1e-3)
+        rate = _RATE if self.curvature is None else max(math.log(before / self.residual), 1e-3)
         left = math.log(self.residual / problem.tol)
         worth = self.residual < _NOISE and left / rate > costs.exact + left / _NEWTON
         source = _OfPlans(point.plans, costs.spread) if point.plans else self._hessians
@@ -396,44 +399,58 @@ class _Descent:
         # Steps to where a sample says no more, at this rate and at that of a fresh Hessian.
         saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
         due = rate < _FAST if cheap else saved > costs.exact * source.part
-        if self.hessian_KK is None or worth or due or costs.exact <= _ALWAYS:
+        if self.curvature is None or worth or due or costs.exact <= _ALWAYS:
             everything = worth or costs.exact <= _ALWAYS or (cheap and self.residual < _FAR)
-            self.hessian_KK = source.at(point.a_K, costs, everything)
-            # Clusters that hardly any row is undecided about leave it singular to rounding,
-            # and what is made of that by an update indefinite.
-            self.hessian_KK.diagonal().add_(_DAMPING * _weights(point.s_K))
-        return self.hessian_KK
+            self.curvature = _Curvature(source.at(point.a_K, costs, everything), point.s_K)
+        return self.curvature
 
 
-def _update(hessian_KK: Tensor, moved_K: Tensor, turned_K: Tensor) -> None:
-    """BFGS: the Hessian, in place, is to explain the last step."""
-    across = float(moved_K @ turned_K)
-    foreseen_K = hessian_KK @ moved_K
-    along = float(moved_K @ foreseen_K)
-    if across > 1e-12 * along > 0:
-        hessian_KK += torch.outer(turned_K, turned_K / across)
-        hessian_KK -= torch.outer(foreseen_K, foreseen_K / along)
+class _Curvature:
+    """A Hessian by its factor, and by what the steps since it was taken say of it (BFGS)."""
+
+    def __init__(self, hessian_KK: Tensor, s_K: Tensor) -> None:
+        """Takes the Hessian over."""
+        self._weights_K = s_K.clamp(min=_LEAST_SHARE / len(s_K) ** 2)
+        # F does not change along (1, ..., 1): the constant makes the system regular there.
+        # Clusters that hardly any row is undecided about leave it singular to rounding.
+        self._system_KK = hessian_KK.add_(1 / len(s_K) ** 2)
+        self._system_KK.diagonal().add_(_DAMPING * self._weights_K)
+        self._factor_KK = torch.linalg.cholesky(self._system_KK)
+        self._steps: list[tuple[Tensor, Tensor, float]] = []
+
+    def damped(self, damping: float) -> _Curvature:
+        """The Hessian alone, with more on its diagonal."""
+        system_KK = self._system_KK.clone()
+        system_KK.diagonal().add_(damping * self._weights_K)
+        return _Curvature(system_KK, self._weights_K)
+
+    def solve(self, sides_Km: Tensor) -> Tensor:
+        """H^-1 of some columns: the two loops of L-BFGS (Nocedal and Wright, algorithm 7.4)."""
+        answers_Km, shares = sides_Km.clone(), []
+        for moved_K, turned_K, across in reversed(self._steps):
+            shares.append((moved_K @ answers_Km) / across)
+            answers_Km -= torch.outer(turned_K, shares[-1])
+        answers_Km = torch.cholesky_solve(answers_Km, self._factor_KK)
+        for (moved_K, turned_K, across), share in zip(self._steps, reversed(shares), strict=True):
+            answers_Km += torch.outer(moved_K, share - (turned_K @ answers_Km) / across)
+        return answers_Km
+
+    def update(self, moved_K: Tensor, turned_K: Tensor) -> None:
+        """It is to explain how the gradient turned in a step."""
+        across = float(moved_K @ turned_K)
+        if across > _TURN * float(moved_K.norm() * turned_K.norm()):
+            self._steps.append((moved_K, turned_K, across))
 
 
-def _weights(s_K: Tensor) -> Tensor:
-    """Of the clusters in damping."""
-    return s_K.clamp(min=_LEAST_SHARE / len(s_K) ** 2)
-
-
-def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor, box: float) -> Tensor:
+def _box_step(curvature: _Curvature, gradient_K: Tensor, box: float) -> Tensor:
     """The change that minimises the quadratic model within the box (half its side given),
     or nearly.
 
     Coordinates that leave the box are held at its side, and the others follow: by one
     factor for all rounds.
     """
-    clusters = len(s_K)
-    # F does not change along (1, ..., 1): the constant makes the system regular there.
-    system_KK = hessian_KK + 1 / clusters**2
-    # Again: an update may have taken it out.
-    system_KK.diagonal().add_(_DAMPING * _weights(s_K))
-    factor_KK = torch.linalg.cholesky(system_KK)
-    free_K = torch.cholesky_solve(-gradient_K[:, None], factor_KK)[:, 0]
+    clusters = len(gradient_K)
+    free_K = curvature.solve(-gradient_K[:, None])[:, 0]
     free_K -= free_K.median()
     change_K, held = free_K, torch.zeros(clusters, dtype=torch.bool)
     for _ in range(_BOX_ROUNDS):
@@ -441,8 +458,7 @@ def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor, box: float) -
         held |= outside
         if not outside.any() or int(held.sum()) > max(clusters / 2, _MANY_HELD):
             break
-        units = torch.eye(clusters, dtype=s_K.dtype)[:, held]
-        answers = torch.cholesky_solve(units, factor_KK)
+        answers = curvature.solve(torch.eye(clusters, dtype=gradient_K.dtype)[:, held])
         excess = free_K[held] - change_K[held].clamp(-box, box)
         change_K = free_K - answers @ torch.linalg.solve(answers[held], excess)
     change_K = change_K.clamp(-box, box)
@@ -454,9 +470,7 @@ def _box_step(hessian_KK: Tensor, gradient_K: Tensor, s_K: Tensor, box: float) -
         and float(gradient_K @ change_K) > -_DESCENT * float(gradient_K.abs().sum())
     ):
         damping *= 10
-        system_KK.diagonal().add_(damping * _weights(s_K))
-        factor_KK = torch.linalg.cholesky(system_KK)
-        change_K = torch.cholesky_solve(-gradient_K[:, None], factor_KK)[:, 0]
+        change_K = curvature.damped(damping).solve(-gradient_K[:, None])[:, 0]
         change_K -= change_K.mean()
         change_K *= min(1.0, box / float(change_K.abs().max()))
     return change_K

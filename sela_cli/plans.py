@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,8 @@ from scipy.sparse import csc_array, csr_array, vstack
 from torch import Tensor
 
 from sela_cli import parallel
-from sela_cli.tiles import CPU, in_order
+from sela_cli.machine import has_fast_bfloat16
+from sela_cli.tiles import CPU, SQUARE_WORKERS, in_order
 
 # Smaller entries are left out of Hessians, and of plans that have many of them.
 NEGLIGIBLE = 1e-4
@@ -29,17 +29,6 @@ NEGLIGIBLE = 1e-4
 _BLOCK = 256
 # Blocks of columns that a dense product is made of, and the columns of one at least.
 _GRAM_BLOCKS, _GRAM_LEAST = 4, 128
-
-
-def _has_fast_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16; elsewhere torch emulates it slowly."""
-    try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-FAST_BFLOAT16 = _has_fast_bfloat16()
 
 
 class Take(NamedTuple):
@@ -80,7 +69,7 @@ class Plans:
             return part.shape[0], gram(torch.from_numpy(part.toarray()))
 
         rows, overlap_KK = 0, torch.zeros(len(a_K), len(a_K), dtype=torch.float64)
-        for count, part_KK in in_order(overlap, self._blocks, CPU):
+        for count, part_KK in in_order(overlap, self._blocks, CPU, SQUARE_WORKERS):
             rows += count
             if sparse:
                 _add(overlap_KK.numpy(), part_KK)
@@ -157,7 +146,7 @@ def gram(q_nK: Tensor) -> Tensor:
 
     In bfloat16 where the processor is made for it: a Hessian only says where to go.
     """
-    q_nK = q_nK.bfloat16() if FAST_BFLOAT16 else q_nK
+    q_nK = q_nK.bfloat16() if has_fast_bfloat16() else q_nK
     clusters = q_nK.shape[1]
     gram_KK = q_nK.new_zeros(clusters, clusters)
     step = max(-(-clusters // _GRAM_BLOCKS), _GRAM_LEAST)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sela_cli import parallel
 from sela_cli.plans import Entries, Plans, Take, gram, hessian_of
-from sela_cli.tiles import Rows, evenly, map_spans
+from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, map_spans
 
 # Below this a mean of softmax entries may have lost terms to underflow.
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
@@ -293,7 +293,7 @@ def laplacian(rows: Rows, lamb: float, a_K: Tensor, sparse: bool) -> Tensor:
     def overlap(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
         return gram(torch.cat([_plan(tile_nK, lamb, a_K) for _, tile_nK in tiles]))
 
-    for part_KK in map_spans(rows, overlap, torch.float32, square=2):
+    for part_KK in map_spans(rows, overlap, torch.float32, square=2, workers=SQUARE_WORKERS):
         overlap_KK += part_KK
     return hessian_of(overlap_KK, rows.shape[0])
 

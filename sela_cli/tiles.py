@@ -35,6 +35,8 @@ _DEVICE_TILE, _DEVICE_VIEW = 1 << 23, 1 << 28
 _DEVICE_TILES = 8
 # Threads that read tiles for it, and so the spans that are in its memory.
 _DEVICE_WORKERS = 4
+# Threads that make K x K numbers each: memory is not to grow with the number of processors.
+SQUARE_WORKERS = 4
 
 
 class Rows(Protocol):
@@ -216,10 +218,12 @@ def map_spans(
     work: Callable[[Iterator[tuple[int, Tensor]]], T],
     dtype: torch.dtype | None = torch.float64,
     square: int = 0,
+    workers: int | None = None,
 ) -> Iterator[T]:
     """`work` of each span of rows, in order. It is given the span's tiles, one at a time,
-    as (number of the first row, tile_nK), and runs in a thread of its own. `square`: it gives
-    K x K numbers, which cost less by the row if spans have so many rows for each cluster."""
+    as (number of the first row, tile_nK), and runs in a thread of its own, of `workers` at
+    most. `square`: it gives K x K numbers, which cost less by the row if spans have so many
+    rows for each cluster."""
     count, clusters = rows.shape
     elements, span_elements = _TILE_ELEMENTS, _SPAN_ELEMENTS
     if rows.device.type != "cpu":
@@ -235,7 +239,7 @@ def map_spans(
         for start in range(first, end, tile):
             yield start, rows.tile(start, min(start + tile, end), dtype)
 
-    return in_order(work, map(tiles, range(0, count, span)), rows.device)
+    return in_order(work, map(tiles, range(0, count, span)), rows.device, workers)
 
 
 def map_rows(
@@ -250,9 +254,16 @@ def map_rows(
     return in_order(lambda part_n: work(rows.take(part_n, dtype)), parts, rows.device)
 
 
-def in_order(work: Callable[[S], T], items: Iterable[S], device: torch.device) -> Iterator[T]:
-    """Results as a plain map gives them, worked out in the pool, a few ahead."""
-    workers = torch.get_num_threads()
+def in_order(
+    work: Callable[[S], T],
+    items: Iterable[S],
+    device: torch.device,
+    workers: int | None = None,
+) -> Iterator[T]:
+    """Results as a plain map gives them, worked out in a pool of `workers` at most, a few
+    ahead."""
+    threads = torch.get_num_threads()
+    workers = min(workers or threads, threads)
     if device.type != "cpu":
         workers = min(workers, _DEVICE_WORKERS)
     pool = _pool(workers)

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from sela_cli.machine import processor
+
 # As given: a script may give others to what it calls.
 _COMMAND = shlex.join(["python", f"tests/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 PACKAGES = ("torch", "numpy", "h5py", "scikit-learn")
@@ -19,12 +21,10 @@ PACKAGES = ("torch", "numpy", "h5py", "scikit-learn")
 
 def machine() -> str:
     """Processor, cores, how busy they are, and versions in words."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    processor = " ".join(found[1].split()) if found else platform.machine()
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     python = f"Python {platform.python_version()}"
     cores = f"{os.cpu_count()} cores, load average {os.getloadavg()[1]:.0f}"
-    return f"{processor}, {cores}; {python}, {versions}"
+    return f"{processor()}, {cores}; {python}, {versions}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

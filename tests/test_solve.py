@@ -241,6 +241,18 @@ def test_newton_is_finite_for_any_lambda_and_magnitude(lamb: float, scale: float
     assert np.bincount(labels_N, minlength=12).tolist() == [25] * 12
 
 
+@pytest.mark.parametrize("mask", [float(np.finfo(np.float32).min), -1e200])
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_masked_scores_are_never_chosen(solve: Solver, mask: float) -> None:
+    scores_NK = logits(300, 12)
+    masked_NK = np.random.default_rng(1).random((300, 12)) < 0.3
+    scores_NK[masked_NK] = mask
+    solution = solve(ArrayRows(scores_NK), uniform(12), 5.0, 1e-6, 2000)
+    assert solution.converged
+    labels_N = (5 * scores_NK + solution.potentials_K.numpy()).argmax(1)
+    assert not masked_NK[np.arange(300), labels_N].any()
+
+
 @pytest.mark.parametrize("weight", [1e-8, 1e-20, 1e-40])
 @pytest.mark.parametrize("lamb", [0.1, 25.0, 1000.0])
 def test_clusters_of_hardly_any_weight_are_no_hindrance(lamb: float, weight: float) -> None:

@@ -81,7 +81,9 @@ def test_core_does_not_know_how_it_is_shown(name: str) -> None:
     assert "print" not in called(name)
 
 
-@pytest.mark.parametrize("name", ["sinkhorn", "newton", "assignment", "tiles"])
+@pytest.mark.parametrize(
+    "name", ["sinkhorn", "newton", "lbfgs", "semidual", "plans", "assignment", "tiles"]
+)
 def test_solvers_are_pure(name: str) -> None:
     assert not packages(name) & {"h5py", "typer", "rich", "pathlib", "io", "os", "shutil"}
     assert not {item.split(".")[0] for item in siblings(name)} & {"formats", "scores", "labels"}
