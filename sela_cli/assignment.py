@@ -12,9 +12,11 @@ linear-programming duality of the transportation problem.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import reduce
 from itertools import pairwise
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -318,9 +320,10 @@ class _Flow:
 def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
     """loss_KK[k, l]: least logp_ik - logp_il over the rows i of cluster k."""
     clusters = rows.shape[1]
+    # One for all workers: of minima the order does not matter.
+    loss_KK, ours = np.full((clusters, clusters), np.inf), Lock()
 
-    def work(tiles: Iterator[tuple[int, Tensor]]) -> np.ndarray:
-        loss_KK = np.full((clusters, clusters), np.inf)
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
         for start, tile_nK in tiles:
             labels_n = labels_N[start : start + len(tile_nK)]
             tile = tile_nK.numpy()
@@ -328,12 +331,10 @@ def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
             present, first = np.unique(labels_n[order], return_index=True)
             loss_nK = (tile[np.arange(len(tile)), labels_n][:, None] - tile)[order]
             lowest = np.minimum.reduceat(loss_nK, first, axis=0)
-            loss_KK[present] = np.minimum(loss_KK[present], lowest)
-        return loss_KK
+            with ours:
+                loss_KK[present] = np.minimum(loss_KK[present], lowest)
 
-    loss_KK = np.full((clusters, clusters), np.inf)
-    for part_KK in map_spans(rows, work, square=8):
-        np.minimum(loss_KK, part_KK, out=loss_KK)
+    deque(map_spans(rows, work), maxlen=0)
     return loss_KK
 
 

@@ -26,7 +26,6 @@ _SAMPLE = 50_000
 _BLOCK = 8192
 # A direction with less of the largest variance is rounding: whitening would blow it up.
 _LEAST_VARIANCE = 1e-6
-_MAX_ITER = 100
 
 
 def kmeans_labels(
@@ -35,6 +34,7 @@ def kmeans_labels(
     clusters: Sequence[int] | None = None,
     *,
     seed: int = 0,
+    max_iter: int = 100,
     before: Labels | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> Labels:
@@ -68,7 +68,7 @@ def kmeans_labels(
             raise BadData(f"{path}: {count} clusters for {matrix.shape[0]} images")
         if number == 0 or matrix is not matrices[number - 1]:
             points_NP = whitened(matrix, path, seed)
-        head = _cluster(points_NP, count, seed + number)
+        head = _cluster(points_NP, count, seed + number, max_iter)
         if before:
             earlier_N = before.heads[number].labels_N
             head.labels_N = renumbered(head.labels_N, earlier_N, count)
@@ -85,6 +85,9 @@ def whitened(matrix: Matrix, path: str, seed: int) -> np.ndarray:
     not finite.
     """
     count, columns = matrix.shape
+    if count == 1:
+        # One point has no variance to divide by.
+        return np.zeros((1, 1), np.float32)
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(count)[:_SAMPLE])
     sample = _finite(matrix.read(rows), rows, path)
@@ -108,20 +111,20 @@ def _finite(values: np.ndarray, rows: np.ndarray, path: str) -> np.ndarray:
     return values
 
 
-def _cluster(points_NP: np.ndarray, clusters: int, seed: int) -> HeadLabels:
+def _cluster(points_NP: np.ndarray, clusters: int, seed: int, max_iter: int) -> HeadLabels:
     if len(points_NP) <= _SAMPLE:
-        model = KMeans(clusters, n_init=1, max_iter=_MAX_ITER, random_state=seed)
+        model = KMeans(clusters, n_init=1, max_iter=max_iter, random_state=seed)
     else:
         model = MiniBatchKMeans(
             *(clusters,),
             batch_size=max(4096, 4 * clusters),
             # Starts are compared on a sample only: cheap, and batches mend no bad start.
             n_init=3,
-            max_iter=_MAX_ITER,
+            max_iter=max_iter,
             random_state=seed,
         )
     labels_N = model.fit_predict(points_NP).astype(np.int32)
-    known = {"n-iters": int(model.n_iter_), "converged": bool(model.n_iter_ < _MAX_ITER)}
+    known = {"n-iters": int(model.n_iter_), "converged": bool(model.n_iter_ < max_iter)}
     return HeadLabels(labels_N, np.zeros(clusters), unsolved("kmeans") | known)
 
 

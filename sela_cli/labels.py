@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +25,22 @@ from sela_cli.formats import HeadLabels, Labels, Provenance
 from sela_cli.kmeans import kmeans_labels
 from sela_cli.scores import Matrix, Scores, Which, open_scores
 from sela_cli.semidual import Problem, Solution, Step
-from sela_cli.tiles import CPU, InMemory, Part, Resident, Rows, evenly, tile_rows
+from sela_cli.tiles import (
+    CPU,
+    SQUARE_WORKERS,
+    InMemory,
+    Part,
+    Resident,
+    Rows,
+    evenly,
+    tile_rows,
+)
 
 ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
 INPUT_KINDS = ("logits", "probabilities")
 METHODS = ("sela", "kmeans")
 SOLVERS = ("auto", "newton", "lbfgs", "sinkhorn")
+_NOT_OF_KMEANS = ("assign", "marginal", "min_size", "max_size", "input_kind", "solver")
 
 # Python and torch without a matrix, in bytes.
 _BASE = 700 << 20
@@ -85,6 +96,14 @@ class LabelSettings:
             raise UsageError(f"--method {self.method} is none of {', '.join(METHODS)}")
         if self.clusters and self.method != "kmeans":
             raise UsageError("--clusters is for --method kmeans: scores have a column a cluster")
+        if self.method == "kmeans":
+            for name in _NOT_OF_KMEANS:
+                if getattr(self, name) != getattr(LabelSettings, name):
+                    raise UsageError(
+                        f"--{name.replace('_', '-')} is not for --method kmeans, whose clusters "
+                        "are of any size",
+                        "drop one of them",
+                    )
         if self.solver not in SOLVERS:
             raise UsageError(f"--solver {self.solver} is none of {', '.join(SOLVERS)}")
         if (self.min_size, self.max_size) != (None, None) and (
@@ -233,6 +252,7 @@ def label_stage(
                 spec,
                 settings.clusters,
                 seed=settings.seed,
+                max_iter=settings.max_iter,
                 before=start,
                 progress=progress,
             )
@@ -268,12 +288,17 @@ def warning(labels: Labels, output: str) -> StoppedEarly | None:
     if not failed:
         return None
     worst = max(attributes["residual"] for attributes in failed)
-    # Labels by k-means have no residual.
-    how = f" (residual {worst:.2g}, asked for {failed[0]['tol']:g})" if math.isfinite(worst) else ""
+    how, mend = "", "allow a larger --max-iter"
+    # Labels by k-means have no residual, and potentials that say nothing.
+    if math.isfinite(worst):
+        how = f" (residual {worst:.2g}, asked for {failed[0]['tol']:g})"
+        if worst <= failed[0]["tol"]:
+            how = " (stopped before the sizes were balanced)"
+        mend = f"go on with --init {output}, or a larger --max-iter or --tol"
     return StoppedEarly(
         f"{output}: {len(failed)} of {len(labels.heads)} heads did not converge{how}; "
         "labels are written",
-        f"go on with --init {output}, or a larger --max-iter or --tol",
+        mend,
     )
 
 
@@ -295,7 +320,8 @@ def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
     lines = [f"{output}: {len(labels.keys)} rows"]
     for number, head in enumerate(labels.heads):
         values = metrics.sizes(head) | head.attributes
-        values["gap"] = values["objective"] - values["lower-bound"]
+        if values["assign"] == "balanced":
+            values["gap"] = values["objective"] - values["lower-bound"]
         values["seconds"] = float(head.trace["seconds"][-1]) if "seconds" in head.trace else 0.0
         heads.append(values)
         line = f"head {number}: {metrics.sizes_text(values)}"
@@ -365,9 +391,9 @@ def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadL
     )
 
 
-def _solver(shape: tuple[int, int], settings: LabelSettings) -> str:
+def _solver(clusters: int, settings: LabelSettings) -> str:
     """Newton where its matrices fit into the memory that is allowed, else L-BFGS."""
-    clusters, most = shape[1], settings.max_memory
+    most = settings.max_memory
     if settings.assign == "balanced" and _balancing(clusters) > most:
         raise UsageError(
             f"--max-memory {most / 2**20:.0f}M is too little to balance {clusters} clusters",
@@ -380,14 +406,14 @@ def _solver(shape: tuple[int, int], settings: LabelSettings) -> str:
 
 
 def _balancing(clusters: int) -> int:
-    """Bytes of the losses between clusters: of every worker, and a few more."""
-    return clusters**2 * 8 * (torch.get_num_threads() + 2)
+    """Bytes of the losses between clusters, and of what is made of them."""
+    return clusters**2 * 8 * 3
 
 
 def _curvature(clusters: int) -> int:
     """Bytes of Newton's Hessian and its factors, and of every worker's sparse product: the
     entries, what they give, and that of the span before."""
-    return clusters**2 * (20 * torch.get_num_threads() + 48)
+    return clusters**2 * (20 * SQUARE_WORKERS + 48)
 
 
 def _kept(rows: Rows, settings: LabelSettings, taken: int) -> Rows:
@@ -421,8 +447,8 @@ def _spare(clusters: int, settings: LabelSettings, device: torch.device) -> int:
 
 def _unused(clusters: int, settings: LabelSettings) -> int:
     """Bytes of memory that are left for scores and plans."""
-    taken = max(_balancing(clusters), _curvature(clusters)) + _BASE
-    return max(settings.max_memory - taken, 0)
+    square = _curvature(clusters) if _solver(clusters, settings) == "newton" else 0
+    return max(settings.max_memory - _BASE - max(_balancing(clusters), square), 0)
 
 
 def _keep_features(scores: Scores, settings: LabelSettings, device: torch.device) -> int:
@@ -476,7 +502,7 @@ def _solve_head(
     name: str,
     progress: Callable[[int, int, str], None],
 ) -> HeadLabels:
-    solver = _solver(rows.shape, settings)
+    solver = _solver(rows.shape[1], settings)
     solve, refine = {
         "newton": (newton.solve, newton.refine),
         "lbfgs": (lbfgs.solve, lbfgs.solve),
@@ -502,42 +528,54 @@ def _solve_head(
         memory=_unused(rows.shape[1], settings) // _PLANS,
     )
     solution = solve(problem, init_K)
-    prices_K = solution.potentials_K / settings.lamb
+    # Far from the solution most rows would have to move, and a signal leaves little time.
+    stopped = not solution.converged and parallel.any_of(interrupt.requested())
+    result = None
+    if settings.assign == "balanced" and not stopped:
 
-    def moving(note: str) -> None:
-        progress(0, 0, note)
-        if interrupt.requested() and solution.converged:
-            raise StoppedEarly("stopped while balancing the sizes", "run it again")
+        def moving(left: int) -> None:
+            progress(0, 0, f"{name}{left} rows to move")
+            if parallel.any_of(interrupt.requested()):
+                raise InterruptedError
 
-    if settings.assign == "balanced":
-        sharp_K = assignment.sharpen(whole, problem, solution.potentials_K, refine)
-        labels_N, prices_K = assignment.balanced(
-            whole,
-            sharp_K,
-            sizes.given,
-            _SLACK * assignment.certified(evenly(whole, _SOME), sharp_K, None).objective,
-            progress=lambda left: moving(f"{name}{left} rows to move"),
-        )
-        result = assignment.certified(whole, prices_K, sizes.allowed, labels_N)
-    else:
-        result = assignment.certified(whole, prices_K, sizes.allowed)
+        with suppress(InterruptedError):
+            result = _balanced(whole, problem, solution, sizes, refine, moving)
+    assign = "argmax" if result is None else "balanced"
+    if result is None:
+        result = assignment.certified(whole, solution.potentials_K / settings.lamb, sizes.allowed)
+    done = assign == settings.assign
     return HeadLabels(
         labels_N=result.labels_N,
         potentials_K=solution.potentials_K.numpy(),
         attributes={
-            "assign": settings.assign,
+            "assign": assign,
             "lamb": settings.lamb,
             "tol": settings.tol,
             "residual": solution.residual,
             "n-iters": solution.trace[-1].iteration,
-            "converged": solution.converged,
+            "converged": solution.converged and done,
             "objective": result.objective,
             "lower-bound": result.lower_bound,
-            "status": _status(solution, settings),
+            "status": _status(solution, settings) if done else "stopped",
             "bytes-read": _bytes_read(rows),
         },
         trace=_columns(solution),
     )
+
+
+def _balanced(
+    rows: Rows,
+    problem: Problem,
+    solution: Solution,
+    sizes: _Sizes,
+    refine: Callable[[Problem, Tensor], Solution],
+    progress: Callable[[int], None],
+) -> assignment.Certified:
+    """Labels of the wanted sizes, from potentials that are nearly right."""
+    sharp_K = assignment.sharpen(rows, problem, solution.potentials_K, refine)
+    slack = _SLACK * assignment.certified(evenly(rows, _SOME), sharp_K, None).objective
+    labels_N, prices_K = assignment.balanced(rows, sharp_K, sizes.given, slack, progress=progress)
+    return assignment.certified(rows, prices_K, sizes.allowed, labels_N)
 
 
 def _status(solution: Solution, settings: LabelSettings) -> str:

@@ -21,7 +21,7 @@ def size() -> int:
 
 
 def sum_of(value: Tensor) -> Tensor:
-    """The sum of every process's `value`, the same bits in each of them."""
+    """The sum of every process's `value`, the same bits in each of them; in its place."""
     if _job():
         distributed.all_reduce(value)
     return value

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import h5py
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from sela_cli import assignment, formats
+from sela_cli import assignment, formats, labels, tiles
 from sela_cli.assignment import Bounds
 from sela_cli.errors import UsageError
-from sela_cli.labels import LabelSettings, ScoreRows, label_stage
+from sela_cli.labels import LabelSettings, ScoreRows, label_stage, summary, warning
 from sela_cli.relabel import relabel_stage
 from sela_cli.scores import Features, open_scores
 
@@ -236,9 +237,102 @@ def test_the_status_says_why_a_solve_ended(matrix: Path, monkeypatch: pytest.Mon
     assert label(matrix, tol=1e-12).attributes["status"] == "stopped"
 
 
+def test_a_signal_while_sizes_are_balanced_leaves_labels_to_go_on_from(
+    matrix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that rows prefer, and said to be."""
+    wanted = label(matrix)
+    with monkeypatch.context() as patch:
+
+        def stopped(*arguments: Any, progress: Any, **options: Any) -> None:
+            patch.setattr("sela_cli.interrupt.requested", lambda: True)
+            progress(1)
+
+        patch.setattr(assignment, "balanced", stopped)
+        part = label(matrix)
+    assert part.attributes["assign"] == "argmax" and part.attributes["status"] == "stopped"
+    assert not part.attributes["converged"]
+    (before,) = (
+        path
+        for path in matrix.parent.glob("labels*.h5")
+        if formats.read_labels(str(path)).heads[0].attributes["status"] == "stopped"
+    )
+    whole = label(matrix, init=str(before))
+    assert whole.attributes["converged"] and whole.attributes["n-iters"] == 1
+    assert (whole.labels_N == wanted.labels_N).all()
+
+
+def test_a_gap_is_told_of_balanced_labels_only(matrix: Path, tmp_path: Path) -> None:
+    """Labels of any size can be better than the best balanced ones."""
+    for assign in ("balanced", "argmax"):
+        labels = label_stage(
+            str(matrix), str(tmp_path / f"{assign}.h5"), LabelSettings(assign=assign)
+        )
+        (values,) = summary(labels, "labels.h5")[0]["heads"]
+        assert ("gap" in values) == (assign == "balanced")
+
+
 def test_kmeans_is_a_method_of_the_command(matrix: Path) -> None:
     head = label(matrix, method="kmeans", clusters=(5,))
     assert head.attributes["assign"] == "kmeans" and len(head.usage_K) == 5
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"assign": "argmax"},
+        {"marginal": "zipf:1"},
+        {"min_size": 3},
+        {"max_size": 300},
+        {"input_kind": "probabilities"},
+        {"solver": "lbfgs"},
+    ],
+)
+def test_kmeans_refuses_what_it_would_ignore(matrix: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(option)).replace("_", "-")):
+        label(matrix, method="kmeans", **option)
+
+
+def test_kmeans_that_was_stopped_early_converges_with_more_iterations(matrix: Path) -> None:
+    def run(most: int) -> formats.Labels:
+        settings = LabelSettings(method="kmeans", max_iter=most)
+        return label_stage(str(matrix), str(matrix.parent / f"k{most}.h5"), settings)
+
+    problem = warning(run(1), "labels.h5")
+    assert (
+        problem is not None
+        and "--max-iter" in str(problem.mend)
+        and "--init" not in str(problem.mend)
+    )
+    assert warning(run(300), "labels.h5") is None
+
+
+def test_kmeans_of_one_row(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", [[3.0, 1.0]])
+    head = label(tmp_path / "one.npy", method="kmeans", clusters=(1,))
+    assert head.labels_N.tolist() == [0]
+
+
+def test_solver_and_memory_are_the_same_whatever_the_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the largest preset, with the memory that is allowed by default."""
+    settings, found = LabelSettings(), []
+    for threads in (1, 256):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append((labels._solver(3000, settings), labels._unused(3000, settings)))
+    assert found[0] == found[1] and found[0][0] == "newton" and found[0][1] > 1 << 30
+
+
+def test_no_more_workers_than_asked_for() -> None:
+    """However many threads there are."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        names = set(tiles.in_order(lambda item: current_thread().name, range(500), tiles.CPU, 3))
+    finally:
+        torch.set_num_threads(before)
+    assert 1 <= len(names) <= 3
 
 
 def run_label(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
