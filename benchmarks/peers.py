@@ -6,7 +6,6 @@ N rows, K clusters. Each is given log-probabilities in memory, as float32.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +91,3 @@ def ott(logp_NK: Tensor, lamb: float, tol: float, most: int) -> Result:
     seconds = time.perf_counter() - start
     a_K = torch.from_numpy(np.array(found.g, dtype=np.float64)) * lamb
     return Result(a_K - a_K.mean(), 2 * int(found.n_iters), seconds, bool(found.converged))
-
-
-Peer = Callable[..., Result]
