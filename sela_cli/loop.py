@@ -95,6 +95,7 @@ def settings_of(
     """
     defaults: dict[str, Any] = {
         "arch": "alexnet",
+        "image_size": 0,
         "heads": "128x10",
         "opts": 80,
         "relabel": "quadratic",
@@ -105,22 +106,19 @@ def settings_of(
         merged["image_size"] = image_size
     recipe = Recipe.of(merged)
     recipe.check()
-    names = {field.name for field in fields(LabelSettings)}
-    labels = LabelSettings(**{name: value for name, value in merged.items() if name in names})
+    labels = LabelSettings(**_fields_of(LabelSettings, merged))
     labels.check()
-    return RunSettings(
-        arch=merged["arch"],
-        image_size=merged.get("image_size", 0),
-        heads=tuple(parse_heads(merged["heads"])),
-        opts=merged["opts"],
-        relabel=merged["relabel"],
-        recipe=recipe,
-        labels=labels,
-        store=merged.get("store", "logits"),
-        dtype=merged.get("dtype", "float32"),
-        view=merged.get("view", "centre"),
-        relabel_heads=merged.get("relabel_heads", "all"),
-    )
+    own = _fields_of(RunSettings, merged)
+    own |= {"heads": tuple(parse_heads(merged["heads"])), "recipe": recipe, "labels": labels}
+    return RunSettings(**own)
+
+
+def _fields_of(
+    settings: type[RunSettings | LabelSettings], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options that are fields of these settings, which have defaults for the others."""
+    names = [field.name for field in fields(settings)]
+    return {name: options[name] for name in names if name in options}
 
 
 def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,16 @@ def images() -> Images:
 @pytest.fixture
 def settings() -> RunSettings:
     return settings_of("digits", 32, OPTIONS)
+
+
+def test_a_default_is_said_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class OfFeatures(RunSettings):
+        store: str = "features"
+
+    monkeypatch.setattr(loop, "RunSettings", OfFeatures)
+    assert settings_of("digits", 32, OPTIONS).store == "features"
+    assert settings_of("digits", 32, OPTIONS | {"store": "logits"}).store == "logits"
 
 
 def first_steps(settings: RunSettings) -> int:
