@@ -191,19 +191,28 @@ def run(
     and `force` is off; StoppedEarly after a signal.
     """
     with _locked(folder) if parallel.rank() == 0 else nullcontext():
-        settings = _measured(images, folder, settings, device)
+        settings = _measured(images, settings, device, None if force else _precision_of(folder))
         job.once(partial(_claim, images, folder, settings, force, resume))
         return _Run(images, folder, settings, watcher, device).to_the_end()
 
 
-def _measured(images: Images, folder: Path, settings: RunSettings, device: str) -> RunSettings:
-    """`--precision auto` decided: as the run in the folder has it, or by measuring."""
+def _precision_of(folder: Path) -> str | None:
+    """The arithmetic that the run in the folder has begun in."""
+    try:
+        return json.loads((folder / "run.json").read_text())["settings"]["recipe"]["precision"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _measured(
+    images: Images, settings: RunSettings, device: str, begun_in: str | None
+) -> RunSettings:
+    """`--precision auto` decided: what the run has begun in, or the faster one."""
     recipe = settings.recipe
     if recipe.precision != "auto":
         return settings
-    try:
-        chosen = json.loads((folder / "run.json").read_text())["settings"]["recipe"]["precision"]
-    except (OSError, ValueError, LookupError, TypeError):
+    chosen = begun_in
+    if chosen is None:
         network = build(settings.arch, settings.image_size, list(settings.heads), recipe.seed)
         batch_size = min(recipe.batch_size, len(images))
         chosen = faster(network, batch_size, device, training=True)
