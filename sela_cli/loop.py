@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -190,7 +190,8 @@ def run(
     Raises CannotCreate where the folder holds a finished run or one with other settings
     and `force` is off; StoppedEarly after a signal.
     """
-    with _locked(folder) if parallel.rank() == 0 else nullcontext():
+    with ExitStack() as stack:
+        job.once(partial(stack.enter_context, _locked(folder)))
         settings = _measured(images, settings, device, None if force else _precision_of(folder))
         job.once(partial(_claim, images, folder, settings, force, resume))
         return _Run(images, folder, settings, watcher, device).to_the_end()
