@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,11 @@ from sela_cli.training import Recipe, label_view, network_of, settle, train_stag
 Progress = Callable[[int, int, str], None]
 HOLDOUT = 0.2
 _PREDICTIONS = "predictions.json"
+# Whole, unfinished, being written or locked: a run removes no file of another name.
+_OWN = re.compile(
+    r"\.?(run\.json|predictions\.json|rounds\.csv"
+    r"|(labels|logits|checkpoint|probe)(-\d{3,})?\.h5((\.\d+)?\.unfinished)?)(\.partial|\.lock)?"
+)
 # Fields of RunSettings that are settings in themselves, or are said in words in a plan.
 _PARTS = ("recipe", "labels", "heads", "arch", "image_size")
 
@@ -187,8 +193,8 @@ def run(
 ) -> dict[str, Any]:
     """Run, or go on with, the loop in `folder`; returns a summary of the result.
 
-    Raises CannotCreate where the folder holds a finished run or one with other settings
-    and `force` is off; StoppedEarly after a signal.
+    Raises CannotCreate where the folder holds other files and no run, or a finished run or
+    one with other settings and `force` is off; StoppedEarly after a signal.
     """
     with ExitStack() as stack:
         job.once(partial(stack.enter_context, _locked(folder)))
@@ -242,12 +248,16 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
     identity = formats.through_json({"dataset-id": images.dataset_id, "settings": asdict(settings)})
     # The report finds the images by `data`; a run may go on with them in another place.
     told = identity | {"data": images.spec}
-    patterns = ("*.h5", "*.unfinished", "*.csv", "tensorboard/events.*", _PREDICTIONS)
-    old = [item for pattern in patterns for item in folder.glob(pattern)]
-    if force:
-        for leftover in [path, *old]:
-            leftover.unlink(missing_ok=True)
-    elif path.exists():
+    if not path.exists():
+        if any(folder.glob("[!.]*")):
+            raise CannotCreate(f"{folder} holds other files and no run", "choose another --out")
+    elif force:
+        # From here on no run goes on with what is left of the old one.
+        _write_json(path, {})
+        for leftover in [*_own(folder, "*"), *folder.glob("tensorboard/events.*")]:
+            if leftover != path:
+                leftover.unlink()
+    else:
         try:
             same = identity.items() <= json.loads(path.read_text()).items()
         except (ValueError, AttributeError) as error:
@@ -260,10 +270,16 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
         if not resume or (folder / "rounds.csv").exists():
             state = "a finished" if (folder / "rounds.csv").exists() else "an unfinished"
             raise CannotCreate(f"{folder} holds {state} run", "choose another --out, or --force")
-    elif old:
-        raise CannotCreate(f"{folder} holds other files", "choose another --out, or --force")
+    _write_json(path, told)
+
+
+def _own(folder: Path, pattern: str) -> list[Path]:
+    return [path for path in folder.glob(pattern) if _OWN.fullmatch(path.name)]
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
     with formats.replacing(str(path), force=True) as file:
-        file.write_text(json.dumps(told, indent=1))
+        file.write_text(json.dumps(values, indent=1))
 
 
 @dataclass
@@ -285,7 +301,7 @@ class _Run:
         positions = self.settings.positions
         if not (self.folder / "labels-000.h5").exists():
             self._begin(self._fresh())
-        if not any(self.folder.glob("checkpoint*.h5")):
+        if not _own(self.folder, "checkpoint*.h5"):
             self._train(self._fresh(), None, 0, "checkpoint-000.h5", 0.0)
         if self.images.truth_N is not None:
             self._knn("probe-000.h5", "checkpoint-000.h5")
@@ -310,8 +326,8 @@ class _Run:
 
     def _finish(self, rounds: list[dict[str, Any]]) -> None:
         # The run's own lock is `.lock`; of others a killed process may have left.
-        for pattern in ("checkpoint-*.h5", "*.unfinished", ".?*.lock", ".?*.partial"):
-            for leftover in self.folder.glob(pattern):
+        for pattern in ("checkpoint-*.h5", "*.unfinished", "*.lock", "*.partial"):
+            for leftover in _own(self.folder, pattern):
                 leftover.unlink()
         # A folder that has it is not gone on with; without it the predictions are needed.
         _write_rounds(self.path("rounds.csv"), rounds)
@@ -548,8 +564,7 @@ class _Run:
 
         def write() -> None:
             kept = self._predictions() | {str(number): collapse.predictions(self.path("logits.h5"))}
-            with formats.replacing(self.path(_PREDICTIONS), force=True) as file:
-                file.write_text(json.dumps(kept, indent=1))
+            _write_json(self.folder / _PREDICTIONS, kept)
 
         job.once(write)
 

@@ -202,6 +202,57 @@ def test_a_folder_in_use_or_of_another_run_is_refused(
     assert digests(folder) == whole
 
 
+@pytest.mark.parametrize("name", ["photos.h5", "table.csv", "labels.h5", "notes.txt"])
+def test_a_folder_of_other_files_is_refused_even_by_force(
+    name: str, images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("mine")
+    for force in (False, True):
+        with pytest.raises(CannotCreate, match="other files and no run"):
+            loop.run(images, tmp_path, settings, SILENT, force=force)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+
+
+def test_a_run_removes_its_own_files_and_no_others(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    """At its end, and where it is replaced by one with fewer rounds."""
+    loop.run(images, tmp_path, settings, SILENT)
+    made = {path.name for path in tmp_path.iterdir()}
+    mine = ("checkpoint-best.h5", "labels-old.h5", "photos.h5", "table.csv", ".photos.h5.lock")
+    for name in (*mine, "notes.unfinished"):
+        (tmp_path / name).write_text("mine")
+    left = ("labels-1000.h5", "labels-002.h5.1.unfinished", ".logits.h5.partial", ".probe.h5.lock")
+    for name in left:
+        (tmp_path / name).write_text("a killed run's")
+    loop.run(images, tmp_path, replace(settings, opts=2), SILENT, force=True)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert made - kept == {"labels-002.h5", "labels-003.h5"}
+    assert kept - made == {*mine, "notes.unfinished"}
+
+
+def test_a_replaced_run_is_not_gone_on_with(
+    images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash while --force removes it."""
+    loop.run(images, tmp_path, settings, SILENT)
+    whole = digests(tmp_path)
+    with monkeypatch.context() as crashing, pytest.raises(KeyboardInterrupt):
+        real = Path.unlink
+
+        def unlink(path: Path, missing_ok: bool = False) -> None:
+            real(path, missing_ok)
+            if path.name == "rounds.csv":
+                raise KeyboardInterrupt
+
+        crashing.setattr(Path, "unlink", unlink)
+        loop.run(images, tmp_path, settings, SILENT, force=True)
+    with pytest.raises(CannotCreate, match="other settings"):
+        loop.run(images, tmp_path, settings, SILENT)
+    loop.run(images, tmp_path, settings, SILENT, force=True)
+    assert digests(tmp_path) == whole
+
+
 def test_an_unfinished_run_is_refused_where_resuming_is_off(
     images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
