@@ -3,9 +3,9 @@
 A run's folder holds, for round k = 1..n: checkpoint-k.h5 (trained up to that round's
 position; only the newest is kept), logits.h5 (of that checkpoint) and labels-k.h5. Round
 0 is the fresh network and random balanced labels. predictions.json says of each round what
-the network predicted. At the end: checkpoint.h5, labels.h5 (those of round n), probe.h5 and
-rounds.csv. What is there is not made again, so that the same call goes on after an
-interruption.
+the network predicted, and then all of its row of rounds.csv. At the end: checkpoint.h5,
+labels.h5 (those of round n), probe.h5 and rounds.csv. What is there is not made again, so
+that the same call goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -343,12 +343,13 @@ class _Run:
         settle(network, self.images, settings.recipe)
         provenance = Provenance("embed", {"arch": settings.arch})
         self._embed("embed, fresh network", network, provenance, None)
-        self._keep_predictions(0)
+        self._keep(0, self._predictions)
         random = replace(settings.labels, assign="random")
         self._label(
             self.path("labels-000.h5"),
             lambda output: label_stage(self.path("logits.h5"), output, random, force=True),
         )
+        self._keep(0, partial(self._describe, 0))
 
     def _label(self, labels: str, solve: Callable[[str], Labels]) -> Labels:
         """What `solve` writes to the path that it is given, in `labels` once it is whole.
@@ -383,7 +384,7 @@ class _Run:
             provenance.reading("checkpoint", state.header),
             label_view(settings.view, settings.recipe, state.step),
         )
-        self._keep_predictions(number)
+        self._keep(number, self._predictions)
         logits, head = self.path("logits.h5"), settings.head_of(number)
         with self.watcher.stage(f"label, round {number}") as progress:
 
@@ -412,6 +413,7 @@ class _Run:
         if problem := warning(solved, labels):
             self.watcher.say(f"warning: {problem.args[0]}")
         row = self._describe(number)
+        self._keep(number, lambda: row)
         losses = state.losses[slice(*self._steps(number - 1))]
         if losses.size:
             row["loss"] = float(losses.mean())
@@ -546,27 +548,27 @@ class _Run:
         row["smallest"] = min(size["smallest"] for size in sizes)
         row["largest"] = max(size["largest"] for size in sizes)
         row["empty"] = sum(size["empty"] for size in sizes)
-        row |= self._predictions()[str(number)]
+        row |= self._kept()[str(number)]
         if self.images.truth_N is not None:
             scores = [
-                metrics.agreement(head.labels_N, self.images.truth_N) for head in labels.heads
+                metrics.nmi_and_ari(head.labels_N, self.images.truth_N) for head in labels.heads
             ]
             for name in ("nmi", "ari"):
                 row[name] = float(np.mean([score[name] for score in scores]))
         return row
 
-    def _predictions(self) -> dict[str, dict[str, float]]:
+    def _predictions(self) -> dict[str, Any]:
+        """What logits.h5 says, which the next round replaces."""
+        return collapse.predictions(self.path("logits.h5"))
+
+    def _kept(self) -> dict[str, dict[str, Any]]:
         path = self.folder / _PREDICTIONS
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def _keep_predictions(self, number: int) -> None:
-        """Note what logits.h5 says, which the next round replaces."""
-
-        def write() -> None:
-            kept = self._predictions() | {str(number): collapse.predictions(self.path("logits.h5"))}
-            _write_json(self.folder / _PREDICTIONS, kept)
-
-        job.once(write)
+    def _keep(self, number: int, make: Callable[[], dict[str, Any]]) -> None:
+        """Note of a round what `make` gives, in place of what was noted."""
+        path = self.folder / _PREDICTIONS
+        job.once(lambda: _write_json(path, self._kept() | {str(number): make()}))
 
     def _problems(self, row: dict[str, Any], losses: np.ndarray) -> dict[str, str]:
         """What looks wrong in a round that begins after these losses."""
@@ -579,7 +581,12 @@ class _Run:
 
     def _rounds(self) -> list[dict[str, Any]]:
         """All rows of rounds.csv; `loss` is the mean from that round to the next."""
-        rows = [self._describe(number) for number in range(len(self.settings.positions) + 1)]
+        kept = self._kept()
+        # A process that was killed, or of an older version, kept only the predictions.
+        rows = [
+            kept[str(number)] if "round" in kept[str(number)] else self._describe(number)
+            for number in range(len(self.settings.positions) + 1)
+        ]
         losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
         for number, row in enumerate(rows):
             part = losses[slice(*self._steps(number))]

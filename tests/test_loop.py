@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import itertools
+import json
 import os
 import random
 import re
@@ -15,11 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from sela_cli import formats, interrupt, loop, networks
+from sela_cli import formats, interrupt, loop, metrics, networks
 from sela_cli.errors import CannotCreate, StoppedEarly
 from sela_cli.images.batches import Images, open_images
 from sela_cli.loop import RunSettings, Watcher, settings_of
@@ -141,6 +143,8 @@ def test_stopped_anywhere_it_ends_with_the_same_digests(
         assert stops < 200
     assert stops > 3
     assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
+    one, two = ((tmp_path / name / "rounds.csv").read_text() for name in ("broken", "whole"))
+    assert one == two
 
 
 @pytest.mark.parametrize("stage", ["embed_stage", "label_stage", "train_stage", "_write_rounds"])
@@ -177,6 +181,42 @@ def test_killed_between_stages_it_ends_with_the_same_digests(
     assert next(crashes) > 1 or stage == "_write_rounds"
     kept = digests(tmp_path / "broken")
     assert {name: kept[name] for name in digests(tmp_path / "whole")} == digests(tmp_path / "whole")
+
+
+def test_rounds_are_described_when_they_are_made_and_without_ami(
+    images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AMI takes minutes a head at ImageNet's size: it is for the result alone."""
+    calls: dict[str, int] = {"nmi_and_ari": 0, "expected_mutual_information": 0}
+    for name in calls:
+
+        def counted(*arguments: Any, name: str = name, real: Any = getattr(metrics, name)) -> Any:
+            calls[name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(metrics, name, counted)
+    loop.run(images, tmp_path / "run", settings, SILENT)
+    heads, rounds = len(settings.heads), len(settings.positions) + 1
+    assert calls == {"nmi_and_ari": heads * rounds, "expected_mutual_information": heads}
+
+
+def test_rows_that_were_not_kept_are_made_from_the_files(
+    images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an older version began the run, or a process was killed before it kept one."""
+    with monkeypatch.context() as crashing, pytest.raises(KeyboardInterrupt):
+        crashing.setattr(loop, "_write_rounds", mock.Mock(side_effect=KeyboardInterrupt))
+        loop.run(images, tmp_path / "run", settings, SILENT)
+    path = tmp_path / "run" / "predictions.json"
+    kept = json.loads(path.read_text())
+    assert set(kept) == {"0", "1", "2", "3"}
+    for number in ("0", "2"):
+        kept[number] = {name: kept[number][name] for name in ("entropy", "spread", "unwanted")}
+    path.write_text(json.dumps(kept))
+    loop.run(images, tmp_path / "run", settings, SILENT)
+    loop.run(images, tmp_path / "whole", settings, SILENT)
+    one, two = ((tmp_path / name / "rounds.csv").read_text() for name in ("run", "whole"))
+    assert one == two
 
 
 def test_a_folder_in_use_or_of_another_run_is_refused(
