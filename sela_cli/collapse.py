@@ -6,16 +6,21 @@ N images, n of a tile, K clusters.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from scipy.special import softmax, xlogy
+import torch
+from scipy.special import xlogy
+from torch import Tensor
 
-from sela_cli.scores import Matrix, open_scores
+from sela_cli.labels import ScoreRows
+from sela_cli.scores import open_scores
+from sela_cli.tiles import Rows, evenly, map_spans
 
-# Values of a tile, some tens of megabytes as float64.
-_TILE_VALUES = 1 << 22
+# Rows that the means are taken over, where there are more; for each cluster enough that one
+# which only a tenth of its share of them prefer is met three times.
+_ROWS, _ROWS_OF_CLUSTER = 50_000, 32
 
 # Shares: how far below ln K the loss must be, how varied predictions are at least, how many
 # clusters may lack an image that prefers them, how many labels may change late in a run.
@@ -29,28 +34,36 @@ def predictions(spec: str) -> dict[str, float]:
 
     `entropy`: mean of H(p(y|x)) / ln K, 1 where nothing is told apart. `spread`:
     H(mean p) / ln K, near 0 where all images get one cluster. `unwanted`: share of the
-    clusters that no image prefers.
+    clusters that no image prefers. Of max(50,000, 32 K) images, evenly spread, where there
+    are more: a cluster that very few prefer may then count as unwanted.
     """
     with open_scores(spec) as scores:
-        rows = [_of_head(matrix) for matrix in scores.heads]
+        rows = [_of_head(ScoreRows(matrix, spec)) for matrix in scores.heads]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def _of_head(matrix: Matrix) -> dict[str, float]:
-    count, clusters = matrix.shape
+def _of_head(rows: Rows) -> dict[str, float]:
+    clusters = rows.shape[1]
+    some = evenly(rows, max(_ROWS, _ROWS_OF_CLUSTER * clusters))
     most = math.log(clusters) if clusters > 1 else 1.0
     entropy, mean_K, wanted_K = 0.0, np.zeros(clusters), np.zeros(clusters, np.int64)
-    tile = max(1, _TILE_VALUES // clusters)
-    for start in range(0, count, tile):
-        p_nK = softmax(
-            matrix.read(slice(start, min(start + tile, count))).astype(np.float64), axis=1
-        )
-        entropy -= float(xlogy(p_nK, p_nK).sum())
-        mean_K += p_nK.sum(axis=0)
-        wanted_K += np.bincount(p_nK.argmax(axis=1), minlength=clusters)
-    mean_K /= count
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> tuple[float, np.ndarray, np.ndarray]:
+        total, sum_K, chosen_K = 0.0, torch.zeros(clusters).double(), torch.zeros(clusters).long()
+        for _, tile_nK in tiles:
+            log_p_nK = tile_nK.log_softmax(1)
+            p_nK = log_p_nK.exp()
+            sum_K += p_nK.sum(0, dtype=torch.float64)
+            chosen_K += tile_nK.argmax(1).bincount(minlength=clusters)
+            total -= float(log_p_nK.mul_(p_nK).sum(dtype=torch.float64))
+        return total, sum_K.numpy(), chosen_K.numpy()
+
+    for total, sum_K, chosen_K in map_spans(some, work, torch.float32):
+        entropy += total
+        mean_K += sum_K / some.shape[0]
+        wanted_K += chosen_K
     return {
-        "entropy": entropy / count / most,
+        "entropy": entropy / some.shape[0] / most,
         "spread": float(-xlogy(mean_K, mean_K).sum()) / most,
         "unwanted": float((wanted_K == 0).mean()),
     }

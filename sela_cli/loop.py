@@ -3,9 +3,9 @@
 A run's folder holds, for round k = 1..n: checkpoint-k.h5 (trained up to that round's
 position; only the newest is kept), logits.h5 (of that checkpoint) and labels-k.h5. Round
 0 is the fresh network and random balanced labels. predictions.json says of each round what
-the network predicted. At the end: checkpoint.h5, labels.h5 (those of round n), probe.h5 and
-rounds.csv. What is there is not made again, so that the same call goes on after an
-interruption.
+the network predicted, and then all of its row of rounds.csv. At the end: checkpoint.h5,
+labels.h5 (those of round n), probe.h5 and rounds.csv. What is there is not made again, so
+that the same call goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -52,6 +53,11 @@ from sela_cli.training import Recipe, label_view, network_of, settle, train_stag
 Progress = Callable[[int, int, str], None]
 HOLDOUT = 0.2
 _PREDICTIONS = "predictions.json"
+# Whole, unfinished, being written or locked: a run removes no file of another name.
+_OWN = re.compile(
+    r"\.?(run\.json|predictions\.json|rounds\.csv"
+    r"|(labels|logits|checkpoint|probe)(-\d{3,})?\.h5((\.\d+)?\.unfinished)?)(\.partial|\.lock)?"
+)
 # Fields of RunSettings that are settings in themselves, or are said in words in a plan.
 _PARTS = ("recipe", "labels", "heads", "arch", "image_size")
 
@@ -95,6 +101,7 @@ def settings_of(
     """
     defaults: dict[str, Any] = {
         "arch": "alexnet",
+        "image_size": 0,
         "heads": "128x10",
         "opts": 80,
         "relabel": "quadratic",
@@ -105,22 +112,19 @@ def settings_of(
         merged["image_size"] = image_size
     recipe = Recipe.of(merged)
     recipe.check()
-    names = {field.name for field in fields(LabelSettings)}
-    labels = LabelSettings(**{name: value for name, value in merged.items() if name in names})
+    labels = LabelSettings(**_fields_of(LabelSettings, merged))
     labels.check()
-    return RunSettings(
-        arch=merged["arch"],
-        image_size=merged.get("image_size", 0),
-        heads=tuple(parse_heads(merged["heads"])),
-        opts=merged["opts"],
-        relabel=merged["relabel"],
-        recipe=recipe,
-        labels=labels,
-        store=merged.get("store", "logits"),
-        dtype=merged.get("dtype", "float32"),
-        view=merged.get("view", "centre"),
-        relabel_heads=merged.get("relabel_heads", "all"),
-    )
+    own = _fields_of(RunSettings, merged)
+    own |= {"heads": tuple(parse_heads(merged["heads"])), "recipe": recipe, "labels": labels}
+    return RunSettings(**own)
+
+
+def _fields_of(
+    settings: type[RunSettings | LabelSettings], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options that are fields of these settings, which have defaults for the others."""
+    names = [field.name for field in fields(settings)]
+    return {name: options[name] for name in names if name in options}
 
 
 def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
@@ -189,23 +193,33 @@ def run(
 ) -> dict[str, Any]:
     """Run, or go on with, the loop in `folder`; returns a summary of the result.
 
-    Raises CannotCreate where the folder holds a finished run or one with other settings
-    and `force` is off; StoppedEarly after a signal.
+    Raises CannotCreate where the folder holds other files and no run, or a finished run or
+    one with other settings and `force` is off; StoppedEarly after a signal.
     """
-    with _locked(folder) if parallel.rank() == 0 else nullcontext():
-        settings = _measured(images, folder, settings, device)
+    with ExitStack() as stack:
+        job.once(partial(stack.enter_context, _locked(folder)))
+        settings = _measured(images, settings, device, None if force else _precision_of(folder))
         job.once(partial(_claim, images, folder, settings, force, resume))
         return _Run(images, folder, settings, watcher, device).to_the_end()
 
 
-def _measured(images: Images, folder: Path, settings: RunSettings, device: str) -> RunSettings:
-    """`--precision auto` decided: as the run in the folder has it, or by measuring."""
+def _precision_of(folder: Path) -> str | None:
+    """The arithmetic that the run in the folder has begun in."""
+    try:
+        return json.loads((folder / "run.json").read_text())["settings"]["recipe"]["precision"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _measured(
+    images: Images, settings: RunSettings, device: str, begun_in: str | None
+) -> RunSettings:
+    """`--precision auto` decided: what the run has begun in, or the faster one."""
     recipe = settings.recipe
     if recipe.precision != "auto":
         return settings
-    try:
-        chosen = json.loads((folder / "run.json").read_text())["settings"]["recipe"]["precision"]
-    except (OSError, ValueError, LookupError, TypeError):
+    chosen = begun_in
+    if chosen is None:
         network = build(settings.arch, settings.image_size, list(settings.heads), recipe.seed)
         batch_size = min(recipe.batch_size, len(images))
         chosen = faster(network, batch_size, device, training=True)
@@ -234,12 +248,16 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
     identity = formats.through_json({"dataset-id": images.dataset_id, "settings": asdict(settings)})
     # The report finds the images by `data`; a run may go on with them in another place.
     told = identity | {"data": images.spec}
-    patterns = ("*.h5", "*.unfinished", "*.csv", "tensorboard/events.*", _PREDICTIONS)
-    old = [item for pattern in patterns for item in folder.glob(pattern)]
-    if force:
-        for leftover in [path, *old]:
-            leftover.unlink(missing_ok=True)
-    elif path.exists():
+    if not path.exists():
+        if any(folder.glob("[!.]*")):
+            raise CannotCreate(f"{folder} holds other files and no run", "choose another --out")
+    elif force:
+        # From here on no run goes on with what is left of the old one.
+        _write_json(path, {})
+        for leftover in [*_own(folder, "*"), *folder.glob("tensorboard/events.*")]:
+            if leftover != path:
+                leftover.unlink()
+    else:
         try:
             same = identity.items() <= json.loads(path.read_text()).items()
         except (ValueError, AttributeError) as error:
@@ -252,10 +270,16 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
         if not resume or (folder / "rounds.csv").exists():
             state = "a finished" if (folder / "rounds.csv").exists() else "an unfinished"
             raise CannotCreate(f"{folder} holds {state} run", "choose another --out, or --force")
-    elif old:
-        raise CannotCreate(f"{folder} holds other files", "choose another --out, or --force")
+    _write_json(path, told)
+
+
+def _own(folder: Path, pattern: str) -> list[Path]:
+    return [path for path in folder.glob(pattern) if _OWN.fullmatch(path.name)]
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
     with formats.replacing(str(path), force=True) as file:
-        file.write_text(json.dumps(told, indent=1))
+        file.write_text(json.dumps(values, indent=1))
 
 
 @dataclass
@@ -277,7 +301,7 @@ class _Run:
         positions = self.settings.positions
         if not (self.folder / "labels-000.h5").exists():
             self._begin(self._fresh())
-        if not any(self.folder.glob("checkpoint*.h5")):
+        if not _own(self.folder, "checkpoint*.h5"):
             self._train(self._fresh(), None, 0, "checkpoint-000.h5", 0.0)
         if self.images.truth_N is not None:
             self._knn("probe-000.h5", "checkpoint-000.h5")
@@ -302,8 +326,8 @@ class _Run:
 
     def _finish(self, rounds: list[dict[str, Any]]) -> None:
         # The run's own lock is `.lock`; of others a killed process may have left.
-        for pattern in ("checkpoint-*.h5", "*.unfinished", ".?*.lock", ".?*.partial"):
-            for leftover in self.folder.glob(pattern):
+        for pattern in ("checkpoint-*.h5", "*.unfinished", "*.lock", "*.partial"):
+            for leftover in _own(self.folder, pattern):
                 leftover.unlink()
         # A folder that has it is not gone on with; without it the predictions are needed.
         _write_rounds(self.path("rounds.csv"), rounds)
@@ -319,12 +343,13 @@ class _Run:
         settle(network, self.images, settings.recipe)
         provenance = Provenance("embed", {"arch": settings.arch})
         self._embed("embed, fresh network", network, provenance, None)
-        self._keep_predictions(0)
+        self._keep(0, self._predictions)
         random = replace(settings.labels, assign="random")
         self._label(
             self.path("labels-000.h5"),
             lambda output: label_stage(self.path("logits.h5"), output, random, force=True),
         )
+        self._keep(0, partial(self._describe, 0))
 
     def _label(self, labels: str, solve: Callable[[str], Labels]) -> Labels:
         """What `solve` writes to the path that it is given, in `labels` once it is whole.
@@ -359,7 +384,7 @@ class _Run:
             provenance.reading("checkpoint", state.header),
             label_view(settings.view, settings.recipe, state.step),
         )
-        self._keep_predictions(number)
+        self._keep(number, self._predictions)
         logits, head = self.path("logits.h5"), settings.head_of(number)
         with self.watcher.stage(f"label, round {number}") as progress:
 
@@ -388,6 +413,7 @@ class _Run:
         if problem := warning(solved, labels):
             self.watcher.say(f"warning: {problem.args[0]}")
         row = self._describe(number)
+        self._keep(number, lambda: row)
         losses = state.losses[slice(*self._steps(number - 1))]
         if losses.size:
             row["loss"] = float(losses.mean())
@@ -522,28 +548,27 @@ class _Run:
         row["smallest"] = min(size["smallest"] for size in sizes)
         row["largest"] = max(size["largest"] for size in sizes)
         row["empty"] = sum(size["empty"] for size in sizes)
-        row |= self._predictions()[str(number)]
+        row |= self._kept()[str(number)]
         if self.images.truth_N is not None:
             scores = [
-                metrics.agreement(head.labels_N, self.images.truth_N) for head in labels.heads
+                metrics.nmi_and_ari(head.labels_N, self.images.truth_N) for head in labels.heads
             ]
             for name in ("nmi", "ari"):
                 row[name] = float(np.mean([score[name] for score in scores]))
         return row
 
-    def _predictions(self) -> dict[str, dict[str, float]]:
+    def _predictions(self) -> dict[str, Any]:
+        """What logits.h5 says, which the next round replaces."""
+        return collapse.predictions(self.path("logits.h5"))
+
+    def _kept(self) -> dict[str, dict[str, Any]]:
         path = self.folder / _PREDICTIONS
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def _keep_predictions(self, number: int) -> None:
-        """Note what logits.h5 says, which the next round replaces."""
-
-        def write() -> None:
-            kept = self._predictions() | {str(number): collapse.predictions(self.path("logits.h5"))}
-            with formats.replacing(self.path(_PREDICTIONS), force=True) as file:
-                file.write_text(json.dumps(kept, indent=1))
-
-        job.once(write)
+    def _keep(self, number: int, make: Callable[[], dict[str, Any]]) -> None:
+        """Note of a round what `make` gives, in place of what was noted."""
+        path = self.folder / _PREDICTIONS
+        job.once(lambda: _write_json(path, self._kept() | {str(number): make()}))
 
     def _problems(self, row: dict[str, Any], losses: np.ndarray) -> dict[str, str]:
         """What looks wrong in a round that begins after these losses."""
@@ -556,7 +581,12 @@ class _Run:
 
     def _rounds(self) -> list[dict[str, Any]]:
         """All rows of rounds.csv; `loss` is the mean from that round to the next."""
-        rows = [self._describe(number) for number in range(len(self.settings.positions) + 1)]
+        kept = self._kept()
+        # A process that was killed, or of an older version, kept only the predictions.
+        rows = [
+            kept[str(number)] if "round" in kept[str(number)] else self._describe(number)
+            for number in range(len(self.settings.positions) + 1)
+        ]
         losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
         for number, row in enumerate(rows):
             part = losses[slice(*self._steps(number))]

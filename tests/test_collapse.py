@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import entropy
 
-from sela_cli import collapse
+from sela_cli import collapse, tiles
+from sela_cli.scores import Matrix, Which
 
 WriteLogits = Callable[..., str]
 WELL = {"churn": 0.2, "empty": 0, "entropy": 0.5, "spread": 0.95, "unwanted": 0.1}
@@ -33,8 +35,32 @@ def test_predictions_do_not_depend_on_tiles(
 ) -> None:
     path = write_logits(*np.random.default_rng(0).normal(size=(2, 23, 4)))
     whole = collapse.predictions(path)
-    monkeypatch.setattr(collapse, "_TILE_VALUES", 20)
+    monkeypatch.setattr(tiles, "_TILE_ELEMENTS", 12)
+    monkeypatch.setattr(tiles, "_SPAN_ELEMENTS", 20)
     assert collapse.predictions(path) == pytest.approx(whole)
+
+
+def test_of_many_images_some_are_looked_at(
+    write_logits: WriteLogits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that repeat have the means of any few of them; the other rows are not read."""
+    monkeypatch.setattr(collapse, "_ROWS", 60)
+    read: list[int] = []
+    tensor = Matrix.tensor
+
+    def counted(matrix: Matrix, rows: Which, device: torch.device) -> torch.Tensor:
+        found_nK = tensor(matrix, rows, device)
+        read.append(len(found_nK))
+        return found_nK
+
+    monkeypatch.setattr(Matrix, "tensor", counted)
+    pattern_NK = np.random.default_rng(0).normal(size=(3, 4)) * 3
+    expected = collapse.predictions(write_logits(pattern_NK))
+    read.clear()
+    path = write_logits(np.repeat(pattern_NK, 400, axis=0), name="many.h5")
+    assert collapse.predictions(path) == pytest.approx(expected, rel=0.02)
+    # 32 for each of the four clusters are more than 60.
+    assert sum(read) == 128
 
 
 def test_extremes(write_logits: WriteLogits) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,10 +18,11 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-from sela_cli import batchwide, cli, formats, interrupt, job, networks, parallel
+from sela_cli import batchwide, cli, formats, interrupt, job, loop, networks, parallel
 from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.images.augment import AUGMENTATIONS, draw
 from sela_cli.images.batches import Images, open_images
+from sela_cli.locks import locked
 from sela_cli.logits import forward
 from sela_cli.networks import Network, build
 from sela_cli.probes import LinearProbe, LinearRecipe
@@ -204,6 +206,29 @@ def test_a_job_agrees_and_fails_as_one(both: list[dict[str, Any]]) -> None:
     assert first[:3] == second[:3] == [True, False, PROCESSES]
     assert (first[3], second[3]) == ("BadData", "FailedElsewhere")
     assert "--batch-size" in first[4] and first[4] == second[4]
+
+
+def refused(rank: int, folder: str) -> None:
+    """One of two that are to run in a folder where another run is at work."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
+    )
+    watcher = loop.Watcher(lambda title: nullcontext(print), print)
+    settings = loop.settings_of("digits", 16, {})
+    try:
+        loop.run(open_images("digits", 16, limit=4)[0], Path(folder) / "run", settings, watcher)
+    except Exception as error:
+        (Path(folder) / f"{rank}.txt").write_text(type(error).__name__)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_job_is_refused_as_one_where_another_run_is_at_work(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run" / ".lock"):
+        multiprocessing.spawn(refused, (str(tmp_path),), PROCESSES)
+    kinds = [(tmp_path / f"{rank}.txt").read_text() for rank in range(PROCESSES)]
+    assert kinds == ["CannotCreate", "FailedElsewhere"]
 
 
 def test_shares_are_all_of_it() -> None:

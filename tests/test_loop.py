@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import itertools
+import json
 import os
 import random
 import re
@@ -12,14 +13,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from sela_cli import formats, interrupt, loop, networks
+from sela_cli import formats, interrupt, loop, metrics, networks
 from sela_cli.errors import CannotCreate, StoppedEarly
 from sela_cli.images.batches import Images, open_images
 from sela_cli.loop import RunSettings, Watcher, settings_of
@@ -49,6 +51,16 @@ def images() -> Images:
 @pytest.fixture
 def settings() -> RunSettings:
     return settings_of("digits", 32, OPTIONS)
+
+
+def test_a_default_is_said_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class OfFeatures(RunSettings):
+        store: str = "features"
+
+    monkeypatch.setattr(loop, "RunSettings", OfFeatures)
+    assert settings_of("digits", 32, OPTIONS).store == "features"
+    assert settings_of("digits", 32, OPTIONS | {"store": "logits"}).store == "logits"
 
 
 def first_steps(settings: RunSettings) -> int:
@@ -131,6 +143,8 @@ def test_stopped_anywhere_it_ends_with_the_same_digests(
         assert stops < 200
     assert stops > 3
     assert digests(tmp_path / "broken") == digests(tmp_path / "whole")
+    one, two = ((tmp_path / name / "rounds.csv").read_text() for name in ("broken", "whole"))
+    assert one == two
 
 
 @pytest.mark.parametrize("stage", ["embed_stage", "label_stage", "train_stage", "_write_rounds"])
@@ -169,6 +183,42 @@ def test_killed_between_stages_it_ends_with_the_same_digests(
     assert {name: kept[name] for name in digests(tmp_path / "whole")} == digests(tmp_path / "whole")
 
 
+def test_rounds_are_described_when_they_are_made_and_without_ami(
+    images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AMI takes minutes a head at ImageNet's size: it is for the result alone."""
+    calls: dict[str, int] = {"nmi_and_ari": 0, "expected_mutual_information": 0}
+    for name in calls:
+
+        def counted(*arguments: Any, name: str = name, real: Any = getattr(metrics, name)) -> Any:
+            calls[name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(metrics, name, counted)
+    loop.run(images, tmp_path / "run", settings, SILENT)
+    heads, rounds = len(settings.heads), len(settings.positions) + 1
+    assert calls == {"nmi_and_ari": heads * rounds, "expected_mutual_information": heads}
+
+
+def test_rows_that_were_not_kept_are_made_from_the_files(
+    images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an older version began the run, or a process was killed before it kept one."""
+    with monkeypatch.context() as crashing, pytest.raises(KeyboardInterrupt):
+        crashing.setattr(loop, "_write_rounds", mock.Mock(side_effect=KeyboardInterrupt))
+        loop.run(images, tmp_path / "run", settings, SILENT)
+    path = tmp_path / "run" / "predictions.json"
+    kept = json.loads(path.read_text())
+    assert set(kept) == {"0", "1", "2", "3"}
+    for number in ("0", "2"):
+        kept[number] = {name: kept[number][name] for name in ("entropy", "spread", "unwanted")}
+    path.write_text(json.dumps(kept))
+    loop.run(images, tmp_path / "run", settings, SILENT)
+    loop.run(images, tmp_path / "whole", settings, SILENT)
+    one, two = ((tmp_path / name / "rounds.csv").read_text() for name in ("run", "whole"))
+    assert one == two
+
+
 def test_a_folder_in_use_or_of_another_run_is_refused(
     images: Images, settings: RunSettings, tmp_path: Path
 ) -> None:
@@ -190,6 +240,57 @@ def test_a_folder_in_use_or_of_another_run_is_refused(
     assert digests(folder) == whole
     loop.run(images, folder, settings, SILENT, force=True)
     assert digests(folder) == whole
+
+
+@pytest.mark.parametrize("name", ["photos.h5", "table.csv", "labels.h5", "notes.txt"])
+def test_a_folder_of_other_files_is_refused_even_by_force(
+    name: str, images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("mine")
+    for force in (False, True):
+        with pytest.raises(CannotCreate, match="other files and no run"):
+            loop.run(images, tmp_path, settings, SILENT, force=force)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+
+
+def test_a_run_removes_its_own_files_and_no_others(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    """At its end, and where it is replaced by one with fewer rounds."""
+    loop.run(images, tmp_path, settings, SILENT)
+    made = {path.name for path in tmp_path.iterdir()}
+    mine = ("checkpoint-best.h5", "labels-old.h5", "photos.h5", "table.csv", ".photos.h5.lock")
+    for name in (*mine, "notes.unfinished"):
+        (tmp_path / name).write_text("mine")
+    left = ("labels-1000.h5", "labels-002.h5.1.unfinished", ".logits.h5.partial", ".probe.h5.lock")
+    for name in left:
+        (tmp_path / name).write_text("a killed run's")
+    loop.run(images, tmp_path, replace(settings, opts=2), SILENT, force=True)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert made - kept == {"labels-002.h5", "labels-003.h5"}
+    assert kept - made == {*mine, "notes.unfinished"}
+
+
+def test_a_replaced_run_is_not_gone_on_with(
+    images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash while --force removes it."""
+    loop.run(images, tmp_path, settings, SILENT)
+    whole = digests(tmp_path)
+    with monkeypatch.context() as crashing, pytest.raises(KeyboardInterrupt):
+        real = Path.unlink
+
+        def unlink(path: Path, missing_ok: bool = False) -> None:
+            real(path, missing_ok)
+            if path.name == "rounds.csv":
+                raise KeyboardInterrupt
+
+        crashing.setattr(Path, "unlink", unlink)
+        loop.run(images, tmp_path, settings, SILENT, force=True)
+    with pytest.raises(CannotCreate, match="other settings"):
+        loop.run(images, tmp_path, settings, SILENT)
+    loop.run(images, tmp_path, settings, SILENT, force=True)
+    assert digests(tmp_path) == whole
 
 
 def test_an_unfinished_run_is_refused_where_resuming_is_off(

@@ -20,6 +20,7 @@ from sela_cli.metrics import (
     between_heads,
     churn,
     compare,
+    nmi_and_ari,
     sizes,
     sizes_text,
     table,
@@ -114,6 +115,15 @@ def test_one_table_gives_what_scikit_learn_gives(clusters: int, classes: int) ->
     assert result["ari"] == pytest.approx(theirs.adjusted_rand_score(truth_N, labels_N))
     expected = theirs.adjusted_mutual_info_score(truth_N, labels_N)
     assert result["ami"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_two_of_the_numbers_are_had_without_the_chance_of_ami(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels_N, truth_N = random_pair(5, 3)
+    whole = agreement(labels_N, truth_N)
+    monkeypatch.setattr("sela_cli.metrics.expected_mutual_information", None)
+    assert nmi_and_ari(labels_N, truth_N) == {name: whole[name] for name in ("nmi", "ari")}
 
 
 def test_ami_is_nmi_corrected_for_chance() -> None:

@@ -86,6 +86,9 @@ def test_a_run_keeps_the_arithmetic_it_began_in(
     kept = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["recipe"]
     recipe = formats.read_checkpoint(str(tmp_path / "run" / "checkpoint.h5")).recipe
     assert kept["precision"] == recipe["precision"] == "bfloat16"
+    loop.run(images, tmp_path / "run", settings, watcher, force=True)
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["recipe"]
+    assert kept["precision"] == "float32", "that of a run which is replaced says nothing"
 
 
 def test_a_training_keeps_the_arithmetic_it_began_in(

@@ -120,6 +120,23 @@ def test_neighbouring_rounds_are_joined() -> None:
     assert page._spans([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"
 
 
+def test_rounds_are_in_order_beyond_a_thousand(run_folder: Path, tmp_path: Path) -> None:
+    """labels-1000.h5 comes after labels-101.h5; labels that no round made are none of them."""
+    folder = tmp_path / "long"
+    shutil.copytree(run_folder, folder)
+    header, *rows = (folder / "rounds.csv").read_text().splitlines()
+    (folder / "rounds.csv").write_text("\n".join([header, *rows, *[rows[-1]] * 998]))
+    for number in range(ROUNDS + 1, 1002):
+        source = "labels-003.h5" if number == 1000 else "labels-001.h5"
+        os.link(folder / source, folder / f"labels-{number:03d}.h5")
+    shutil.copy(folder / "labels-001.h5", folder / "labels-0-mine.h5")
+    traces = contents_of.read(folder).traces
+    assert len(traces) == 1002
+    residuals = [heads[0]["residual"][0] for heads in traces[1:]]
+    assert residuals[999] == residuals[2] != residuals[0] == residuals[1000]
+    assert np.all(np.delete(residuals, [1, 2, 999]) == residuals[0])
+
+
 # ---- the numbers ------------------------------------------------------------
 
 

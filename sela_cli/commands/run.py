@@ -55,7 +55,12 @@ sela run --data photos/ --out runs/photos --arch resnet18 --heads 128x10 --epoch
 
 def run(
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Folder of the run: new, empty or a run's."
+        ),
+    ],
     preset: Annotated[
         PresetChoice | None,
         typer.Option("--preset", help="Named settings; 'digits' is implied by --data digits."),

@@ -99,7 +99,7 @@ def read(folder: Path, data: str | None = None) -> Contents:
         settings=run["settings"],
         rounds=rounds,
         labels=labels,
-        traces=[_traces(str(path)) for path in sorted(folder.glob("labels-*.h5"))],
+        traces=[_traces(str(folder / f"labels-{number:03d}.h5")) for number in range(len(rounds))],
         checkpoint=formats.read_checkpoint(str(folder / "checkpoint.h5")),
         probes=[
             (path.name, formats.read_probe(str(path))) for path in sorted(folder.glob("probe*.h5"))
