@@ -150,6 +150,16 @@ def test_grey_hdf5_without_keys_but_labels(tmp_path: Path) -> None:
     assert len(set(source.keys)) == 5 and source.keys == sorted(source.keys)
 
 
+@pytest.mark.parametrize("kind", ["S", "O"])
+def test_hdf5_classes_are_the_words_of_its_labels(kind: str, tmp_path: Path) -> None:
+    """Of fixed and of variable length: the classes that a folder of these names has."""
+    words = np.array([label.replace("owl", "eulé").encode() for label in CLASSES], kind)
+    data = words if kind == "S" else words.astype(h5py.string_dtype())
+    source = open_source(write_hdf5(tmp_path / "a.h5", images=PIXELS, labels=data))
+    assert source.classes == ("bee", "cat", "eulé")
+    assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
+
+
 @pytest.mark.parametrize(
     "arrays",
     [

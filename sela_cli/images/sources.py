@@ -344,7 +344,7 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
         shape = formats.dataset(path, file, names[0], (None,) * rank, "u").shape
         keys = [f"{names[0]}/{number:07d}" for number in range(shape[0])]
         if _is_column(file.get("keys"), shape[0], "SO"):
-            keys = [bytes(key).decode("utf-8", "surrogateescape") for key in file["keys"][()]]
+            keys = [_text(key) for key in file["keys"][()]]
         truth_N: np.ndarray | None = None
         classes: tuple[str, ...] = ()
         if _is_column(file.get("labels"), shape[0], "iuSO"):
@@ -373,12 +373,18 @@ def _hdf5_classes(spec: str, path: str, file: h5py.File) -> tuple[np.ndarray, tu
     labels_N = file["labels"][()]
     if "classes" not in file:
         values, truth_N = np.unique(labels_N, return_inverse=True)
-        return truth_N, tuple(str(value) for value in values)
+        return truth_N, tuple(
+            _text(value) if isinstance(value, bytes) else str(value) for value in values
+        )
     names_C = formats.dataset(path, file, "classes", (None,), "SO")[()]
-    names = tuple(bytes(name).decode("utf-8", "surrogateescape") for name in names_C)
+    names = tuple(_text(name) for name in names_C)
     if labels_N.dtype.kind not in "iu" or labels_N.min() < 0 or labels_N.max() >= len(names):
         raise BadData(f"{spec}: dataset 'labels' does not number the {len(names)} 'classes'")
     return labels_N.astype(np.int64), names
+
+
+def _text(value: bytes) -> str:
+    return bytes(value).decode("utf-8", "surrogateescape")
 
 
 def _is_column(item: Any, rows: int, kinds: str) -> bool:
