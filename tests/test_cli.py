@@ -287,6 +287,8 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("schedule --epochs inf --opts 3", 2, ["--epochs"]),
     ("schedule --epochs nan --opts 3", 2, ["--epochs"]),
     (f"{RUN} --heads many", 2, ["many"]),
+    (f"{EMBED} --data photos --device abacus", 2, ["--device abacus"]),
+    (f"{EMBED} --data photos --device meta", 2, ["--device meta", "cuda:N"]),
     (f"{RUN} --aug blur", 2, ["blur"]),
 ]
 
@@ -313,7 +315,6 @@ def test_refusal_is_one_line_and_leaves_nothing(
         ("label logits.h5 -o new.h5 --max-iter 0", "--max-iter"),
         (f"{EMBED} --data photos --no-such-option", "--no-such-option"),
         (f"{EMBED} --data photos --image-size 8", "--image-size"),
-        (f"{EMBED} --data photos --device abacus", "abacus"),
         (f"{TRAIN} -l labels.h5 --lr-milestones a,b", "a,b"),
         (f"{PROBE} --holdout 1", "--holdout"),
         ("schedule --epochs -1 --opts 3", "--epochs"),

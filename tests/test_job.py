@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,7 @@ from sela_cli.images.augment import AUGMENTATIONS, draw
 from sela_cli.images.batches import Images, open_images
 from sela_cli.logits import forward
 from sela_cli.networks import Network, build
+from sela_cli.options import device_name
 from sela_cli.probes import LinearProbe, LinearRecipe
 from sela_cli.training import Recipe, Trainer, settle
 from sela_cli.unfinished import Unfinished
@@ -218,6 +220,45 @@ def test_only_torchrun_starts_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         assert job.number() == 0 and parallel.size() == 1
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert job.number() == 3
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine of two GPUs, as torch would tell of it; grows with what is made current."""
+    made_current: list[torch.device] = []
+
+    def empty(size: int, device: str) -> SimpleNamespace:
+        found = torch.device(device)
+        if found.type == "cuda" and (found.index or 0) > 1:
+            raise RuntimeError("CUDA error: invalid device ordinal\nmore of it")
+        return SimpleNamespace(device=found)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    return made_current
+
+
+def one_of_three(monkeypatch: pytest.MonkeyPatch, local: int) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_every_process_has_a_gpu_of_its_own(
+    asked: str, two_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device_name(asked) == "cuda"
+    two_gpus.clear()
+    for local in (0, 1):
+        one_of_three(monkeypatch, local)
+        assert device_name(asked) == f"cuda:{local}"
+    assert two_gpus == [torch.device("cuda:0"), torch.device("cuda:1")]
+    one_of_three(monkeypatch, 2)
+    with pytest.raises(UsageError, match=r"--device cuda:2: CUDA error: invalid device ordinal$"):
+        device_name(asked)
+    assert device_name("cpu") == "cpu" and device_name("cuda:1") == "cuda:1"
 
 
 @pytest.mark.slow
