@@ -379,12 +379,22 @@ _PART_ATTRIBUTES = ("identity", "done")
 def _taken_up(part: Part, beside: Path, partial: Path) -> bool:
     if not beside.exists():
         return False
-    with open_hdf5(str(beside)) as file, damage_named(str(beside)):
-        if file.attrs["identity"] != part.identity:
+    with removable(beside), open_hdf5(str(beside)) as file, damage_named(str(beside)):
+        # Another command's state has no identity of this form.
+        if file.attrs.get("identity") != part.identity:
             return False
         part.done = int(file.attrs["done"])
     os.replace(beside, partial)
     return True
+
+
+@contextmanager
+def removable(path: Path) -> Iterator[None]:
+    """BadData in this block, which reads what stopped work left, is mended by removing that."""
+    try:
+        yield
+    except BadData as error:
+        raise BadData(error.args[0], f"rm {path}") from error
 
 
 def _leave(part: Part, partial: Path, beside: Path) -> None:

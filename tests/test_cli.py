@@ -719,6 +719,26 @@ def test_unfinished_state_of_other_settings_is_not_taken_up(
 def test_damaged_unfinished_state_is_named(tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     (tmp_path / "out.h5.unfinished").write_bytes(b"no HDF5")
-    done = sela(*words(f"{TRAIN_TWICE} --epochs 1 --batch-size 2 -o {output}"))
-    assert done.code == 65 and "out.h5.unfinished" in done.err
-    assert not output.exists()
+    for line in (f"{TRAIN_TWICE} --epochs 1 --batch-size 2", f"{EMBED} --data photos --force"):
+        done = sela(*words(f"{line} -o {output}"))
+        assert done.code == 65 and done.err.endswith(f"; rm {output}.unfinished\n")
+        assert not output.exists()
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "auto"])
+@pytest.mark.parametrize("first", ["train", "embed"])
+def test_what_another_command_has_left_does_not_stand_in_the_way(
+    first: str, arithmetic: str, tmp_path: Path, stop_at: Stop
+) -> None:
+    lines = {
+        "train": f"{TRAIN_TWICE} --epochs 1 --batch-size 2 --precision {arithmetic}",
+        "embed": f"{EMBED} --data photos --batch-size 2 --device cpu --force",
+    }
+    output = tmp_path / "out.h5"
+    # The first question comes while images are decoded.
+    stop_at(2, lambda: True)
+    assert sela(*words(f"{lines.pop(first)} -o {output}")).code == 75
+    assert [path.name for path in tmp_path.iterdir()] == ["out.h5.unfinished"]
+    (second,) = lines.values()
+    good(*words(f"{second} -o {output}"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]
