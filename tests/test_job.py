@@ -5,9 +5,11 @@ Two processes with gloo do it all once; this one does the same alone.
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from sela_cli.logits import forward
 from sela_cli.networks import Network, build
 from sela_cli.options import device_name
 from sela_cli.probes import LinearProbe, LinearRecipe
+from sela_cli.scores import open_scores
 from sela_cli.training import Recipe, Trainer, settle
 from sela_cli.unfinished import Unfinished
 
@@ -220,6 +223,20 @@ def test_only_torchrun_starts_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         assert job.number() == 0 and parallel.size() == 1
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert job.number() == 3
+
+
+def test_a_job_reads_no_pipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each process would get some of it. One that is started alone may read it."""
+    pipe = io.BytesIO(b"all of it")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for world_size, taken in (("2", False), ("1", True)):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        with pytest.raises(BadData if taken else UsageError), open_scores("-"):
+            pass
+        assert (pipe.tell() > 0) == taken
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
