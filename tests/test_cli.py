@@ -342,6 +342,19 @@ def test_bug_is_one_line_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> N
     assert "ZeroDivisionError: oops" in done.err and "--debug" in done.err
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_no_bug(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hungry(path: str) -> NoReturn:
+        raise error("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(formats, "describe", hungry)
+    done = sela("info", "logits.h5")
+    assert (done.code, done.err.count("\n")) == (70, 1)
+    assert "a bug" not in done.err and "out of memory" in done.err and "; use" in done.err
+
+
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_debug", False)
     with (
