@@ -283,7 +283,7 @@ def numbers(text: str) -> list[float]:
 def whole_numbers(text: str) -> list[int]:
     """`200,50,10` as integers; a usage error otherwise."""
     values = numbers(text)
-    if any(value != int(value) for value in values):
+    if not all(value.is_integer() for value in values):
         raise typer.BadParameter(f"{text}: write whole numbers such as 200,50,10")
     return [int(value) for value in values]
 

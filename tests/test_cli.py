@@ -27,7 +27,7 @@ import typer
 from PIL import Image
 from safetensors.numpy import save_file
 
-from sela_cli import __version__, cli, errors, formats, interrupt
+from sela_cli import __version__, cli, errors, formats, interrupt, options
 from sela_cli.formats import Checkpoint, Provenance
 
 COMMANDS = list(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
@@ -330,6 +330,13 @@ def test_usage_error_names_the_option(world: Path, line: str, named: str) -> Non
     assert "Traceback" not in done.err and "Usage:" in done.err
     assert named in done.err.rsplit("\n", 2)[-2]
     assert snapshot(world) == before
+
+
+@pytest.mark.parametrize("text", ["inf", "10,nan", "1.5", "ten"])
+def test_numbers_that_are_not_whole_are_a_usage_error(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match=text):
+        options.whole_numbers(text)
+    assert options.whole_numbers("10,2e2") == [10, 200]
 
 
 def test_bug_is_one_line_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
