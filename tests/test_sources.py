@@ -56,6 +56,10 @@ def write_tar(path: Path, names: list[str] = NAMES, files: list[bytes] = FILES) 
     return str(path)
 
 
+def renamed(path: str, name: str) -> str:
+    return str(Path(path).rename(Path(path).with_name(name)))
+
+
 def write_list(root: Path, lines: list[str]) -> str:
     write_folder(root)
     path = root / "list.txt"
@@ -79,6 +83,8 @@ FORMS: dict[str, Callable[[Path], str]] = {
     "list": lambda root: write_list(root, NAMES),
     "commented list": lambda root: write_list(root, ["# a comment", *NAMES[:2], "", *NAMES[2:]]),
     "tar": lambda root: write_tar(root / "a.tar"),
+    "tar.gz called tar": lambda root: renamed(write_tar(root / "a.tar.gz"), "a.tar"),
+    "tar called tgz": lambda root: renamed(write_tar(root / "a.tar"), "a.tgz"),
     "tar.gz": lambda root: write_tar(root / "a.tar.gz"),
     "tgz": lambda root: write_tar(root / "a.tgz"),
     "tar.bz2": lambda root: write_tar(root / "a.tar.bz2"),

@@ -13,7 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -260,7 +260,7 @@ def _tar(spec: str) -> Source:
                 raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
             members.sort(key=lambda member: member.name)
             # Only an uncompressed tar can be read at random; others are held as they are, encoded.
-            plain = spec.lower().endswith(".tar")
+            plain = isinstance(archive.fileobj, BufferedReader)
             held = [] if plain else [_member_bytes(archive, member) for member in members]
     except PermissionError as error:
         raise NoInput(f"{spec}: permission denied", f"chmod u+r {spec}") from error
