@@ -82,6 +82,7 @@ FORMS: dict[str, Callable[[Path], str]] = {
     "folder": lambda root: write_folder(root / "pictures"),
     "list": lambda root: write_list(root, NAMES),
     "commented list": lambda root: write_list(root, ["# a comment", *NAMES[:2], "", *NAMES[2:]]),
+    "list with a mark": lambda root: write_list(root, ["\ufeff" + NAMES[0], *NAMES[1:]]),
     "tar": lambda root: write_tar(root / "a.tar"),
     "tar.gz called tar": lambda root: renamed(write_tar(root / "a.tar.gz"), "a.tar"),
     "tar called tgz": lambda root: renamed(write_tar(root / "a.tar"), "a.tgz"),

@@ -230,7 +230,8 @@ def _files(spec: str, root: Path, keys: list[str]) -> Source:
 def _list(spec: str) -> Source:
     """A path a line, relative to the list; a tab and a class may follow."""
     try:
-        text = Path(spec).read_text(encoding="utf-8", errors="surrogateescape")
+        # Some editors begin a file with a byte order mark.
+        text = Path(spec).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise NoInput(f"{spec}: {error.strerror}") from error
     entries = [line.split("\t") for line in text.splitlines() if line.strip() and line[0] != "#"]
