@@ -89,7 +89,7 @@ def test_a_packed_file_cut_short_meanwhile_is_an_error_not_a_crash(
     images, _ = open_images(path, 64)
     os.truncate(path, os.path.getsize(path) // 2)
     assert len(images.batch(torch.arange(2))) == 2
-    with pytest.raises(BadData, match="ends too early, at image"):
+    with pytest.raises(BadData, match="ends too early, at row"):
         all_of(images)
 
 

@@ -6,7 +6,6 @@ Labels are never needed here; a source that happens to know classes offers them 
 from __future__ import annotations
 
 import lzma
-import math
 import os
 import tarfile
 import threading
@@ -14,7 +13,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BufferedReader, BytesIO
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +21,7 @@ import numpy as np
 
 from sela_cli import formats
 from sela_cli.errors import BadData, NoInput, UsageError
+from sela_cli.stored import Stored
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -32,33 +31,6 @@ _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _HDF5_SUFFIXES = (".h5", ".hdf5")
 _LIST_SUFFIXES = (".txt", ".lst", ".tsv")
-
-
-class Stored:
-    """A C-ordered uint8 array at an offset of a file, read by the row.
-
-    Not mapped: a file that is cut short meanwhile would kill the process.
-    """
-
-    def __init__(self, path: str, offset: int, shape: tuple[int, ...]) -> None:
-        self.path, self.offset, self.shape = path, offset, shape
-        self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115 (open as long as this)
-
-    def read(self, rows_n: np.ndarray) -> np.ndarray:
-        """The named rows, in that order. Raises BadData where the file ends before them."""
-        block = np.empty((len(rows_n), *self.shape[1:]), np.uint8)
-        breaks = (np.flatnonzero(np.diff(rows_n) != 1) + 1).tolist()
-        for first, last in pairwise([0, *breaks, len(rows_n)]):
-            self._fill(block[first:last].reshape(-1), int(rows_n[first]))
-        return block
-
-    def _fill(self, left: np.ndarray, row: int) -> None:
-        at = self.offset + row * math.prod(self.shape[1:])
-        while len(left):
-            got = os.preadv(self._file.fileno(), [left.data], at)
-            if not got:
-                raise BadData(f"{self.path} ends too early, at image {row}", "copy it again")
-            left, at = left[got:], at + got
 
 
 @dataclass(frozen=True)
@@ -352,7 +324,7 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
             truth_N, classes = _hdf5_classes(spec, path, file)
         item = file[names[0]]
         offset = item.id.get_offset() if item.chunks is None else None
-    stored = None if offset is None else Stored(path, offset, shape)
+    stored = None if offset is None else Stored(path, np.dtype(np.uint8), shape, offset, path)
     chunked: Any = h5py.File(path, "r")[names[0]] if stored is None else None
     lock = threading.Lock()
 
