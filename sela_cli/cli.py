@@ -34,8 +34,8 @@ from sela_cli.commands import (
 from sela_cli.errors import CannotCreate, NoInput, SelaError
 
 EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
-65 bad data; 66 no input; 69 an optional package is missing; 70 a bug in sela; 73 can't
-create output; 75 stopped early, state saved: run again; 130 Ctrl-C."""
+65 bad data; 66 no input; 69 an optional package is missing; 70 out of memory, or a
+bug in sela; 73 can't create output; 75 stopped early, state saved: run again; 130 Ctrl-C."""
 
 app = typer.Typer(
     name="sela",
@@ -129,6 +129,9 @@ def _unforeseen(error: Exception) -> tuple[str, int]:
     """The line and the exit code for what no stage has a message for."""
     if isinstance(error, MemoryError):
         return f"out of memory ({error}); use less data, or a machine with more", 70
+    # torch's, by its name: importing torch here would cost every --help a second.
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{error}; use a smaller --batch-size, or --device cpu", 70
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", NoInput.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -98,15 +98,14 @@ def write_logits_as_npy(
     Features and heads are multiplied out. Raises UsageError where there is no such head,
     BadData where logits were stored and features are asked for.
     """
-    spec = f"{path}::/features" if features else path
-    if features:
-        with formats.open_file(path, "logits") as (file, _):
-            if "features" not in file:
-                raise BadData(f"{path} holds logits, no features", "sela embed --store features")
-    with open_scores(spec) as scores:
+    with open_scores(path) as scores:
         if not 0 <= head < len(scores.heads):
             raise UsageError(f"{path} has heads 0..{len(scores.heads) - 1}, no head {head}")
         matrix = scores.heads[head]
+        if features:
+            if scores.features is None:
+                raise BadData(f"{path} holds logits, no features", "sela embed --store features")
+            matrix = scores.features.matrix
         with formats.replacing(output, force) as partial:
             dtype = matrix.read(slice(0, 1)).dtype
             written = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=matrix.shape)

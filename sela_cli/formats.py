@@ -24,7 +24,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from sela_cli import __version__, interrupt
+from sela_cli import __version__, interrupt, job
 from sela_cli.errors import BadData, CannotCreate, NoInput, StoppedEarly, UsageError
 from sela_cli.locks import locked
 from sela_cli.watchdog import survives
@@ -379,12 +379,22 @@ _PART_ATTRIBUTES = ("identity", "done")
 def _taken_up(part: Part, beside: Path, partial: Path) -> bool:
     if not beside.exists():
         return False
-    with open_hdf5(str(beside)) as file, damage_named(str(beside)):
-        if file.attrs["identity"] != part.identity:
+    with removable(beside), open_hdf5(str(beside)) as file, damage_named(str(beside)):
+        # Another command's state has no identity of this form.
+        if file.attrs.get("identity") != part.identity:
             return False
         part.done = int(file.attrs["done"])
     os.replace(beside, partial)
     return True
+
+
+@contextmanager
+def removable(path: Path) -> Iterator[None]:
+    """BadData in this block, which reads what stopped work left, is mended by removing that."""
+    try:
+        yield
+    except BadData as error:
+        raise BadData(error.args[0], f"rm {path}") from error
 
 
 def _leave(part: Part, partial: Path, beside: Path) -> None:
@@ -604,8 +614,12 @@ def _table(rows: Sequence[Mapping[str, Any]], dtype: np.dtype) -> np.ndarray:
 def spool(stream: Any) -> str:
     """Copy a pipe into a temporary file, since HDF5 has to seek. Returns its path.
 
-    Raises StoppedEarly after a signal, CannotCreate where the file has no room.
+    Raises StoppedEarly after a signal, CannotCreate where the file has no room, UsageError
+    in a job of several processes.
     """
+    if job.launched():
+        # torchrun hands its own on: each of them would get some of it.
+        raise UsageError("several processes can't share standard input", "write it to a file first")
     handle, name = tempfile.mkstemp(prefix="sela-stdin-")
     try:
         with _Output(handle, "w") as copy, interrupt.waiting():

@@ -20,9 +20,8 @@ def _request(signum: int, frame: FrameType | None) -> None:
 
 def listen() -> None:
     """Turn SIGTERM and SIGUSR1 into a request to stop after the current step."""
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _request)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _request)
 
 
 def requested() -> bool:

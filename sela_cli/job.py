@@ -27,10 +27,11 @@ class FailedElsewhere(SelaError):
 
 def number() -> int:
     """This process's number in a job of several, from 0."""
-    return int(os.environ.get("RANK", "0")) if _launched() else 0
+    return int(os.environ.get("RANK", "0")) if launched() else 0
 
 
-def _launched() -> bool:
+def launched() -> bool:
+    """Whether this is one of several processes."""
     # WORLD_SIZE alone may be a batch system's.
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
@@ -38,7 +39,7 @@ def _launched() -> bool:
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the job, if there is one. Only its first process prints."""
-    if not _launched():
+    if not launched():
         yield
         return
     from torch import cuda, distributed
@@ -63,7 +64,7 @@ def joined() -> Iterator[None]:
 
 def device() -> str:
     """The GPU of this process."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if _launched() else "cuda"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if launched() else "cuda"
 
 
 def meet() -> None:

@@ -167,7 +167,7 @@ def table(rows: list[dict[str, float]]) -> str:
 def _truth(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
     if truth.endswith(".npy"):
         return _truth_of_array(labels, labels_path, truth)
-    if truth.endswith((".h5", ".hdf5")) and _is_labels(truth):
+    if truth.endswith((".h5", ".hdf5")) and not _holds_images(truth):
         other = formats.read_labels(truth)
         classes = dict(zip(other.keys, other.heads[0].labels_N.tolist(), strict=True))
     else:
@@ -207,6 +207,7 @@ def _truth_of_array(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
     return truth_N
 
 
-def _is_labels(path: str) -> bool:
+def _holds_images(path: str) -> bool:
+    """Whether an HDF5 file is one of images, packed or anybody's."""
     with formats.open_hdf5(path) as file:
-        return formats.is_ours(file)
+        return not formats.is_ours(file) or file.attrs.get("kind") == "images"

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sela_cli.errors import UsageError
+
 Data = Annotated[
     str,
     typer.Option(
@@ -281,7 +283,7 @@ def numbers(text: str) -> list[float]:
 def whole_numbers(text: str) -> list[int]:
     """`200,50,10` as integers; a usage error otherwise."""
     values = numbers(text)
-    if any(value != int(value) for value in values):
+    if not all(value.is_integer() for value in values):
         raise typer.BadParameter(f"{text}: write whole numbers such as 200,50,10")
     return [int(value) for value in values]
 
@@ -300,15 +302,26 @@ def size_in_bytes(text: str | None) -> int | None:
 
 
 def device_name(device: str) -> str:
-    """A torch device for `auto`, cpu, cuda, cuda:N; a usage error where there is none such."""
+    """A torch device for `auto`, cpu, cuda, cuda:N, a GPU made the current one.
+
+    `cuda` is the process's own GPU. Raises UsageError where there is none such.
+    """
     import torch
 
     from sela_cli import job
 
+    # UsageError, not typer's: of a job's processes, only the first could tell that.
+    if device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device {device} is none of auto, cpu, cuda and cuda:N")
     if device == "auto":
-        return job.device() if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = job.device()
     try:
-        torch.empty(0, device=device)
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if found.type == "cuda":
+        # Pinned memory takes some of the current GPU, which else is the first in every process.
+        torch.cuda.set_device(found)
     return device

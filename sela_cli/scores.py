@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from sela_cli import formats
 from sela_cli.errors import BadData, NoInput, SelaError
+from sela_cli.stored import Stored
 from sela_cli.tiles import CPU
 
 _MAGIC = {b"\x89HDF": "hdf5", b"\x93NUM": "npy", b"PK\x03\x04": "npz"}
@@ -145,58 +145,6 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A C-ordered array at an offset of a file, read by the row.
-
-    Not mapped: the pages of a mapping count as the process's memory, and a file cut short
-    meanwhile would kill it.
-    """
-
-    file: int
-    shown: str
-    dtype: np.dtype
-    shape: tuple[int, int]
-    offset: int
-
-    @classmethod
-    def open(
-        cls,
-        stack: ExitStack,
-        path: str,
-        shown: str,
-        dtype: np.dtype,
-        shape: tuple[int, int],
-        offset: int,
-    ) -> _Stored:
-        file = os.open(path, os.O_RDONLY)
-        stack.callback(os.close, file)
-        return cls(file, shown, dtype, shape, offset)
-
-    def read(self, rows: slice | np.ndarray) -> np.ndarray:
-        """The named rows; an array of them is ascending."""
-        if isinstance(rows, slice):
-            start, stop, _ = rows.indices(self.shape[0])
-            block_nK = np.empty((stop - start, self.shape[1]), self.dtype)
-            self._fill(block_nK, start)
-            return block_nK
-        block_nK = np.empty((len(rows), self.shape[1]), self.dtype)
-        breaks = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
-        for first, last in pairwise([0, *breaks, len(rows)]):
-            if last > first:
-                self._fill(block_nK[first:last], int(rows[first]))
-        return block_nK
-
-    def _fill(self, block_nK: np.ndarray, row: int) -> None:
-        left = block_nK.view(np.uint8).reshape(-1)
-        at = self.offset + row * self.shape[1] * self.dtype.itemsize
-        while len(left):
-            got = os.preadv(self.file, [left.data], at)
-            if not got:
-                raise BadData(f"{self.shown} ends too early, at row {row}", "copy it again")
-            left, at = left[got:], at + got
-
-
-@dataclass(frozen=True)
 class Scores:
     """What a file offers to be labelled: its heads, and who its rows are."""
 
@@ -312,7 +260,8 @@ def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matr
     # Contiguous data is read past HDF5, at three times the speed and from many threads.
     offset = item.id.get_offset() if item.chunks is None and item.size else None
     if offset is not None and item.dtype.isnative:
-        stored = _Stored.open(stack, file.filename, path, item.dtype, item.shape, offset)
+        stored = Stored(file.filename, item.dtype, item.shape, offset, path)
+        stack.enter_context(stored.file)
         return Matrix(item.shape, stored.read, item.name)
 
     matrix: Matrix
@@ -363,7 +312,8 @@ def _open_npy(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
         formats.check_expansion(path, "array", declared, os.path.getsize(actual))
     scores = _of_array(path, array, "array")
     if isinstance(array, np.memmap) and array.flags.c_contiguous and array.size:
-        stored = _Stored.open(stack, actual, path, array.dtype, array.shape, array.offset)
+        stored = Stored(actual, array.dtype, array.shape, array.offset, path)
+        stack.enter_context(stored.file)
         scores.heads[0] = Matrix(array.shape, stored.read, "array")
     return scores
 

@@ -32,9 +32,9 @@ class Unfinished:
 
     def read(self) -> Checkpoint | None:
         """What was left, if it was this call that left it."""
-        if self.path is None or not self.path.exists():
+        checkpoint = None if self.path is None else _state_at(self.path)
+        if checkpoint is None:
             return None
-        checkpoint = formats.read_checkpoint(str(self.path))
         assert checkpoint.header is not None
         # Through JSON, as the file's was: tuples become lists.
         same = checkpoint.header.parameters == formats.through_json(self._identity)
@@ -74,10 +74,19 @@ class Unfinished:
 
 def began_in(output: str) -> str | None:
     """The precision of the unfinished work at `output`; None where there is none."""
-    path = Path(f"{output}.unfinished")
-    if output == "-" or not path.exists():
+    left = None if output == "-" else _state_at(Path(f"{output}.unfinished"))
+    return None if left is None else left.recipe.get("precision")
+
+
+def _state_at(path: Path) -> Checkpoint | None:
+    """What is left there, unless `sela embed` has left it: its is no checkpoint."""
+    if not path.exists():
         return None
-    return formats.read_checkpoint(str(path)).recipe.get("precision")
+    with formats.removable(path):
+        with formats.open_hdf5(str(path)) as file:
+            if file.attrs.get("kind") != "checkpoint":
+                return None
+        return formats.read_checkpoint(str(path))
 
 
 def momentum_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:

@@ -27,7 +27,7 @@ import typer
 from PIL import Image
 from safetensors.numpy import save_file
 
-from sela_cli import __version__, cli, errors, formats, interrupt
+from sela_cli import __version__, cli, errors, formats, interrupt, options
 from sela_cli.formats import Checkpoint, Provenance
 
 COMMANDS = list(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
@@ -288,6 +288,8 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("schedule --epochs inf --opts 3", 2, ["--epochs"]),
     ("schedule --epochs nan --opts 3", 2, ["--epochs"]),
     (f"{RUN} --heads many", 2, ["many"]),
+    (f"{EMBED} --data photos --device abacus", 2, ["--device abacus"]),
+    (f"{EMBED} --data photos --device meta", 2, ["--device meta", "cuda:N"]),
     (f"{RUN} --aug blur", 2, ["blur"]),
 ]
 
@@ -314,7 +316,6 @@ def test_refusal_is_one_line_and_leaves_nothing(
         ("label logits.h5 -o new.h5 --max-iter 0", "--max-iter"),
         (f"{EMBED} --data photos --no-such-option", "--no-such-option"),
         (f"{EMBED} --data photos --image-size 8", "--image-size"),
-        (f"{EMBED} --data photos --device abacus", "abacus"),
         (f"{TRAIN} -l labels.h5 --lr-milestones a,b", "a,b"),
         (f"{PROBE} --holdout 1", "--holdout"),
         ("schedule --epochs -1 --opts 3", "--epochs"),
@@ -332,6 +333,13 @@ def test_usage_error_names_the_option(world: Path, line: str, named: str) -> Non
     assert snapshot(world) == before
 
 
+@pytest.mark.parametrize("text", ["inf", "10,nan", "1.5", "ten"])
+def test_numbers_that_are_not_whole_are_a_usage_error(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match=text):
+        options.whole_numbers(text)
+    assert options.whole_numbers("10,2e2") == [10, 200]
+
+
 def test_bug_is_one_line_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(path: str) -> NoReturn:
         raise ZeroDivisionError("oops")
@@ -340,6 +348,19 @@ def test_bug_is_one_line_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> N
     done = sela("info", "logits.h5")
     assert (done.code, done.out, done.err.count("\n")) == (70, b"", 1)
     assert "ZeroDivisionError: oops" in done.err and "--debug" in done.err
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_is_no_bug(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hungry(path: str) -> NoReturn:
+        raise error("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(formats, "describe", hungry)
+    done = sela("info", "logits.h5")
+    assert (done.code, done.err.count("\n")) == (70, 1)
+    assert "a bug" not in done.err and "out of memory" in done.err and "; use" in done.err
 
 
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -719,6 +740,26 @@ def test_unfinished_state_of_other_settings_is_not_taken_up(
 def test_damaged_unfinished_state_is_named(tmp_path: Path) -> None:
     output = tmp_path / "out.h5"
     (tmp_path / "out.h5.unfinished").write_bytes(b"no HDF5")
-    done = sela(*words(f"{TRAIN_TWICE} --epochs 1 --batch-size 2 -o {output}"))
-    assert done.code == 65 and "out.h5.unfinished" in done.err
-    assert not output.exists()
+    for line in (f"{TRAIN_TWICE} --epochs 1 --batch-size 2", f"{EMBED} --data photos --force"):
+        done = sela(*words(f"{line} -o {output}"))
+        assert done.code == 65 and done.err.endswith(f"; rm {output}.unfinished\n")
+        assert not output.exists()
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "auto"])
+@pytest.mark.parametrize("first", ["train", "embed"])
+def test_what_another_command_has_left_does_not_stand_in_the_way(
+    first: str, arithmetic: str, tmp_path: Path, stop_at: Stop
+) -> None:
+    lines = {
+        "train": f"{TRAIN_TWICE} --epochs 1 --batch-size 2 --precision {arithmetic}",
+        "embed": f"{EMBED} --data photos --batch-size 2 --device cpu --force",
+    }
+    output = tmp_path / "out.h5"
+    # The first question comes while images are decoded.
+    stop_at(2, lambda: True)
+    assert sela(*words(f"{lines.pop(first)} -o {output}")).code == 75
+    assert [path.name for path in tmp_path.iterdir()] == ["out.h5.unfinished"]
+    (second,) = lines.values()
+    good(*words(f"{second} -o {output}"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.h5"]

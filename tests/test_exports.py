@@ -6,6 +6,7 @@ import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_links_replace_nothing_and_are_made_whole_or_not_at_all(
 
 
 def test_logits_and_features_become_arrays(
-    write_logits: Callable[..., str], tmp_path: Path
+    write_logits: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = np.random.default_rng(0)
     plain = [rng.normal(size=(9, 3)).astype(np.float32), rng.normal(size=(9, 2))]
@@ -132,6 +133,10 @@ def test_logits_and_features_become_arrays(
     exports.write_logits_as_npy(factored, output, features=True, force=True)
     stored = np.load(output)
     np.testing.assert_array_equal(stored, features.astype(np.float16))
+    with Path(factored).open("rb") as pipe:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe))
+        exports.write_logits_as_npy("-", output, features=True, force=True)
+    np.testing.assert_array_equal(np.load(output), stored)
     exports.write_logits_as_npy(factored, output, force=True)
     expected = stored.astype(np.float64) @ weight.T.astype(np.float64) + bias
     np.testing.assert_allclose(np.load(output), expected, rtol=1e-4, atol=1e-5)

@@ -400,6 +400,22 @@ def test_options_without_meaning(options: dict[str, Any]) -> None:
         FinetuneRecipe(**{"task": "classification"} | options).check()
 
 
+@pytest.mark.parametrize("split", ["", "@trainval"])
+def test_the_test_split_is_that_of_a_folder_with_any_name(
+    split: str, tree: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "me@lab").symlink_to(tree)
+    checkpoint, data = tmp_path / "c.h5", f"voc2007:{tmp_path}/me@lab{split}"
+    network = build("alexnet-small", 32, [2], seed=0)
+    state = Checkpoint(network.arrays(), {}, network.arch, 32, [2], 0, 0.0, {})
+    formats.write_checkpoint(str(checkpoint), state, Provenance("test", {}))
+    line = f"finetune --data {data} -c {checkpoint} --task classification -o voc.h5 -n --json"
+    done = CliRunner().invoke(app, line.split(), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)
+    assert (shown["train"], shown["test"]) == (12, 6)
+
+
 @pytest.mark.parametrize("task", ["classification", "detection"])
 def test_from_the_command_line(task: str, tree: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")

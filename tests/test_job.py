@@ -5,11 +5,14 @@ Two processes with gloo do it all once; this one does the same alone.
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,7 +28,9 @@ from sela_cli.images.batches import Images, open_images
 from sela_cli.locks import locked
 from sela_cli.logits import forward
 from sela_cli.networks import Network, build
+from sela_cli.options import device_name
 from sela_cli.probes import LinearProbe, LinearRecipe
+from sela_cli.scores import open_scores
 from sela_cli.training import Recipe, Trainer, settle
 from sela_cli.unfinished import Unfinished
 
@@ -243,6 +248,59 @@ def test_only_torchrun_starts_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         assert job.number() == 0 and parallel.size() == 1
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert job.number() == 3
+
+
+def test_a_job_reads_no_pipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each process would get some of it. One that is started alone may read it."""
+    pipe = io.BytesIO(b"all of it")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for world_size, taken in (("2", False), ("1", True)):
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+        with pytest.raises(BadData if taken else UsageError), open_scores("-"):
+            pass
+        assert (pipe.tell() > 0) == taken
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """A machine of two GPUs, as torch would tell of it; grows with what is made current."""
+    made_current: list[torch.device] = []
+
+    def empty(size: int, device: str) -> SimpleNamespace:
+        found = torch.device(device)
+        if found.type == "cuda" and (found.index or 0) > 1:
+            raise RuntimeError("CUDA error: invalid device ordinal\nmore of it")
+        return SimpleNamespace(device=found)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    return made_current
+
+
+def one_of_three(monkeypatch: pytest.MonkeyPatch, local: int) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda"])
+def test_every_process_has_a_gpu_of_its_own(
+    asked: str, two_gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device_name(asked) == "cuda"
+    two_gpus.clear()
+    for local in (0, 1):
+        one_of_three(monkeypatch, local)
+        assert device_name(asked) == f"cuda:{local}"
+    assert two_gpus == [torch.device("cuda:0"), torch.device("cuda:1")]
+    one_of_three(monkeypatch, 2)
+    with pytest.raises(UsageError, match=r"--device cuda:2: CUDA error: invalid device ordinal$"):
+        device_name(asked)
+    assert device_name("cpu") == "cpu" and device_name("cuda:1") == "cuda:1"
 
 
 @pytest.mark.slow

@@ -214,6 +214,19 @@ def test_labels_against_labels(write_labels: Callable[..., str]) -> None:
     assert compare(path, path)[0]["accuracy"] == 1.0
 
 
+def test_packed_images_bring_their_classes(
+    write_labels: Callable[..., str], tmp_path: Path
+) -> None:
+    labels_N, truth_N = random_pair(4, 3, 24)
+    path, packed = write_labels(head(labels_N, 4)), str(tmp_path / "photos.h5")
+    with formats.create_images(
+        packed, KEYS, np.arange(24), Provenance("pack", {}), side=2, truth_N=truth_N
+    ):
+        pass
+    assert compare(path, packed) == compare(path, f"{packed}::/images")
+    assert compare(path, packed)[0]["ari"] == pytest.approx(agreement(labels_N, truth_N)["ari"])
+
+
 @pytest.mark.parametrize("words", [False, True])
 def test_npy_is_matched_by_position(
     words: bool, write_labels: Callable[..., str], tmp_path: Path

@@ -14,7 +14,7 @@ from PIL import Image
 from sela_cli import formats, interrupt
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.formats import Provenance
-from sela_cli.images import batches
+from sela_cli.images import batches, pack
 from sela_cli.images.batches import Images, open_images
 from sela_cli.images.pack import pack_stage, plan
 from sela_cli.images.sources import open_source
@@ -89,7 +89,7 @@ def test_a_packed_file_cut_short_meanwhile_is_an_error_not_a_crash(
     images, _ = open_images(path, 64)
     os.truncate(path, os.path.getsize(path) // 2)
     assert len(images.batch(torch.arange(2))) == 2
-    with pytest.raises(BadData, match="ends too early, at image"):
+    with pytest.raises(BadData, match="ends too early, at row"):
         all_of(images)
 
 
@@ -121,9 +121,18 @@ def test_stopped_packing_leaves_nothing(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interrupt, "requested", lambda: True)
-    with pytest.raises(StoppedEarly):
+    monkeypatch.setattr(pack, "_BATCH", COUNT - 1)
+    with pytest.raises(StoppedEarly, match=f"after {COUNT - 1} images"):
         packed(folder, tmp_path / "a.h5", 32)
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_a_signal_after_the_last_batch_stops_nothing(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "requested", lambda: True)
+    monkeypatch.setattr(pack, "_BATCH", COUNT)
+    assert formats.read_header(packed(folder, tmp_path / "a.h5", 32)).kind == "images"
 
 
 def test_batches_decoded_ahead_are_the_batches(

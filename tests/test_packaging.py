@@ -32,13 +32,24 @@ def test_lowest_versions_are_the_bounds() -> None:
     assert {name: Version(version) for name, version in pins.items()} == bounds()
 
 
+def imported() -> set[str]:
+    """Packages that any module of ours imports."""
+    found: set[str] = set()
+    for path in (ROOT / "sela_cli").rglob("*.py"):
+        found |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
+    return found
+
+
+def test_a_system_that_lacks_what_is_imported_is_not_promised() -> None:
+    assert {"fcntl", "resource"} <= imported()
+    systems = [line for line in PROJECT["classifiers"] if line.startswith("Operating System")]
+    assert systems == ["Operating System :: POSIX"]
+
+
 def test_what_is_imported_is_required() -> None:
     """Pillow, for instance, which torchvision would bring."""
-    imported: set[str] = set()
-    for path in (ROOT / "sela_cli").rglob("*.py"):
-        imported |= set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
     names = {"PIL": "pillow", "sklearn": "scikit-learn"}
     third = {"PIL", "h5py", "numpy", "rich", "safetensors", "scipy", "sklearn", "torch"}
-    assert third <= imported
+    assert third <= imported()
     required = {Requirement(line).name for line in PROJECT["dependencies"]}
     assert {names.get(name, name) for name in third} <= required

@@ -56,6 +56,10 @@ def write_tar(path: Path, names: list[str] = NAMES, files: list[bytes] = FILES) 
     return str(path)
 
 
+def renamed(path: str, name: str) -> str:
+    return str(Path(path).rename(Path(path).with_name(name)))
+
+
 def write_list(root: Path, lines: list[str]) -> str:
     write_folder(root)
     path = root / "list.txt"
@@ -78,7 +82,10 @@ FORMS: dict[str, Callable[[Path], str]] = {
     "folder": lambda root: write_folder(root / "pictures"),
     "list": lambda root: write_list(root, NAMES),
     "commented list": lambda root: write_list(root, ["# a comment", *NAMES[:2], "", *NAMES[2:]]),
+    "list with a mark": lambda root: write_list(root, ["\ufeff" + NAMES[0], *NAMES[1:]]),
     "tar": lambda root: write_tar(root / "a.tar"),
+    "tar.gz called tar": lambda root: renamed(write_tar(root / "a.tar.gz"), "a.tar"),
+    "tar called tgz": lambda root: renamed(write_tar(root / "a.tar"), "a.tgz"),
     "tar.gz": lambda root: write_tar(root / "a.tar.gz"),
     "tgz": lambda root: write_tar(root / "a.tgz"),
     "tar.bz2": lambda root: write_tar(root / "a.tar.bz2"),
@@ -148,6 +155,16 @@ def test_grey_hdf5_without_keys_but_labels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.image(3), np.stack([grey[3]] * 3, axis=2))
     assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
     assert len(set(source.keys)) == 5 and source.keys == sorted(source.keys)
+
+
+@pytest.mark.parametrize("kind", ["S", "O"])
+def test_hdf5_classes_are_the_words_of_its_labels(kind: str, tmp_path: Path) -> None:
+    """Of fixed and of variable length: the classes that a folder of these names has."""
+    words = np.array([label.replace("owl", "eulé").encode() for label in CLASSES], kind)
+    data = words if kind == "S" else words.astype(h5py.string_dtype())
+    source = open_source(write_hdf5(tmp_path / "a.h5", images=PIXELS, labels=data))
+    assert source.classes == ("bee", "cat", "eulé")
+    assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
 
 
 @pytest.mark.parametrize(

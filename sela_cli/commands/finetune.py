@@ -98,7 +98,9 @@ def finetune(
     recipe.check()
     state = formats.read_checkpoint(checkpoint)
     learned = voc.open_voc(data, download, limit)
-    tested = voc.open_voc(test or f"{data.partition('@')[0]}@test", download, limit)
+    # Keys begin with the split; without one in `data`, an @ there is the folder's.
+    split = learned[0].keys[0].partition("/")[0]
+    tested = voc.open_voc(test or f"{data.removesuffix('@' + split)}@test", download, limit)
     steps, batch, rate = recipe.resolved()
     resolved = asdict(recipe) | {"iterations": steps, "batch_size": batch, "lr": rate}
     counts = {"train": len(learned[0]), "test": len(tested[0])}

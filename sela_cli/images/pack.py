@@ -44,7 +44,8 @@ def pack_stage(
         force=force,
     ) as pixels:
         for start, batch in images.in_order(_BATCH):
-            pixels[start : start + len(batch)] = batch.numpy()
-            progress(start + len(batch), len(images), "")
-            if interrupt.requested():
-                raise StoppedEarly(f"{output}: stopped after {start} images", "run it again")
+            done = start + len(batch)
+            pixels[start:done] = batch.numpy()
+            progress(done, len(images), "")
+            if interrupt.requested() and done < len(images):
+                raise StoppedEarly(f"{output}: stopped after {done} images", "run it again")

@@ -6,15 +6,13 @@ Labels are never needed here; a source that happens to know classes offers them 
 from __future__ import annotations
 
 import lzma
-import math
 import os
 import tarfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from io import BytesIO
-from itertools import pairwise
+from io import BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +21,7 @@ import numpy as np
 
 from sela_cli import formats
 from sela_cli.errors import BadData, NoInput, UsageError
+from sela_cli.stored import Stored
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -32,33 +31,6 @@ _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _HDF5_SUFFIXES = (".h5", ".hdf5")
 _LIST_SUFFIXES = (".txt", ".lst", ".tsv")
-
-
-class Stored:
-    """A C-ordered uint8 array at an offset of a file, read by the row.
-
-    Not mapped: a file that is cut short meanwhile would kill the process.
-    """
-
-    def __init__(self, path: str, offset: int, shape: tuple[int, ...]) -> None:
-        self.path, self.offset, self.shape = path, offset, shape
-        self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115 (open as long as this)
-
-    def read(self, rows_n: np.ndarray) -> np.ndarray:
-        """The named rows, in that order. Raises BadData where the file ends before them."""
-        block = np.empty((len(rows_n), *self.shape[1:]), np.uint8)
-        breaks = (np.flatnonzero(np.diff(rows_n) != 1) + 1).tolist()
-        for first, last in pairwise([0, *breaks, len(rows_n)]):
-            self._fill(block[first:last].reshape(-1), int(rows_n[first]))
-        return block
-
-    def _fill(self, left: np.ndarray, row: int) -> None:
-        at = self.offset + row * math.prod(self.shape[1:])
-        while len(left):
-            got = os.preadv(self._file.fileno(), [left.data], at)
-            if not got:
-                raise BadData(f"{self.path} ends too early, at image {row}", "copy it again")
-            left, at = left[got:], at + got
 
 
 @dataclass(frozen=True)
@@ -230,7 +202,8 @@ def _files(spec: str, root: Path, keys: list[str]) -> Source:
 def _list(spec: str) -> Source:
     """A path a line, relative to the list; a tab and a class may follow."""
     try:
-        text = Path(spec).read_text(encoding="utf-8", errors="surrogateescape")
+        # Some editors begin a file with a byte order mark.
+        text = Path(spec).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise NoInput(f"{spec}: {error.strerror}") from error
     entries = [line.split("\t") for line in text.splitlines() if line.strip() and line[0] != "#"]
@@ -260,7 +233,7 @@ def _tar(spec: str) -> Source:
                 raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
             members.sort(key=lambda member: member.name)
             # Only an uncompressed tar can be read at random; others are held as they are, encoded.
-            plain = spec.lower().endswith(".tar")
+            plain = isinstance(archive.fileobj, BufferedReader)
             held = [] if plain else [_member_bytes(archive, member) for member in members]
     except PermissionError as error:
         raise NoInput(f"{spec}: permission denied", f"chmod u+r {spec}") from error
@@ -344,14 +317,14 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
         shape = formats.dataset(path, file, names[0], (None,) * rank, "u").shape
         keys = [f"{names[0]}/{number:07d}" for number in range(shape[0])]
         if _is_column(file.get("keys"), shape[0], "SO"):
-            keys = [bytes(key).decode("utf-8", "surrogateescape") for key in file["keys"][()]]
+            keys = [_text(key) for key in file["keys"][()]]
         truth_N: np.ndarray | None = None
         classes: tuple[str, ...] = ()
         if _is_column(file.get("labels"), shape[0], "iuSO"):
             truth_N, classes = _hdf5_classes(spec, path, file)
         item = file[names[0]]
         offset = item.id.get_offset() if item.chunks is None else None
-    stored = None if offset is None else Stored(path, offset, shape)
+    stored = None if offset is None else Stored(path, np.dtype(np.uint8), shape, offset, path)
     chunked: Any = h5py.File(path, "r")[names[0]] if stored is None else None
     lock = threading.Lock()
 
@@ -373,12 +346,18 @@ def _hdf5_classes(spec: str, path: str, file: h5py.File) -> tuple[np.ndarray, tu
     labels_N = file["labels"][()]
     if "classes" not in file:
         values, truth_N = np.unique(labels_N, return_inverse=True)
-        return truth_N, tuple(str(value) for value in values)
+        return truth_N, tuple(
+            _text(value) if isinstance(value, bytes) else str(value) for value in values
+        )
     names_C = formats.dataset(path, file, "classes", (None,), "SO")[()]
-    names = tuple(bytes(name).decode("utf-8", "surrogateescape") for name in names_C)
+    names = tuple(_text(name) for name in names_C)
     if labels_N.dtype.kind not in "iu" or labels_N.min() < 0 or labels_N.max() >= len(names):
         raise BadData(f"{spec}: dataset 'labels' does not number the {len(names)} 'classes'")
     return labels_N.astype(np.int64), names
+
+
+def _text(value: bytes) -> str:
+    return bytes(value).decode("utf-8", "surrogateescape")
 
 
 def _is_column(item: Any, rows: int, kinds: str) -> bool:

@@ -1,0 +1,47 @@
+"""Rows read as they lie in a file are those of the array, in any order."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sela_cli.errors import BadData
+from sela_cli.stored import Stored
+
+ROWS = [
+    slice(None),
+    slice(2, 5),
+    slice(3, 3),
+    slice(4, 99),
+    np.array([], int),
+    np.array([0, 1, 2, 6, 4, 5, 4]),
+    np.array([6, 5]),
+]
+
+
+def stored(path: Path, array: np.ndarray) -> Stored:
+    """The array behind five bytes of something else."""
+    path.write_bytes(b"12345" + array.tobytes())
+    return Stored(str(path), array.dtype, array.shape, 5, "it")
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<f2", "<f4", ">i8"])
+@pytest.mark.parametrize("shape", [(7, 3), (7, 3, 4, 4)])
+def test_rows_are_those_of_the_array(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+    with (rows_of := stored(tmp_path / "a", array)).file:
+        for rows in ROWS:
+            np.testing.assert_array_equal(rows_of.read(rows), array[rows])
+            assert rows_of.read(rows).dtype == array.dtype
+
+
+def test_a_file_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
+    array = np.arange(70, dtype=np.float32).reshape(7, 10)
+    with (rows_of := stored(tmp_path / "a", array)).file:
+        os.truncate(tmp_path / "a", 5 + 4 * 10 * 3 + 7)
+        np.testing.assert_array_equal(rows_of.read(slice(0, 3)), array[:3])
+        with pytest.raises(BadData, match="it ends too early, at row 3"):
+            rows_of.read(np.array([0, 3]))
