@@ -332,7 +332,14 @@ def train_stage(
         provenance = provenance.reading("checkpoint", start.header)
         trainer.restore(start, start.header.path)
     from_digest = start.header.digest if start and start.header else ""
-    identity = {"start": from_digest, "labels": labels.header.digest, "recipe": asdict(recipe)}
+    identity = {
+        "start": from_digest,
+        "labels": labels.header.digest,
+        "recipe": asdict(recipe),
+        "arch": network.arch,
+        "image_size": network.image_size,
+        "device": device.split(":")[0],
+    }
     unfinished = Unfinished(output, "train", identity)
     left = unfinished.read()
     if left:

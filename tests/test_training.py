@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from sklearn.metrics import log_loss
 from torch import Tensor
 
-from sela_cli import formats, interrupt, networks
+from sela_cli import formats, interrupt, networks, training
 from sela_cli.commands.run import run
 from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, HeadLabels, Labels, Provenance
@@ -156,6 +157,36 @@ def test_saved_state_of_another_recipe_is_not_taken_up(
     monkeypatch.setattr(interrupt, "requested", lambda: False)
     train_stage(images, labels, fresh(), parted, other, to=0.5)
     assert formats.read_header(whole).digest == formats.read_header(parted).digest
+
+
+@pytest.mark.parametrize(
+    "other", [{"image_size": 48}, {"arch": "resnet18"}, {"device": "cuda:0"}], ids=str
+)
+def test_saved_state_of_another_network_or_device_is_not_taken_up(
+    other: dict[str, Any],
+    images: Images,
+    labels: Labels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Everything is computed on the CPU, whatever the stage is told.
+    monkeypatch.setattr(training, "Trainer", lambda *stage: Trainer(*stage[:2]))
+
+    def train(arch: str = "alexnet-small", image_size: int = 32, device: str = "cpu") -> int:
+        steps: list[int] = []
+        train_stage(
+            *(images, labels, build(arch, image_size, HEADS, seed=3), str(tmp_path / "a.h5")),
+            RECIPE,
+            to=0.5,
+            device=device,
+            progress=lambda done, total, note: steps.append(done),
+        )
+        return len(steps)
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedEarly):
+        patch.setattr(interrupt, "requested", lambda: True)
+        train(**other)
+    assert train() == 2
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(images: Images) -> None:
