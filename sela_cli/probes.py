@@ -8,6 +8,7 @@ of several learning rates a held-out part of the training images chooses.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -88,8 +89,13 @@ class LinearRecipe:
                 raise UsageError(f"{option} {value} is none of {', '.join(map(str, known))}")
         if not self.lrs or not min(self.lrs) > 0 or len(set(self.lrs)) < len(self.lrs):
             raise UsageError("--lr takes positive rates, each once")
-        if self.epochs < 1 or self.batch_size < 2 or self.weight_decay < 0:
-            raise UsageError("--epochs must be at least 1, --batch-size at least 2")
+        for option, number, least in (
+            ("--epochs", self.epochs, 1),
+            ("--batch-size", self.batch_size, 2),
+            ("--weight-decay", self.weight_decay, 0),
+        ):
+            if not least <= number < math.inf:
+                raise UsageError(f"{option} {number} must be at least {least} and finite")
         if not 0 < self.validation < 1:
             raise UsageError(f"--validation {self.validation} must lie between 0 and 1")
 

@@ -345,11 +345,11 @@ def train_stage(
     if left:
         trainer.restore(left, str(unfinished.path))
     trainer.labels_digest = labels.header.digest
-    first, last = trainer.step, recipe.steps(recipe.epochs if to is None else to, len(images))
+    option, goal = ("--epochs", recipe.epochs) if to is None else ("--to", to)
+    first, last = trainer.step, recipe.steps(goal, len(images))
     if last < first:
-        raise UsageError(
-            f"--to {to} lies before the checkpoint's epoch {start.epoch if start else 0}"
-        )
+        reached = first / recipe.steps_per_epoch(len(images))
+        raise UsageError(f"{option} {goal:g} lies before epoch {reached:g}, already reached")
     batch = min(recipe.batch_size, len(images))
 
     def after() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +240,15 @@ def test_options_without_meaning(
     with pytest.raises(UsageError):
         probe(coloured(12, 1), coloured(6, 2), **{"epochs": 1, "batch_size": 6, option: value})
     assert not (tmp_path / "probe.h5").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"batch_size": 1}, {"weight_decay": -1.0}, {"weight_decay": math.nan}]
+)
+def test_a_number_out_of_range_is_named_by_its_option(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')} {wrong[name]} "):
+        LinearRecipe(**wrong).check()
 
 
 def test_papers_pooling_leaves_about_9600_inputs() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,24 @@ def test_training_backwards_is_refused(images: Images, labels: Labels, tmp_path:
     half = str(tmp_path / "half.h5")
     train_stage(images, labels, fresh(), half, RECIPE, to=0.5)
     start = formats.read_checkpoint(half)
-    with pytest.raises(UsageError, match="--to"):
-        train_stage(images, labels, fresh(), str(tmp_path / "a.h5"), RECIPE, start=start, to=0.25)
+    for to, recipe in ((0.25, RECIPE), (None, replace(RECIPE, epochs=0.25))):
+        option = "--epochs" if to is None else "--to"
+        with pytest.raises(UsageError, match=rf"^{option} 0\.25 .* epoch 0\.5,"):
+            train_stage(images, labels, fresh(), str(tmp_path / "a.h5"), recipe, start=start, to=to)
+
+
+def test_stopped_training_is_not_gone_back_behind(
+    images: Images, labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no checkpoint was given, but unfinished work lies there."""
+    output = str(tmp_path / "a.h5")
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "requested", lambda: True)
+        for step in (1, 2, 3):
+            with pytest.raises(StoppedEarly, match=f"step {step} of 4"):
+                train_stage(images, labels, fresh(), output, RECIPE, to=1.0)
+    with pytest.raises(UsageError, match=r"^--to 0\.3 .* epoch 0\.75,"):
+        train_stage(images, labels, fresh(), output, RECIPE, to=0.3)
 
 
 # ---- the loss ---------------------------------------------------------------
