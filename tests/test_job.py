@@ -6,8 +6,10 @@ Two processes with gloo do it all once; this one does the same alone.
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from sela_cli import batchwide, cli, formats, interrupt, job, networks, parallel
-from sela_cli.errors import BadData, StoppedEarly, UsageError
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
+from sela_cli.formats import Provenance
 from sela_cli.images.augment import AUGMENTATIONS, draw
 from sela_cli.images.batches import Images, open_images
-from sela_cli.logits import forward
+from sela_cli.logits import embed_stage, forward
 from sela_cli.networks import Network, build
 from sela_cli.probes import LinearProbe, LinearRecipe
 from sela_cli.training import Recipe, Trainer, settle
@@ -111,10 +114,31 @@ def everything(folder: Path) -> dict[str, Any]:
     }
 
 
+def without_room(folder: Path) -> list[str]:
+    """How embedding ends where the file can't grow: as it is opened, filled and sealed."""
+    images, _ = open_images("digits", 32, limit=8)
+    network, output = build("alexnet-small", 32, [5], seed=0), folder / "whole.h5"
+    embed_stage(images, network, str(output), Provenance("test", {}), batch_size=3)
+    size, ends = output.stat().st_size, []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 96, size // 4, size // 2, size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            embed_stage(images, network, str(folder / "a.h5"), Provenance("test", {}), batch_size=3)
+        except (CannotCreate, job.FailedElsewhere) as error:
+            ends.append(type(error).__name__)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return ends
+
+
 def process(rank: int, folder: str) -> None:
     """One of the two."""
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(minutes=5),
     )
     mine = job.share(7)
     result = {"norm": normed(batchwide.BatchNorm2d(3), mine), **everything(Path(folder))}
@@ -134,6 +158,7 @@ def process(rank: int, folder: str) -> None:
         )
     except UsageError as error:
         sums.append(str(error))
+    result["ends"] = without_room(Path(folder))
     torch.save({"mine": mine, "sums": sums, **result}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -204,6 +229,12 @@ def test_a_job_agrees_and_fails_as_one(both: list[dict[str, Any]]) -> None:
     assert first[:3] == second[:3] == [True, False, PROCESSES]
     assert (first[3], second[3]) == ("BadData", "FailedElsewhere")
     assert "--batch-size" in first[4] and first[4] == second[4]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_embedding_in_every_process(both: list[dict[str, Any]]) -> None:
+    first, second = (part["ends"] for part in both)
+    assert first == ["CannotCreate"] * 5 and second == ["FailedElsewhere"] * 5
 
 
 def test_shares_are_all_of_it() -> None:
