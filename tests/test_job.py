@@ -215,6 +215,8 @@ def test_two_processes_embed_and_probe_as_one(
         close(part["probe"], alone["probe"], atol=1e-4)
         close(part["classifier"], alone["classifier"], atol=1e-4)
         assert part["accuracies"].keys() == alone["accuracies"].keys()
+        for name, accuracies in alone["accuracies"].items():
+            close(part["accuracies"][name], accuracies)
 
 
 @pytest.mark.slow
@@ -237,8 +239,17 @@ def test_a_full_disk_ends_embedding_in_every_process(both: list[dict[str, Any]])
     assert first == ["CannotCreate"] * 5 and second == ["FailedElsewhere"] * 5
 
 
-def test_shares_are_all_of_it() -> None:
-    assert job.share(7) == slice(0, 7)
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 7, 24])
+def test_shares_are_all_of_it(size: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thing is one process's, in order; no process has two more than another."""
+    monkeypatch.setattr(parallel, "size", lambda: size)
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        shares.append(range(count)[job.share(count)])
+    assert [thing for share in shares for thing in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_only_torchrun_starts_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
