@@ -130,10 +130,9 @@ def probe(
 
     Needs images whose classes are known. Nothing is chosen on the test images.
     """
-    from sela_cli import formats, probes
+    from sela_cli import formats, presets, probes
     from sela_cli.images.batches import open_images
     from sela_cli.precision import faster
-    from sela_cli.presets import protocol as preset
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
     from sela_cli.unfinished import began_in
@@ -152,9 +151,8 @@ def probe(
         else:
             train, tested = probes.holdout(train, holdout, seed)
             split = f"holdout {holdout:g}"
-    options: dict[str, Any] = {"method": "both", "layers": "all"} | preset(
-        protocol.value if protocol else None, state.arch
-    )
+    options: dict[str, Any] = {"method": "both", "layers": "all"}
+    options |= presets.protocol(protocol.value if protocol else None, state.arch)
     options |= given(
         method=method,
         layers=layers,
