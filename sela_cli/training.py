@@ -28,7 +28,7 @@ from sela_cli.formats import Checkpoint, Labels, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw, drawn_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build
-from sela_cli.precision import autocast, faster
+from sela_cli.precision import autocast, decided
 from sela_cli.seeds import batches, generator_of, seed_of
 from sela_cli.unfinished import Unfinished, began_in, momentum_of, restore_momentum
 
@@ -385,20 +385,20 @@ class Job:
 
     def run(self, device: str, progress: Callable[[int, int, str], None]) -> Checkpoint:
         """Do it; see `train_stage`."""
-        recipe = self.recipe
-        if recipe.precision == "auto":
-            # A training that was stopped goes on in the arithmetic that it began in.
-            batch_size = min(recipe.batch_size, len(self.images))
-            measured = began_in(self.output) or faster(
-                self.network, batch_size, device, training=True
-            )
-            recipe = replace(recipe, precision=measured)
+        precision = decided(
+            self.recipe.precision,
+            partial(began_in, self.output),
+            self.network,
+            min(self.recipe.batch_size, len(self.images)),
+            device,
+            training=True,
+        )
         return train_stage(
             self.images,
             self.labels,
             self.network,
             self.output,
-            recipe,
+            replace(self.recipe, precision=precision),
             command=self.command,
             start=self.start,
             to=self.to,

@@ -14,7 +14,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sela_cli import formats, interrupt, loop, networks, precision, training, unfinished
+from sela_cli import (
+    formats,
+    interrupt,
+    loop,
+    networks,
+    precision,
+    training,
+    unfinished,
+)
 from sela_cli.cli import app
 from sela_cli.errors import StoppedEarly, UsageError
 from sela_cli.formats import Provenance
@@ -92,9 +100,9 @@ def test_a_training_keeps_the_arithmetic_it_began_in(
     images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = build("alexnet-small", 16, [5], seed=0)
-    logits, labels, output = (str(tmp_path / name) for name in ("a.h5", "l.h5", "c.h5"))
-    embed_stage(images, network, logits, Provenance("embed", {}, dataset_id=images.dataset_id))
-    label_stage(logits, labels, LabelSettings(assign="random"))
+    scores, labels, output = (str(tmp_path / name) for name in ("a.h5", "l.h5", "c.h5"))
+    embed_stage(images, network, scores, Provenance("embed", {}, dataset_id=images.dataset_id))
+    label_stage(scores, labels, LabelSettings(assign="random"))
 
     def prepared(**more: Any) -> training.Job:
         options = {"epochs": 1.0, "batch_size": 10, "precision": "auto"}
@@ -103,12 +111,12 @@ def test_a_training_keeps_the_arithmetic_it_began_in(
     def train(job: training.Job) -> str:
         return str(job.run("cpu", lambda *_: None).recipe["precision"])
 
-    monkeypatch.setattr(training, "faster", lambda *_, **__: "bfloat16")
+    monkeypatch.setattr(precision, "faster", lambda *_, **__: "bfloat16")
     first = prepared(arch="alexnet-small", image_size=16)
     with monkeypatch.context() as stopping, pytest.raises(StoppedEarly):
         stopping.setattr(interrupt, "requested", lambda: True)
         train(first)
-    monkeypatch.setattr(training, "faster", lambda *_, **__: "float32")
+    monkeypatch.setattr(precision, "faster", lambda *_, **__: "float32")
     assert train(prepared(arch="alexnet-small", image_size=16)) == "bfloat16"
     assert train(prepared(checkpoint=output, force=True)) == "bfloat16"
 
