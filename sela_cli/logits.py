@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,8 @@ def embed_stage(
         columns = {"features": network.width}
         heads = network.head_arrays()
     same: list[Any] = [provenance.parameters, [entry["digest"] for entry in provenance.inputs]]
-    same += [provenance.dataset_id, columns, dtype, batch_size, precision, device.split(":")[0]]
-    part = formats.Part(_identity(network, same))
+    same += [provenance.dataset_id, columns, dtype, batch_size, device.split(":")[0]]
+    part = formats.Part(f"{precision} {_identity(network, same)}")
     file = formats.create_logits(
         output,
         images.keys,
@@ -95,8 +96,17 @@ def _write(datasets: dict[str, Any], start: int, outputs: list[Tensor]) -> None:
         item[start : start + len(tensor)] = tensor.numpy()
 
 
+def began_in(output: str) -> str | None:
+    """The precision of the unfinished logits at `output`; None where there are none."""
+    path = f"{Path(output).resolve()}.unfinished"
+    if output == "-" or not Path(path).exists():
+        return None
+    with formats.open_hdf5(path) as file, formats.damage_named(path):
+        return str(file.attrs["identity"]).split()[0]
+
+
 def _identity(network: Network, settings: list[Any]) -> str:
-    """Hash of all that the logits depend on."""
+    """Hash of all else that the logits depend on."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, array in network.arrays().items():
         digest.update(name.encode() + array.tobytes())

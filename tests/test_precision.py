@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from sela_cli import (
     formats,
     interrupt,
+    logits,
     loop,
     networks,
     precision,
@@ -137,6 +138,27 @@ def test_a_probe_keeps_the_arithmetic_it_began_in(
         assert isinstance(done.exception, StoppedEarly), done.output
         left = formats.read_checkpoint(f"{output}.unfinished")
         assert (left.step, left.recipe["precision"]) == (step, "bfloat16")
+
+
+def test_an_embedding_keeps_the_arithmetic_it_began_in_and_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "a.h5"
+    line = "embed --data digits --limit 40 --arch alexnet-small --image-size 16 --heads 5"
+    line += f" --batch-size 16 --precision auto --device cpu -q -o {output}"
+
+    def embed(chosen: str, stop: bool) -> BaseException | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(precision, "faster", lambda *_, **__: chosen)
+            # Of all that ask, the embedding alone hears of it.
+            patch.setattr(logits, "interrupt", SimpleNamespace(requested=lambda: stop))
+            return CliRunner().invoke(app, line.split()).exception
+
+    for done, chosen in ((16, "bfloat16"), (32, "float32")):
+        assert f"after {done} images" in str(embed(chosen, stop=True))
+        assert logits.began_in(str(output)) == "bfloat16"
+    assert embed("float32", stop=False) is None
+    assert formats.read_header(str(output)).parameters["precision"] == "bfloat16"
 
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
