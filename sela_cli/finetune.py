@@ -65,13 +65,8 @@ class FinetuneRecipe:
 
     def resolved(self) -> tuple[int, int, float]:
         """Iterations, images a batch, learning rate."""
-        defaults = (20_000, 16, 0.003) if self.task == "classification" else (20_000, 4, 0.005)
-        given = (self.iterations, self.batch_size, self.lr)
-        iterations, batch_size, lr = (
-            default if value is None else value
-            for value, default in zip(given, defaults, strict=True)
-        )
-        return int(iterations), int(batch_size), lr
+        batch_size, lr = (16, 0.003) if self.task == "classification" else (4, 0.005)
+        return self.iterations or 20_000, self.batch_size or batch_size, self.lr or lr
 
 
 def finetune_stage(

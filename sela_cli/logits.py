@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,22 +56,23 @@ def embed_stage(
         columns = {"features": network.width}
         heads = network.head_arrays()
     same: list[Any] = [provenance.parameters, [entry["digest"] for entry in provenance.inputs]]
-    same += [provenance.dataset_id, columns, dtype, batch_size, precision, device.split(":")[0]]
-    part = formats.Part(_identity(network, same))
-    file: Any = nullcontext({})
-    if parallel.rank() == 0:
-        file = formats.create_logits(
-            output,
-            images.keys,
-            images.index_N,
-            provenance,
-            columns=columns,
-            dtype=dtype,
-            heads=heads,
-            force=force,
-            part=part,
-        )
-    with file as datasets:
+    same += [provenance.dataset_id, columns, dtype, batch_size, device.split(":")[0]]
+    part = formats.Part(f"{precision} {_identity(network, same)}")
+    file = formats.create_logits(
+        output,
+        images.keys,
+        images.index_N,
+        provenance,
+        columns=columns,
+        dtype=dtype,
+        heads=heads,
+        force=force,
+        part=part,
+    )
+    # Of the first process; empty in the others.
+    datasets: dict[str, Any] = {}
+    with ExitStack() as stack:
+        job.once(lambda: datasets.update(stack.enter_context(file)))
         module = network if store == "logits" else network.trunk
         begun = torch.tensor([part.done // batch_size], dtype=torch.float32)
         skip = int(job.from_process(0, begun, (1,)))
@@ -77,20 +80,33 @@ def embed_stage(
         for outputs in forward(
             module, network, images, batch_size, device, precision, augment, skip
         ):
-            for item, tensor in zip(datasets.values(), outputs, strict=False):
-                if dtype == "float16" and store == "logits":
-                    # Half precision is fine near zero: large logits would lose their differences.
-                    tensor = tensor - tensor.amax(1, keepdim=True)
-                item[done : done + len(tensor)] = tensor.numpy()
+            if dtype == "float16" and store == "logits":
+                # Half precision is fine near zero: large logits would lose their differences.
+                outputs = [tensor - tensor.amax(1, keepdim=True) for tensor in outputs]
+            job.once(partial(_write, datasets, done, outputs))
             part.done = done = done + len(outputs[0])
             progress(done, len(images), "")
             if parallel.any_of(interrupt.requested()) and done < len(images):
                 raise StoppedEarly(f"{output}: stopped after {done} images", "run it again")
-    job.meet()
+        job.once(stack.close)
+
+
+def _write(datasets: dict[str, Any], start: int, outputs: list[Tensor]) -> None:
+    for item, tensor in zip(datasets.values(), outputs, strict=True):
+        item[start : start + len(tensor)] = tensor.numpy()
+
+
+def began_in(output: str) -> str | None:
+    """The precision of the unfinished logits at `output`; None where there are none."""
+    path = f"{Path(output).resolve()}.unfinished"
+    if output == "-" or not Path(path).exists():
+        return None
+    with formats.open_hdf5(path) as file, formats.damage_named(path):
+        return str(file.attrs["identity"]).split()[0]
 
 
 def _identity(network: Network, settings: list[Any]) -> str:
-    """Hash of all that the logits depend on."""
+    """Hash of all else that the logits depend on."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, array in network.arrays().items():
         digest.update(name.encode() + array.tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -19,6 +20,20 @@ def autocast(device: str, precision: str) -> torch.autocast:
     """bfloat16 arithmetic where `precision` asks for it."""
     kind = torch.device(device).type
     return torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def decided(
+    asked: str,
+    began: Callable[[], str | None],
+    network: Network,
+    batch_size: int,
+    device: str,
+    training: bool,
+) -> str:
+    """`asked`, or for `auto` what the work `began` in before it was stopped, else the faster."""
+    if asked != "auto":
+        return asked
+    return began() or faster(network, batch_size, device, training)
 
 
 def faster(network: Network, batch_size: int, device: str, training: bool) -> str:

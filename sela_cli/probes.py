@@ -8,8 +8,10 @@ of several learning rates a held-out part of the training images chooses.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -88,8 +90,13 @@ class LinearRecipe:
                 raise UsageError(f"{option} {value} is none of {', '.join(map(str, known))}")
         if not self.lrs or not min(self.lrs) > 0 or len(set(self.lrs)) < len(self.lrs):
             raise UsageError("--lr takes positive rates, each once")
-        if self.epochs < 1 or self.batch_size < 2 or self.weight_decay < 0:
-            raise UsageError("--epochs must be at least 1, --batch-size at least 2")
+        for option, number, least in (
+            ("--epochs", self.epochs, 1),
+            ("--batch-size", self.batch_size, 2),
+            ("--weight-decay", self.weight_decay, 0),
+        ):
+            if not least <= number < math.inf:
+                raise UsageError(f"{option} {number} must be at least {least} and finite")
         if not 0 < self.validation < 1:
             raise UsageError(f"--validation {self.validation} must lie between 0 and 1")
 
@@ -483,6 +490,11 @@ class LinearProbe:
         milestones = [max(1, round(recipe.epochs * part)) for part in recipe.milestones]
         # BatchNorm needs two rows: a last batch of one is left out.
         batch_size = min(recipe.batch_size, len(images))
+        if batch_size < parallel.size():
+            raise UsageError(
+                f"{parallel.size()} processes share batches of {batch_size}",
+                "start fewer, or use a larger --batch-size",
+            )
         self.steps = steps = max(1, len(images) // batch_size)
         last = recipe.epochs * steps
         # This process's part of each batch, and of the mean over it.
@@ -490,7 +502,9 @@ class LinearProbe:
         weight = (mine.stop - mine.start) / batch_size
         rates = dict.fromkeys(layers, recipe.lrs)
         self.inputs.train()
-        for rows in batches(recipe.seed, "probe order", len(images), batch_size, self.step, last):
+        order = batches(recipe.seed, "probe order", len(images), batch_size, self.step, last)
+        rows, ahead = tee(rows_n[mine] for rows_n in order)
+        for rows_n, batch in zip(rows, images.stream(ahead), strict=True):
             epoch, place = divmod(self.step, steps)
             if place == 0:
                 self.totals.zero_()
@@ -498,10 +512,9 @@ class LinearProbe:
             for group, (_, lr) in zip(self.optimizer.param_groups, each, strict=True):
                 group["lr"] = lr * fallen
             generator = generator_of(recipe.seed, "probe view", self.step)
-            draws = draw(len(rows), images.side, AUGMENTATIONS[recipe.aug], generator).of(mine)
-            rows = rows[mine]
-            view = drawn_view(images.batch(rows).to(self.device), self.network.image_size, draws)
-            truth_n = truth_N[rows].to(self.device)
+            draws = draw(batch_size, images.side, AUGMENTATIONS[recipe.aug], generator).of(mine)
+            view = drawn_view(batch.to(self.device), self.network.image_size, draws)
+            truth_n = truth_N[rows_n].to(self.device)
             logits = self._logits(view, rates)
             # No two share a parameter: the gradient of the sum is each one's own.
             losses = torch.stack(

@@ -28,7 +28,7 @@ from sela_cli.formats import Checkpoint, Labels, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw, drawn_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build
-from sela_cli.precision import autocast, faster
+from sela_cli.precision import autocast, decided
 from sela_cli.seeds import batches, generator_of, seed_of
 from sela_cli.unfinished import Unfinished, began_in, momentum_of, restore_momentum
 
@@ -332,17 +332,24 @@ def train_stage(
         provenance = provenance.reading("checkpoint", start.header)
         trainer.restore(start, start.header.path)
     from_digest = start.header.digest if start and start.header else ""
-    identity = {"start": from_digest, "labels": labels.header.digest, "recipe": asdict(recipe)}
+    identity = {
+        "start": from_digest,
+        "labels": labels.header.digest,
+        "recipe": asdict(recipe),
+        "arch": network.arch,
+        "image_size": network.image_size,
+        "device": device.split(":")[0],
+    }
     unfinished = Unfinished(output, "train", identity)
     left = unfinished.read()
     if left:
         trainer.restore(left, str(unfinished.path))
     trainer.labels_digest = labels.header.digest
-    first, last = trainer.step, recipe.steps(recipe.epochs if to is None else to, len(images))
+    option, goal = ("--epochs", recipe.epochs) if to is None else ("--to", to)
+    first, last = trainer.step, recipe.steps(goal, len(images))
     if last < first:
-        raise UsageError(
-            f"--to {to} lies before the checkpoint's epoch {start.epoch if start else 0}"
-        )
+        reached = first / recipe.steps_per_epoch(len(images))
+        raise UsageError(f"{option} {goal:g} lies before epoch {reached:g}, already reached")
     batch = min(recipe.batch_size, len(images))
 
     def after() -> None:
@@ -378,20 +385,20 @@ class Job:
 
     def run(self, device: str, progress: Callable[[int, int, str], None]) -> Checkpoint:
         """Do it; see `train_stage`."""
-        recipe = self.recipe
-        if recipe.precision == "auto":
-            # A training that was stopped goes on in the arithmetic that it began in.
-            batch_size = min(recipe.batch_size, len(self.images))
-            measured = began_in(self.output) or faster(
-                self.network, batch_size, device, training=True
-            )
-            recipe = replace(recipe, precision=measured)
+        precision = decided(
+            self.recipe.precision,
+            partial(began_in, self.output),
+            self.network,
+            min(self.recipe.batch_size, len(self.images)),
+            device,
+            training=True,
+        )
         return train_stage(
             self.images,
             self.labels,
             self.network,
             self.output,
-            recipe,
+            replace(self.recipe, precision=precision),
             command=self.command,
             start=self.start,
             to=self.to,

@@ -9,15 +9,17 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from sela_cli import formats, interrupt
+from sela_cli.cli import app
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly
 from sela_cli.formats import Provenance
 from sela_cli.images.augment import centre_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.logits import embed_stage, plan
 from sela_cli.networks import Network, build
-from sela_cli.training import Recipe, label_view
+from sela_cli.training import Recipe, Trainer, label_view
 
 HEADS = [7, 5]
 
@@ -132,6 +134,23 @@ def test_existing_output_is_kept(images: Images, network: Network, tmp_path: Pat
         embedded(images, network, tmp_path / "a.h5")
     assert (tmp_path / "a.h5").read_text() == "mine"
     embedded(images, network, tmp_path / "a.h5", force=True)
+
+
+def test_seed_is_the_checkpoints_unless_given(network: Network, tmp_path: Path) -> None:
+    """What the file tells is what its random views were drawn from."""
+    state = Trainer(network, Recipe(seed=7)).checkpoint(13)
+    formats.write_checkpoint(str(tmp_path / "c.h5"), state, Provenance("test", {}))
+    line = f"embed --data digits --limit 13 --checkpoint {tmp_path / 'c.h5'} --device cpu -q"
+
+    def made(*options: str) -> formats.Header:
+        output = str(tmp_path / "a.h5")
+        call = [*line.split(), "--view", "random", "--force", "-o", output, *options]
+        assert CliRunner().invoke(app, call, catch_exceptions=False).exit_code == 0
+        return formats.read_header(output)
+
+    plain, same, other = made(), made("--seed", "7"), made("--seed", "0")
+    assert [each.parameters["seed"] for each in (plain, same, other)] == [7, 7, 0]
+    assert plain.digest == same.digest != other.digest
 
 
 def stopped(

@@ -416,6 +416,19 @@ def test_the_test_split_is_that_of_a_folder_with_any_name(
     assert (shown["train"], shown["test"]) == (12, 6)
 
 
+@pytest.mark.parametrize(
+    ("task", "defaults"),
+    [("classification", (20_000, 16, 0.003)), ("detection", (20_000, 4, 0.005))],
+)
+def test_what_is_not_given_has_the_default_that_help_tells(
+    task: str, defaults: tuple[int, int, float]
+) -> None:
+    assert FinetuneRecipe(task).resolved() == defaults
+    for place, (name, value) in enumerate({"iterations": 7, "batch_size": 9, "lr": 0.5}.items()):
+        resolved = FinetuneRecipe(task, **{name: value}).resolved()  # type: ignore[arg-type]
+        assert resolved == (*defaults[:place], value, *defaults[place + 1 :])
+
+
 @pytest.mark.parametrize("task", ["classification", "detection"])
 def test_from_the_command_line(task: str, tree: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")

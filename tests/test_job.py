@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +24,12 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from sela_cli import batchwide, cli, formats, interrupt, job, loop, networks, parallel
-from sela_cli.errors import BadData, StoppedEarly, UsageError
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
+from sela_cli.formats import Provenance
 from sela_cli.images.augment import AUGMENTATIONS, draw
 from sela_cli.images.batches import Images, open_images
 from sela_cli.locks import locked
-from sela_cli.logits import forward
+from sela_cli.logits import embed_stage, forward
 from sela_cli.networks import Network, build
 from sela_cli.options import device_name
 from sela_cli.probes import LinearProbe, LinearRecipe
@@ -118,10 +121,31 @@ def everything(folder: Path) -> dict[str, Any]:
     }
 
 
+def without_room(folder: Path) -> list[str]:
+    """How embedding ends where the file can't grow: as it is opened, filled and sealed."""
+    images, _ = open_images("digits", 32, limit=8)
+    network, output = build("alexnet-small", 32, [5], seed=0), folder / "whole.h5"
+    embed_stage(images, network, str(output), Provenance("test", {}), batch_size=3)
+    size, ends = output.stat().st_size, []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (0, 96, size // 4, size // 2, size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            embed_stage(images, network, str(folder / "a.h5"), Provenance("test", {}), batch_size=3)
+        except (CannotCreate, job.FailedElsewhere) as error:
+            ends.append(type(error).__name__)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return ends
+
+
 def process(rank: int, folder: str) -> None:
     """One of the two."""
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(minutes=5),
     )
     mine = job.share(7)
     result = {"norm": normed(batchwide.BatchNorm2d(3), mine), **everything(Path(folder))}
@@ -141,6 +165,7 @@ def process(rank: int, folder: str) -> None:
         )
     except UsageError as error:
         sums.append(str(error))
+    result["ends"] = without_room(Path(folder))
     torch.save({"mine": mine, "sums": sums, **result}, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -197,6 +222,8 @@ def test_two_processes_embed_and_probe_as_one(
         close(part["probe"], alone["probe"], atol=1e-4)
         close(part["classifier"], alone["classifier"], atol=1e-4)
         assert part["accuracies"].keys() == alone["accuracies"].keys()
+        for name, accuracies in alone["accuracies"].items():
+            close(part["accuracies"][name], accuracies)
 
 
 @pytest.mark.slow
@@ -236,8 +263,23 @@ def test_a_job_is_refused_as_one_where_another_run_is_at_work(tmp_path: Path) ->
     assert kinds == ["CannotCreate", "FailedElsewhere"]
 
 
-def test_shares_are_all_of_it() -> None:
-    assert job.share(7) == slice(0, 7)
+@pytest.mark.slow
+def test_a_full_disk_ends_embedding_in_every_process(both: list[dict[str, Any]]) -> None:
+    first, second = (part["ends"] for part in both)
+    assert first == ["CannotCreate"] * 5 and second == ["FailedElsewhere"] * 5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 7, 24])
+def test_shares_are_all_of_it(size: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thing is one process's, in order; no process has two more than another."""
+    monkeypatch.setattr(parallel, "size", lambda: size)
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        shares.append(range(count)[job.share(count)])
+    assert [thing for share in shares for thing in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_only_torchrun_starts_a_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sela_cli import formats, interrupt, loop, networks, precision, training, unfinished
+from sela_cli import (
+    formats,
+    interrupt,
+    logits,
+    loop,
+    networks,
+    precision,
+    training,
+    unfinished,
+)
 from sela_cli.cli import app
 from sela_cli.errors import StoppedEarly, UsageError
 from sela_cli.formats import Provenance
@@ -95,9 +104,9 @@ def test_a_training_keeps_the_arithmetic_it_began_in(
     images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = build("alexnet-small", 16, [5], seed=0)
-    logits, labels, output = (str(tmp_path / name) for name in ("a.h5", "l.h5", "c.h5"))
-    embed_stage(images, network, logits, Provenance("embed", {}, dataset_id=images.dataset_id))
-    label_stage(logits, labels, LabelSettings(assign="random"))
+    scores, labels, output = (str(tmp_path / name) for name in ("a.h5", "l.h5", "c.h5"))
+    embed_stage(images, network, scores, Provenance("embed", {}, dataset_id=images.dataset_id))
+    label_stage(scores, labels, LabelSettings(assign="random"))
 
     def prepared(**more: Any) -> training.Job:
         options = {"epochs": 1.0, "batch_size": 10, "precision": "auto"}
@@ -106,12 +115,12 @@ def test_a_training_keeps_the_arithmetic_it_began_in(
     def train(job: training.Job) -> str:
         return str(job.run("cpu", lambda *_: None).recipe["precision"])
 
-    monkeypatch.setattr(training, "faster", lambda *_, **__: "bfloat16")
+    monkeypatch.setattr(precision, "faster", lambda *_, **__: "bfloat16")
     first = prepared(arch="alexnet-small", image_size=16)
     with monkeypatch.context() as stopping, pytest.raises(StoppedEarly):
         stopping.setattr(interrupt, "requested", lambda: True)
         train(first)
-    monkeypatch.setattr(training, "faster", lambda *_, **__: "float32")
+    monkeypatch.setattr(precision, "faster", lambda *_, **__: "float32")
     assert train(prepared(arch="alexnet-small", image_size=16)) == "bfloat16"
     assert train(prepared(checkpoint=output, force=True)) == "bfloat16"
 
@@ -132,6 +141,27 @@ def test_a_probe_keeps_the_arithmetic_it_began_in(
         assert isinstance(done.exception, StoppedEarly), done.output
         left = formats.read_checkpoint(f"{output}.unfinished")
         assert (left.step, left.recipe["precision"]) == (step, "bfloat16")
+
+
+def test_an_embedding_keeps_the_arithmetic_it_began_in_and_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "a.h5"
+    line = "embed --data digits --limit 40 --arch alexnet-small --image-size 16 --heads 5"
+    line += f" --batch-size 16 --precision auto --device cpu -q -o {output}"
+
+    def embed(chosen: str, stop: bool) -> BaseException | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(precision, "faster", lambda *_, **__: chosen)
+            # Of all that ask, the embedding alone hears of it.
+            patch.setattr(logits, "interrupt", SimpleNamespace(requested=lambda: stop))
+            return CliRunner().invoke(app, line.split()).exception
+
+    for done, chosen in ((16, "bfloat16"), (32, "float32")):
+        assert f"after {done} images" in str(embed(chosen, stop=True))
+        assert logits.began_in(str(output)) == "bfloat16"
+    assert embed("float32", stop=False) is None
+    assert formats.read_header(str(output)).parameters["precision"] == "bfloat16"
 
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from sela_cli import formats, loop
 from sela_cli.cli import app
 from sela_cli.images.augment import AUGMENTATIONS, Augmentation
 from sela_cli.images.batches import open_images
-from sela_cli.presets import PRESETS
+from sela_cli.presets import PRESETS, retraining
 from sela_cli.training import Recipe
 
 IMAGENET: dict[str, Any] = {
@@ -145,6 +145,8 @@ def test_retraining_is_the_papers(options: list[str], batch_size: int, tmp_path:
     line = ["retrain", "--data", "digits", "--limit", "20", "--labels", path, "-o", "absent.h5"]
     line += ["--arch", "alexnet-small", "--image-size", "16", "--dry-run", "--json", *options]
     shown = json.loads(CliRunner().invoke(app, line).stdout)
+    constants = formats.through_json(retraining(rotation=bool(options)))
+    assert constants.items() <= shown["recipe"].items()
     recipe = Recipe.of(shown["recipe"])
     assert (recipe.epochs, recipe.batch_size, recipe.weight_decay) == (90, batch_size, 1e-5)
     assert recipe.rotation == bool(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from sela_cli import formats, interrupt, probes, unfinished
+from sela_cli import formats, interrupt, parallel, probes, unfinished
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.formats import Provenance
 from sela_cli.images.augment import ten_views
@@ -239,6 +240,40 @@ def test_options_without_meaning(
     with pytest.raises(UsageError):
         probe(coloured(12, 1), coloured(6, 2), **{"epochs": 1, "batch_size": 6, option: value})
     assert not (tmp_path / "probe.h5").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"batch_size": 1}, {"weight_decay": -1.0}, {"weight_decay": math.nan}]
+)
+def test_a_number_out_of_range_is_named_by_its_option(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')} {wrong[name]} "):
+        LinearRecipe(**wrong).check()
+
+
+def test_batches_that_leave_a_process_without_images_are_refused(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "size", lambda: 9)
+    recipe = LinearRecipe(epochs=1, batch_size=8, aug="none")
+    with (
+        LinearProbe(network, ["conv1"], 3, recipe, "cpu", "float32") as probe,
+        pytest.raises(UsageError, match=r"9 processes share batches of 8; .* --batch-size"),
+    ):
+        probe.fit(coloured(12, 1), lambda *_: None)
+
+
+def test_linear_probes_have_their_next_batches_decoded_meanwhile(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ahead of the one at work, and none twice."""
+    images, asked, seen = coloured(40, 1), [], []
+    decoding = images._decoding
+    monkeypatch.setattr(images, "_decoding", lambda rows_n: asked.append(1) or decoding(rows_n))
+    recipe = LinearRecipe(epochs=1, batch_size=8)
+    with LinearProbe(network, ["conv1"], 3, recipe, "cpu", "float32") as probe:
+        probe.fit(images, lambda *_: seen.append(len(asked)))
+    assert seen == [3, 4, 5, 5, 5]
 
 
 def test_papers_pooling_leaves_about_9600_inputs() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from sklearn.metrics import log_loss
 from torch import Tensor
 
-from sela_cli import formats, interrupt, networks
+from sela_cli import formats, interrupt, networks, training
 from sela_cli.commands.run import run
 from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, HeadLabels, Labels, Provenance
@@ -158,6 +160,36 @@ def test_saved_state_of_another_recipe_is_not_taken_up(
     assert formats.read_header(whole).digest == formats.read_header(parted).digest
 
 
+@pytest.mark.parametrize(
+    "other", [{"image_size": 48}, {"arch": "resnet18"}, {"device": "cuda:0"}], ids=str
+)
+def test_saved_state_of_another_network_or_device_is_not_taken_up(
+    other: dict[str, Any],
+    images: Images,
+    labels: Labels,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Everything is computed on the CPU, whatever the stage is told.
+    monkeypatch.setattr(training, "Trainer", lambda *stage: Trainer(*stage[:2]))
+
+    def train(arch: str = "alexnet-small", image_size: int = 32, device: str = "cpu") -> int:
+        steps: list[int] = []
+        train_stage(
+            *(images, labels, build(arch, image_size, HEADS, seed=3), str(tmp_path / "a.h5")),
+            RECIPE,
+            to=0.5,
+            device=device,
+            progress=lambda done, total, note: steps.append(done),
+        )
+        return len(steps)
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedEarly):
+        patch.setattr(interrupt, "requested", lambda: True)
+        train(**other)
+    assert train() == 2
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(images: Images) -> None:
     good = trained(images, 1).checkpoint(len(images))
     name, momentum = next(iter(good.optimizer.items()))
@@ -183,8 +215,24 @@ def test_training_backwards_is_refused(images: Images, labels: Labels, tmp_path:
     half = str(tmp_path / "half.h5")
     train_stage(images, labels, fresh(), half, RECIPE, to=0.5)
     start = formats.read_checkpoint(half)
-    with pytest.raises(UsageError, match="--to"):
-        train_stage(images, labels, fresh(), str(tmp_path / "a.h5"), RECIPE, start=start, to=0.25)
+    for to, recipe in ((0.25, RECIPE), (None, replace(RECIPE, epochs=0.25))):
+        option = "--epochs" if to is None else "--to"
+        with pytest.raises(UsageError, match=rf"^{option} 0\.25 .* epoch 0\.5,"):
+            train_stage(images, labels, fresh(), str(tmp_path / "a.h5"), recipe, start=start, to=to)
+
+
+def test_stopped_training_is_not_gone_back_behind(
+    images: Images, labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no checkpoint was given, but unfinished work lies there."""
+    output = str(tmp_path / "a.h5")
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "requested", lambda: True)
+        for step in (1, 2, 3):
+            with pytest.raises(StoppedEarly, match=f"step {step} of 4"):
+                train_stage(images, labels, fresh(), output, RECIPE, to=1.0)
+    with pytest.raises(UsageError, match=r"^--to 0\.3 .* epoch 0\.75,"):
+        train_stage(images, labels, fresh(), output, RECIPE, to=0.3)
 
 
 # ---- the loss ---------------------------------------------------------------

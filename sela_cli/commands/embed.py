@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,6 @@ from sela_cli.options import (
     Output,
     Precision,
     Quiet,
-    Seed,
     SkipBad,
     Store,
     View,
@@ -47,7 +46,12 @@ def embed(
     view: View = None,
     precision: Precision = None,
     batch_size: BatchSize = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", help="Seed of every random draw; default: the checkpoint's, else 0."
+        ),
+    ] = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
     download: Download = False,
@@ -62,12 +66,14 @@ def embed(
     The network is that of --checkpoint, or a fresh one of --arch and --heads. It is in
     eval mode and sees the plain centre view of each image, or random views on request.
     """
+    from functools import partial
+
     from sela_cli import formats
     from sela_cli.errors import UsageError
     from sela_cli.images.batches import open_images
-    from sela_cli.logits import embed_stage, plan
+    from sela_cli.logits import began_in, embed_stage, plan
     from sela_cli.networks import build, parse_heads
-    from sela_cli.precision import faster
+    from sela_cli.precision import decided
     from sela_cli.terminal import Terminal
     from sela_cli.training import Recipe, label_view, network_of, settle
 
@@ -80,17 +86,6 @@ def embed(
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
         formats.check_output(output, force)
-    options = given(store=store, dtype=dtype, precision=precision, batch_size=batch_size)
-    chosen = given(view=view).get("view", "centre")
-    parameters = {
-        "data": data,
-        "arch": arch,
-        "heads": heads,
-        "seed": seed,
-        "view": chosen,
-        **options,
-    }
-    provenance = formats.Provenance("embed", parameters)
     state = formats.read_checkpoint(checkpoint) if checkpoint else None
     with terminal.progress("decode", "images") as progress:
         images, size = open_images(
@@ -101,28 +96,45 @@ def embed(
             limit=limit,
             progress=progress,
         )
-    if state and state.header and checkpoint:
+    recipe = Recipe.of(state.recipe if state else {}, {"seed": seed})
+    if state and checkpoint:
         network = network_of(state, checkpoint)
-        provenance = provenance.reading("checkpoint", state.header)
     else:
-        network = build(str(arch), size, parse_heads(str(heads)), seed)
-    recipe = Recipe.of(state.recipe if state else {"seed": seed})
-    if state:
-        options.setdefault("precision", state.recipe.get("precision", "float32"))
+        network = build(str(arch), size, parse_heads(str(heads)), recipe.seed)
+    options: dict[str, Any] = {"precision": recipe.precision}
+    options |= given(store=store, dtype=dtype, precision=precision, batch_size=batch_size)
     shown = plan(images, network, options.get("store", "logits"), options.get("dtype", "float32"))
     if not dry_run:
         where = device_name(device)
         if not state:
             settle(network, images, recipe)
-        if options.get("precision") == "auto":
-            size = min(options.get("batch_size", 256), len(images))
-            options["precision"] = faster(network, size, where, training=False)
+        options["precision"] = decided(
+            options["precision"],
+            partial(began_in, output),
+            network,
+            min(options.get("batch_size", 256), len(images)),
+            where,
+            training=False,
+        )
+        chosen = given(view=view).get("view", "centre")
+        parameters = {
+            "data": data,
+            "arch": arch,
+            "heads": heads,
+            "seed": recipe.seed,
+            "view": chosen,
+            **options,
+        }
+        provenance = formats.Provenance("embed", parameters, dataset_id=images.dataset_id)
+        if state:
+            assert state.header is not None
+            provenance = provenance.reading("checkpoint", state.header)
         with terminal.progress("embed", "images") as progress:
             embed_stage(
                 images,
                 network,
                 output,
-                provenance.of(images.dataset_id),
+                provenance,
                 device=where,
                 augment=label_view(chosen, recipe, state.step if state else 0),
                 force=force,

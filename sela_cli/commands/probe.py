@@ -130,10 +130,11 @@ def probe(
 
     Needs images whose classes are known. Nothing is chosen on the test images.
     """
-    from sela_cli import formats, probes
+    from functools import partial
+
+    from sela_cli import formats, presets, probes
     from sela_cli.images.batches import open_images
-    from sela_cli.precision import faster
-    from sela_cli.presets import protocol as preset
+    from sela_cli.precision import decided
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
     from sela_cli.unfinished import began_in
@@ -152,9 +153,8 @@ def probe(
         else:
             train, tested = probes.holdout(train, holdout, seed)
             split = f"holdout {holdout:g}"
-    options: dict[str, Any] = {"method": "both", "layers": "all"} | preset(
-        protocol.value if protocol else None, state.arch
-    )
+    options: dict[str, Any] = {"method": "both", "layers": "all"}
+    options |= presets.protocol(protocol.value if protocol else None, state.arch)
     options |= given(
         method=method,
         layers=layers,
@@ -179,12 +179,14 @@ def probe(
     parameters = {"data": data, "test": test, "holdout": holdout, "seed": seed} | options
     provenance = formats.Provenance("probe", parameters, dataset_id=train.dataset_id)
     assert state.header is not None
-    arithmetic = precision.value if precision else state.recipe.get("precision", "float32")
-    if arithmetic == "auto":
-        # A probe that was stopped goes on in the arithmetic that it began in.
-        arithmetic = began_in(output) or faster(
-            network, linear.batch_size, device_name(device), training=False
-        )
+    arithmetic = decided(
+        precision.value if precision else state.recipe.get("precision", "float32"),
+        partial(began_in, output),
+        network,
+        linear.batch_size,
+        device_name(device),
+        training=False,
+    )
     with terminal.progress("probe", "images") as progress:
         rows = probes.probe_stage(
             train,

@@ -38,12 +38,6 @@ from sela_cli.options import (
 EXAMPLES = """Example: sela retrain --data digits --labels labels.h5 --arch alexnet-small
 -o fresh.h5 --epochs 10"""
 
-# The paper's Table 5: 90 epochs, the rate falls tenfold every 30.
-_EPOCHS = 90.0
-_MILESTONES = (1 / 3, 2 / 3)
-# With --rotation the reference takes 64 images, each in four turns.
-_TURNED_BATCH = 64
-
 
 def retrain(
     data: Data,
@@ -84,16 +78,16 @@ def retrain(
 
     Defaults are the paper's (Table 5). The labels stay as they are.
     """
-    from sela_cli import formats, training
+    from sela_cli import formats, presets, training
     from sela_cli.terminal import Terminal
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
-    options = given(
-        epochs=_EPOCHS if epochs is None else epochs,
-        batch_size=_TURNED_BATCH if rotation and batch_size is None else batch_size,
+    options = presets.retraining(rotation) | given(
+        epochs=epochs,
+        batch_size=batch_size,
         lr=lr,
         lr_schedule=lr_schedule,
-        lr_milestones=fractions(lr_milestones) or _MILESTONES,
+        lr_milestones=fractions(lr_milestones),
         lr_factor=lr_factor,
         momentum=momentum,
         weight_decay=weight_decay,
