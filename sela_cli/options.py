@@ -231,6 +231,15 @@ Compile = Annotated[
 Dtype = Annotated[
     DtypeChoice | None, typer.Option("--dtype", help="Storage of logits or features.")
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Memory of the label stage at most, such as 900M or 4G (default 4G). Scores that fit "
+        "are kept; others are read again in each pass.",
+    ),
+]
 Store = Annotated[
     StoreChoice | None,
     typer.Option("--store", help="Logits, or features and heads: smaller with many heads."),

@@ -321,6 +321,7 @@ def test_refusal_is_one_line_and_leaves_nothing(
         ("schedule --epochs -1 --opts 3", "--epochs"),
         ("schedule --epochs 1 --opts 3 --relabel cubic", "cubic"),
         (f"{RUN} --preset nothing", "nothing"),
+        (f"{RUN} --max-memory lots", "lots"),
         ("dance", "dance"),
     ],
 )

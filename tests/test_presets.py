@@ -99,6 +99,11 @@ def test_a_dry_run_shows_every_constant() -> None:
         assert lines[name] == str(shown[name])
 
 
+def test_a_run_labels_in_the_memory_that_it_is_allowed() -> None:
+    shown, text = planned("--max-memory", "900M")
+    assert shown["max_memory"] == 900 << 20 and f"max_memory = {900 << 20}" in text
+
+
 OTHER: dict[str, Any] = {
     "arch": "resnet18", "image_size": 32, "heads": "7x2", "lamb": 3.0, "epochs": 5.0, "opts": 6,
     "relabel": {"linear": "quadratic", "quadratic": "linear"},

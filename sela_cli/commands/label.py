@@ -17,6 +17,7 @@ from sela_cli.options import (
     Lamb,
     Marginal,
     MaxIter,
+    MaxMemory,
     Output,
     Quiet,
     Seed,
@@ -114,15 +115,7 @@ def label(
             "--input-kind", help="What the scores are; probabilities may be exactly zero."
         ),
     ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--max-memory",
-            metavar="SIZE",
-            help="Memory of the process at most, such as 900M or 4G (default 4G). Scores that "
-            "fit are kept; others are read again in each pass.",
-        ),
-    ] = None,
+    max_memory: MaxMemory = None,
     seed: Seed = 0,
     device: Device = "auto",
     force: Force = False,

@@ -33,6 +33,7 @@ from sela_cli.options import (
     LrSchedule,
     Marginal,
     MaxIter,
+    MaxMemory,
     Momentum,
     Precision,
     PresetChoice,
@@ -47,6 +48,7 @@ from sela_cli.options import (
     device_name,
     fractions,
     given,
+    size_in_bytes,
 )
 
 EXAMPLES = """Examples: sela run --data digits --out runs/demo.
@@ -106,6 +108,7 @@ def run(
     assign: Annotated[
         AssignChoice | None, typer.Option("--assign", help="How labels are taken from the solve.")
     ] = None,
+    max_memory: MaxMemory = None,
     store: Store = None,
     dtype: Dtype = None,
     view: View = None,
@@ -162,6 +165,7 @@ def run(
         max_iter=max_iter,
         marginal=marginal,
         assign=assign,
+        max_memory=size_in_bytes(max_memory),
         store=store,
         dtype=dtype,
         view=view,
