@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -27,6 +28,13 @@ _MEMORY_BYTES = 4 << 30
 _AHEAD = 2
 
 
+@cache
+def _decoders() -> ThreadPoolExecutor:
+    """One for all images, with what a batch system or a container allows of the processors."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return ThreadPoolExecutor(len(allowed(0)) if allowed else os.cpu_count())
+
+
 class Images:
     """Square uint8 images, each known by its key. Batches are (n, 3, S, S), uint8."""
 
@@ -41,7 +49,6 @@ class Images:
         self._held: Tensor | None = None
         fits = source.pixels is not None and source.pixels.shape[-1] == side
         self._stored = source.pixels if fits else None
-        self._pool = ThreadPoolExecutor(os.cpu_count())
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -102,7 +109,7 @@ class Images:
         return zip(starts, self.stream(rows), strict=True)
 
     def _decoding(self, rows_n: Tensor) -> list[Future[np.ndarray]]:
-        return [self._pool.submit(self._square, row) for row in self.index_N[rows_n.numpy()]]
+        return [_decoders().submit(self._square, row) for row in self.index_N[rows_n.numpy()]]
 
     def _square(self, number: int) -> np.ndarray:
         return square(self.source.image(number, self.side), self.side)
