@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sela_cli import cli, networks
+from sela_cli import cli, errors, job, networks
+from sela_cli.images.augment import AUGMENTATIONS
 from sela_cli.images.sources import open_source
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +162,23 @@ def test_the_commands_of_the_tutorial_run(
         assert ended.value.code == 0, line
     made = "report.html figures/loss.png labels.csv labels.npy logits.npy trace.png hand-network.h5"
     assert all((tmp_path / name).stat().st_size > 0 for name in made.split())
+
+
+def test_the_readme_has_every_exit_code() -> None:
+    (line,) = re.findall(r"Exit codes: .*?\.\n", README, re.DOTALL)
+    codes = {int(code) for code in re.findall(r"\d+", line)}
+    assert codes == {int(code) for code in re.findall(r"\d+", cli.EXIT_CODES)}
+    assert {kind.exit_code for kind in errors.SelaError.__subclasses__()} < codes
+
+
+def test_what_becomes_of_a_stopped_command_is_told_of_all_that_take_long() -> None:
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "reliability.md").read_text(), re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(table))) == {*job.VERBS, "pack", "finetune"}
+
+
+def test_every_augmentation_is_described() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert [name for name in AUGMENTATIONS if f"`{name}`" not in text] == []
 
 
 def test_the_citation_is_that_of_the_paper() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -33,6 +34,12 @@ def test_lowest_versions_are_the_bounds() -> None:
     lines = (ROOT / "tests" / "lowest.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert {name: Version(version) for name, version in pins.items()} == bounds()
+
+
+def test_the_docker_image_has_the_compiler_that_triton_and_torch_call() -> None:
+    """g++ brings gcc."""
+    installed = re.search(r"apt-get install (.*)", (ROOT / "Dockerfile").read_text())
+    assert installed and "g++" in installed[1].split()
 
 
 def imported() -> set[str]:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import struct
 import tarfile
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
 
 from sela_cli.errors import BadData, NoInput, UsageError
 from sela_cli.images import batches, sources
-from sela_cli.images.batches import open_images, square, stored_side
+from sela_cli.images.batches import Images, open_images, square, stored_side
 from sela_cli.images.sources import Source, open_source
 
 NAMES = [f"{number:02d}.png" for number in range(5)]
@@ -521,6 +525,50 @@ def test_limit_spreads_evenly(limit: int) -> None:
         gaps = np.diff(images.index_N)
         assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
     assert images.truth_N is not None and (images.truth_N == images.index_N).all()
+
+
+def drawn(count: int, threads: set[int]) -> Source:
+    """Images that have to be decoded; `threads` are those that did."""
+
+    def decode(number: int) -> np.ndarray:
+        threads.add(threading.get_ident())
+        return np.full((9, 7, 3), number, np.uint8)
+
+    return Source("drawn", [str(number) for number in range(count)], decode)
+
+
+@pytest.fixture
+def one_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All that this process is allowed to use, of many."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {7})
+    batches._decoders.cache_clear()
+    yield
+    batches._decoders.cache_clear()
+
+
+@pytest.mark.usefixtures("one_processor")
+def test_all_collections_share_a_thread_for_each_processor() -> None:
+    threads: set[int] = set()
+    whole = Images(drawn(20, threads), 8, np.arange(20))
+    for images in (whole, whole.subset(np.arange(5)), Images(drawn(6, threads), 8, np.arange(6))):
+        for start, batch in images.in_order(2):
+            assert batch[:, 0, 0, 0].tolist() == [start, start + 1][: len(batch)]
+    assert len(threads) == 1
+
+
+def test_a_forked_child_decodes_with_threads_of_its_own() -> None:
+    images = Images(drawn(64, set()), 8, np.arange(64))
+    rows_n = torch.arange(64)
+    before = images.batch(rows_n)
+    child = os.fork()
+    if child == 0:
+        equal = False
+        try:
+            signal.alarm(60)
+            equal = torch.equal(images.batch(rows_n), before)
+        finally:
+            os._exit(not equal)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_limit_beyond_the_end_takes_all(tmp_path: Path) -> None:

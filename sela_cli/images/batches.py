@@ -35,6 +35,10 @@ def _decoders() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(len(allowed(0)) if allowed else os.cpu_count())
 
 
+# A forked child has the pool but none of its threads, and would wait for them forever.
+os.register_at_fork(after_in_child=_decoders.cache_clear)
+
+
 class Images:
     """Square uint8 images, each known by its key. Batches are (n, 3, S, S), uint8."""
 
