@@ -370,7 +370,7 @@ def train_stage(
 
 
 @dataclass
-class Job:
+class Training:
     """A training as the command line asks for it, checked and ready to run."""
 
     command: str
@@ -439,7 +439,7 @@ def prepare(
     to: float | None = None,
     force: bool = False,
     **opening: Any,
-) -> Job:
+) -> Training:
     """Open everything that `sela train` and `sela retrain` name, and check that it fits.
 
     `options` override the checkpoint's recipe; `opening` goes to `open_images`.
@@ -460,4 +460,4 @@ def prepare(
     else:
         network = build(str(arch), size, labels.clusters, recipe.seed, recipe.rotation)
     check_labels(images, labels, network)
-    return Job(command, images, labels, network, output, recipe, start, to, force)
+    return Training(command, images, labels, network, output, recipe, start, to, force)

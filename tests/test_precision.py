@@ -105,12 +105,12 @@ def test_a_training_keeps_the_arithmetic_it_began_in(
     embed_stage(images, network, scores, Provenance("embed", {}, dataset_id=images.dataset_id))
     label_stage(scores, labels, LabelSettings(assign="random"))
 
-    def prepared(**more: Any) -> training.Job:
+    def prepared(**more: Any) -> training.Training:
         options = {"epochs": 1.0, "batch_size": 10, "precision": "auto"}
         return training.prepare("train", "digits", labels, output, options, limit=40, **more)
 
-    def train(job: training.Job) -> str:
-        return str(job.run("cpu", lambda *_: None).recipe["precision"])
+    def train(asked: training.Training) -> str:
+        return str(asked.run("cpu", lambda *_: None).recipe["precision"])
 
     monkeypatch.setattr(precision, "faster", lambda *_, **__: "bfloat16")
     first = prepared(arch="alexnet-small", image_size=16)
