@@ -78,8 +78,9 @@ def retrain(
 
     Defaults are the paper's (Table 5). The labels stay as they are.
     """
-    from sela_cli import formats, presets, training
+    from sela_cli import formats, presets
     from sela_cli.terminal import Terminal
+    from sela_cli.training import prepare
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     options = presets.retraining(rotation) | given(
@@ -100,7 +101,7 @@ def retrain(
     if not dry_run:
         formats.check_output(output, force)
     with terminal.progress("decode", "images") as progress:
-        job = training.prepare(
+        training = prepare(
             "retrain",
             data,
             labels,
@@ -114,7 +115,7 @@ def retrain(
             force=force,
             progress=progress,
         )
-    shown = job.plan()
+    shown = training.plan()
     if dry_run:
         settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
         terminal.result(
@@ -122,7 +123,7 @@ def retrain(
         )
         return
     with terminal.progress("retrain", "images") as progress:
-        trained = job.run(device_name(device), progress)
+        trained = training.run(device_name(device), progress)
     loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
     terminal.result(
         shown | {"loss": loss},

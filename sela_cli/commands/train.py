@@ -79,8 +79,9 @@ def train(
     Starts from --checkpoint, whose training settings hold unless given here, or from a
     fresh network of --arch, with the labels' clusters as its heads.
     """
-    from sela_cli import formats, training
+    from sela_cli import formats
     from sela_cli.terminal import Terminal
+    from sela_cli.training import prepare
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     options = given(
@@ -100,7 +101,7 @@ def train(
     if not dry_run:
         formats.check_output(output, force)
     with terminal.progress("decode", "images") as progress:
-        job = training.prepare(
+        training = prepare(
             "train",
             data,
             labels,
@@ -116,13 +117,13 @@ def train(
             force=force,
             progress=progress,
         )
-    shown = job.plan()
-    steps = f"steps {shown['from_step']}..{shown['to_step']} of {job.network.arch}"
+    shown = training.plan()
+    steps = f"steps {shown['from_step']}..{shown['to_step']} of {training.network.arch}"
     if dry_run:
         settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
         terminal.result(shown, f"would write {output}: {steps}\n{settings}")
         return
     with terminal.progress("train", "images") as progress:
-        trained = job.run(device_name(device), progress)
+        trained = training.run(device_name(device), progress)
     loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
     terminal.result(shown | {"loss": loss}, f"wrote {output}: {steps}, loss {loss:.3f}")
