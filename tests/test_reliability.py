@@ -552,6 +552,17 @@ def test_standard_streams_that_are_full_or_closed(
     assert done.stderr == (f"sela: {told}\n" if told else "")
 
 
+def test_full_disk_ends_a_process_in_order(tmp_path: Path) -> None:
+    """An older libhdf5 than that of the h5py required ends it by SIGSEGV, after the message."""
+    np.save(tmp_path / "scores.npy", np.random.default_rng(0).random((3000, 20), np.float32))
+    assert shell("sela label scores.npy -o labels.h5", tmp_path).returncode == 0
+    with room_for((tmp_path / "labels.h5").stat().st_size - 1):
+        done = shell("sela label scores.npy -o more.h5", tmp_path)
+    told = "sela: more.h5: File too large; free space, or write elsewhere\n"
+    assert done.returncode == 73 and done.stderr.endswith(told), done.stderr
+    assert not (tmp_path / "more.h5").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
