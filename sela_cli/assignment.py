@@ -38,6 +38,10 @@ _FURTHER = 32
 _PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 8
 
 
+# `nearest_marginal`: the rows of a cluster that has none.
+_NO_ROW = 1e-9
+
+
 class Bounds(NamedTuple):
     """Smallest and largest size of each cluster, int64."""
 
@@ -92,10 +96,10 @@ def nearest_marginal(rows: Rows, bounds: Bounds) -> Tensor:
     """
     count, clusters = rows.shape
     chosen_N = argmax(rows, torch.zeros(clusters, dtype=torch.float64))
-    # A marginal is positive; half a row is as good as none.
-    h_K = np.maximum(np.bincount(chosen_N, minlength=clusters), 0.5) / count
-    low_K, high_K = np.maximum(bounds.low_K, 0.5) / count, bounds.high_K / count
-    below, above = -np.log(2.0 * count), np.log(2.0 * count)
+    # A marginal is positive. What stands for no row is to be none after it has been scaled.
+    h_K = np.maximum(np.bincount(chosen_N, minlength=clusters), _NO_ROW) / count
+    low_K, high_K = np.maximum(bounds.low_K, _NO_ROW) / count, bounds.high_K / count
+    below, above = -np.log(count / _NO_ROW), np.log(count / _NO_ROW)
     for _ in range(100):
         middle = (below + above) / 2
         share_K = np.clip(h_K * np.exp(middle), low_K, high_K)

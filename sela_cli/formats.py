@@ -246,6 +246,11 @@ def _key_bytes(key: str) -> bytes:
 # ---- writing ----------------------------------------------------------------
 
 
+def same_file(path: str, other: str) -> bool:
+    """Whether both name one file, there or not."""
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
 def check_output(path: str, force: bool) -> None:
     """Refuse, before any work is done, an output that could not be written.
 

@@ -238,8 +238,11 @@ def label_stage(
     settings.check()
     if settings.assign == "fixed" and init is None:
         raise UsageError("--fixed labels by the potentials of --init FILE", "name a labels file")
-    if csv_path == output:
+    if csv_path and formats.same_file(csv_path, output):
         raise UsageError(f"--output and --csv are both {output}", "name two files")
+    for path in (output, csv_path):
+        if path not in (None, "-") and formats.same_file(path, spec.partition("::")[0]):
+            raise UsageError(f"{path} holds the scores", "name another file for the labels")
     for path in (output, csv_path):
         if path:
             formats.check_output(path, force)
@@ -397,7 +400,7 @@ def _solver(clusters: int, settings: LabelSettings) -> str:
     if settings.assign == "balanced" and _balancing(clusters) > most:
         raise UsageError(
             f"--max-memory {most / 2**20:.0f}M is too little to balance {clusters} clusters",
-            f"allow {_balancing(clusters) / 2**20:.0f}M, or use --assign argmax",
+            f"allow {math.ceil(_balancing(clusters) / 2**20)}M, or use --assign argmax",
         )
     if settings.solver != "auto":
         return settings.solver

@@ -37,7 +37,7 @@ from sela_cli import (
     probes,
     schedule,
 )
-from sela_cli.errors import BadData, CannotCreate, StoppedEarly
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, Labels, Provenance
 from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
@@ -129,6 +129,7 @@ def _fields_of(
 
 def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
     """What a dry run shows, as values and as text."""
+    _check_heads(images, settings)
     network = build(settings.arch, settings.image_size, list(settings.heads), settings.recipe.seed)
     count = len(images)
     shown = embed_plan(images, network, settings.store, settings.dtype) | {
@@ -194,13 +195,23 @@ def run(
     """Run, or go on with, the loop in `folder`; returns a summary of the result.
 
     Raises CannotCreate where the folder holds other files and no run, or a finished run or
-    one with other settings and `force` is off; StoppedEarly after a signal.
+    one with other settings and `force` is off; UsageError where a head has more clusters than
+    there are images; StoppedEarly after a signal.
     """
+    _check_heads(images, settings)
     with ExitStack() as stack:
         job.once(partial(stack.enter_context, _locked(folder)))
         settings = _measured(images, settings, device, None if force else _precision_of(folder))
         job.once(partial(_claim, images, folder, settings, force, resume))
         return _Run(images, folder, settings, watcher, device).to_the_end()
+
+
+def _check_heads(images: Images, settings: RunSettings) -> None:
+    if max(settings.heads) > len(images):
+        raise UsageError(
+            f"--heads: {max(settings.heads)} clusters for {len(images)} images",
+            "use at most as many clusters as images",
+        )
 
 
 def _precision_of(folder: Path) -> str | None:

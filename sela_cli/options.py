@@ -31,7 +31,9 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", "-n", help="Print the plan: shapes, sizes, settings. Write nothing."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random draw.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Seed of every random draw.")
+]
 Device = Annotated[
     str,
     typer.Option("--device", help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."),

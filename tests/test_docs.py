@@ -89,7 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     (folder / "photos").mkdir()
     source = open_source("digits")
-    for number in range(80):
+    for number in range(128):
         Image.fromarray(source.image(number)).save(folder / "photos" / f"{number}.png")
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(60, 5))

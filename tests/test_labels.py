@@ -13,6 +13,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.special import log_softmax
 
 from sela_cli import assignment, formats, labels, tiles
 from sela_cli.assignment import Bounds
@@ -270,6 +272,28 @@ def test_a_gap_is_told_of_balanced_labels_only(matrix: Path, tmp_path: Path) -> 
         )
         (values,) = summary(labels, "labels.h5")[0]["heads"]
         assert ("gap" in values) == (assign == "balanced")
+
+
+def test_output_never_takes_the_place_of_the_scores(matrix: Path, tmp_path: Path) -> None:
+    before = matrix.read_bytes()
+    same, labels = str(tmp_path / "." / "scores.npy"), str(tmp_path / "labels.h5")
+    (tmp_path / "link.npy").symlink_to(matrix)
+    for output, table in ((same, None), (labels, str(matrix)), (labels, f"{tmp_path}/./labels.h5")):
+        for spec in (str(matrix), str(tmp_path / "link.npy")):
+            with pytest.raises(UsageError, match=r"name another file|name two files"):
+                label_stage(spec, output, LabelSettings(), csv_path=table, force=True)
+    assert matrix.read_bytes() == before
+
+
+def test_clusters_that_nobody_wants_stay_empty_within_bounds(tmp_path: Path) -> None:
+    """Against scipy's matching, whose sizes may be anything from none to fifty."""
+    scores_NK = np.random.default_rng(0).normal([5.0, 4.0, 0.0, 0.0], 0.3, (100, 4))
+    np.save(tmp_path / "scores.npy", scores_NK)
+    head = label(tmp_path / "scores.npy", max_size=50)
+    assert head.usage_K.tolist() == [50, 50, 0, 0]
+    cost_NM = np.repeat(-log_softmax(scores_NK, axis=1), 50, axis=1)
+    best = cost_NM[linear_sum_assignment(cost_NM)].mean()
+    assert head.attributes["objective"] == pytest.approx(best, rel=1e-3)
 
 
 def test_kmeans_is_a_method_of_the_command(matrix: Path) -> None:

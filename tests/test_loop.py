@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from sela_cli import formats, interrupt, loop, metrics, networks
-from sela_cli.errors import CannotCreate, StoppedEarly
+from sela_cli.errors import CannotCreate, StoppedEarly, UsageError
 from sela_cli.images.batches import Images, open_images
 from sela_cli.loop import RunSettings, Watcher, settings_of
 
@@ -51,6 +51,21 @@ def images() -> Images:
 @pytest.fixture
 def settings() -> RunSettings:
     return settings_of("digits", 32, OPTIONS)
+
+
+def test_more_clusters_than_images_are_refused_before_any_work(tmp_path: Path) -> None:
+    images, _ = open_images("digits", 32, limit=20)
+    settings = settings_of("digits", 32, {"heads": "21x2"})
+    with pytest.raises(UsageError, match="21 clusters for 20 images"):
+        loop.plan(images, settings)
+    with pytest.raises(UsageError, match="21 clusters for 20 images"):
+        loop.run(
+            images,
+            tmp_path / "run",
+            settings,
+            loop.Watcher(lambda title: nullcontext(print), print),
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_default_is_said_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:

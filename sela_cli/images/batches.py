@@ -21,6 +21,8 @@ from sela_cli import formats, interrupt
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.images.sources import Source, open_source
 
+# Images that the side of a collection's is taken from.
+_SIDES = 15
 # Images of up to this side are taken as they are, by networks with the small stem.
 SMALL = 64
 _MEMORY_BYTES = 4 << 30
@@ -161,7 +163,8 @@ def open_images(
     hold: bool = True,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> tuple[Images, int]:
-    """Open `spec` for a network of `image_size` (None: 32 for small images, else 224).
+    """Open `spec` for a network of `image_size` (None: 32 where most images are
+    small, else 224).
 
     Returns the images and the image size. `limit` keeps that many, evenly spread.
     `skip_bad` reads every image once to leave out those that can't be read, and raises
@@ -176,8 +179,9 @@ def open_images(
         rows = np.array([row for row in rows if _readable(source, int(row))], dtype=np.int64)
         if not len(rows):
             raise BadData(f"{spec}: none of its images can be read")
-    first = source.image(int(rows[0]))
-    native = min(first.shape[:2])
+    # Not of the first alone: a collection of photographs may begin with an icon.
+    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), _SIDES)).astype(np.int64)]
+    native = int(np.median([min(source.image(int(row)).shape[:2]) for row in some]))
     if image_size is None:
         image_size = 32 if native <= SMALL else 224
     images = Images(source, side or stored_side(native, image_size), rows)
