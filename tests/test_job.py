@@ -246,7 +246,7 @@ def refused(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
     )
     watcher = loop.Watcher(lambda title: nullcontext(print), print)
-    settings = loop.settings_of("digits", 16, {})
+    settings = loop.settings_of("digits", 16, {"heads": "4x1"})
     try:
         loop.run(open_images("digits", 16, limit=4)[0], Path(folder) / "run", settings, watcher)
     except Exception as error:

@@ -52,7 +52,7 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 def planned(*options: str) -> tuple[dict[str, Any], str]:
     """What `sela run --dry-run` says, as values and as text."""
-    line = ["run", "--data", "digits", "--limit", "20", "--out", "absent", "--dry-run", *options]
+    line = ["run", "--data", "digits", "--limit", "128", "--out", "absent", "--dry-run", *options]
     text = CliRunner().invoke(app, line)
     values = CliRunner().invoke(app, [*line, "--json"])
     assert (text.exit_code, values.exit_code) == (0, 0), text.output
