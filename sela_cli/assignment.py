@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli.semidual import Problem, Solution
-from sela_cli.tiles import Rows, Some, map_rows, map_spans
+from sela_cli.semidual import Problem, Solution, plan
+from sela_cli.tiles import Resident, Rows, Some, evenly, map_rows, map_spans
 
 # `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
 _EXCESS = 0.01
@@ -33,10 +33,13 @@ _LOOSE_ITER = 20
 _SHARPENINGS = 8
 # `balanced`: clusters looked at beyond twice those that lead to the nearest one with room.
 _FURTHER = 32
+# Of the mean row's largest share: from there on the next solve brings sizes no nearer.
+_SHARP, _SOME = 0.5, 512
 # Rows looked at: for each that has to move and for each cluster at least, and so many times
 # as many again where these do not do.
 _PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 8
-
+# Bytes of them that are kept: a cluster's are read anew for every path through it.
+_KEPT = 1 << 25
 
 # `nearest_marginal`: the rows of a cluster that has none.
 _NO_ROW = 1e-9
@@ -214,11 +217,15 @@ def balanced(
         margin = np.inf
         if wanted < count / 2:
             margin = float(np.partition(margin_N, wanted)[wanted])
-        movable = Some(rows, np.flatnonzero(margin_N <= margin))
-        flow = _Flow(movable, labels_N[movable.rows_N], prices, margin)
+        chosen_n = np.flatnonzero(margin_N <= margin)
+        movable: Rows = Some(rows, chosen_n)
+        if len(chosen_n) * clusters * 8 <= _KEPT:
+            kept = list(map_rows(rows, chosen_n, lambda block_nK: block_nK.cpu()))
+            movable = Resident(torch.cat(kept))
+        flow = _Flow(movable, labels_N[chosen_n], prices, margin)
         while surplus_K.any() and flow.advance(surplus_K, slack):
             progress(int(surplus_K.clip(0).sum()))
-        labels_N[movable.rows_N] = flow.labels_N
+        labels_N[chosen_n] = flow.labels_N
         if surplus_K.any():
             wanted *= _WIDER
             margin_N = preferences(rows, torch.from_numpy(prices), labels_N).margin_N
@@ -396,10 +403,18 @@ def sharpen(
         labels_N = argmax(rows, prices_K, torch.float32)
         sizes_K = np.bincount(labels_N, minlength=rows.shape[1])
         excess = int((sizes_K - bounds.high_K).clip(0).sum())
-        if excess <= _EXCESS * rows.shape[0] or excess > before / 2:
+        if excess <= _EXCESS * rows.shape[0]:
+            break
+        if excess > before / 2 and _largest_share(rows, lamb, prices_K) > _SHARP:
             break
         before = excess
         lamb *= 4
         sharper = problem.at(problem.rows, lamb, _LOOSE, _LOOSE_ITER)
         prices_K = refine(sharper, prices_K * lamb).potentials_K / lamb
     return prices_K
+
+
+def _largest_share(rows: Rows, lamb: float, prices_K: Tensor) -> float:
+    """Of a row's plan, mean over some rows, evenly spread."""
+    q_nK = plan(evenly(rows, _SOME).tile(0, _SOME, torch.float32), lamb, prices_K * lamb)
+    return float(q_nK.amax(1).mean())

@@ -464,8 +464,10 @@ def test_first_choices_and_their_objective() -> None:
     assert np.isnan(bound)
 
 
-def test_sharper_prices_leave_fewer_rows_to_move() -> None:
-    rows = ArrayRows(logits(4000, 40, scale=0.05))
+@pytest.mark.parametrize("scale", [0.05, 0.002])
+def test_sharper_prices_leave_fewer_rows_to_move(scale: float) -> None:
+    """Also where the first sharper solves change little, as for a fresh network."""
+    rows = ArrayRows(logits(4000, 40, scale=scale))
     bounds = assignment.size_bounds(4000, uniform(40).numpy())
     potentials_K = by_newton(rows, uniform(40), 10.0, 1e-6, 100).potentials_K
 
