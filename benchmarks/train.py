@@ -2,12 +2,16 @@
 
     python benchmarks/train.py                        # writes docs/benchmarks-train.md
     python benchmarks/train.py --seconds 1 --cases alexnet@32 --output -      # a short try
+    python benchmarks/train.py --device cuda --batch-size 256 --images 4096 --workers 16 \
+        --cases resnet18@32,alexnet@224 --output docs/benchmarks-train-gpu.md
 
 The plain loop is what one writes first: a DataLoader over JPEG files, torchvision's
 transforms image by image, float32, contiguous tensors, the ordinary optimizer; the same
 network, heads, batch size and augmentation. Its files lie decoded in no cache; ours are
 opened as `--data FOLDER` opens them, and packed by `sela pack`. Last comes the network
-alone, on one batch that is made already: what any loop could reach. Rounds of all variants
+alone, on one batch that is made already: what any loop could reach; on a GPU it is one CUDA
+graph, and the plain loop pins its batches and has what its workers have made in advance
+taken from it before the clock starts. Rounds of all variants
 alternate, so that a busy machine is unfair to none; a ratio is the median over the rounds
 of the ratio to the plain loop's measurement in the same round.
 """
@@ -20,9 +24,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -34,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from sela_cli.devices import Graphed
 from sela_cli.formats import Provenance
 from sela_cli.images.augment import MEAN, STD
 from sela_cli.images.batches import Images, open_images
@@ -53,22 +61,22 @@ CASES = {
     "alexnet@224": ((500, 375), 32),
 }
 AIM = {32: 3.0, 224: 1.5}
+GPU_AIM = 5.0
 PLAIN = "plain loop"
 ALONE = "network alone"
 
-# Works for at least so many seconds; returns how many images it did.
-Work = Callable[[float], int]
+# Works for at least so many seconds; returns images per second.
+Work = Callable[[float], float]
 
 
-def write_photos(folder: Path, number: int, sides: tuple[int, int]) -> None:
-    """JPEGs with structure at every scale, as photographs have it."""
-    rng = np.random.default_rng(0)
-    for index in range(number):
-        image = np.zeros((sides[1], sides[0], 3))
-        for grain in (4, 16, 64):
-            coarse = rng.integers(0, 256, (grain, grain, 3), dtype=np.uint8)
-            image += np.asarray(Image.fromarray(coarse).resize(sides)) / 3
-        Image.fromarray(image.astype(np.uint8)).save(folder / f"{index:05d}.jpg", quality=90)
+def write_photo(folder: Path, sides: tuple[int, int], index: int) -> None:
+    """A JPEG with structure at every scale, as photographs have it."""
+    rng = np.random.default_rng(index)
+    image = np.zeros((sides[1], sides[0], 3))
+    for grain in (4, 16, 64):
+        coarse = rng.integers(0, 256, (grain, grain, 3), dtype=np.uint8)
+        image += np.asarray(Image.fromarray(coarse).resize(sides)) / 3
+    Image.fromarray(image.astype(np.uint8)).save(folder / f"{index:05d}.jpg", quality=90)
 
 
 class Files(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -104,21 +112,34 @@ def transforms(size: int, training: bool) -> v2.Transform:
     return v2.Compose([*shape, v2.ToImage(), to_float, v2.Normalize(MEAN, STD)])
 
 
-def repeated(step: Callable[[], object], images: int) -> Work:
-    """Whole steps of `images` images until the time is over."""
+def repeated(step: Callable[[], object], images: int, lead: int = 0) -> Work:
+    """Whole steps of `images` images until the time is over, after `lead` that do not count."""
 
-    def work(seconds: float) -> int:
+    def work(seconds: float) -> float:
+        for _ in range(lead):
+            step()
+        wait()
         began, done = time.perf_counter(), 0
         while done == 0 or time.perf_counter() - began < seconds:
             step()
             done += images
-        return done
+        wait()
+        return done / (time.perf_counter() - began)
 
     return work
 
 
-def plain(network: Network, folder: Path, batch_size: int, workers: int) -> dict[str, Work]:
+def wait() -> None:
+    """For what a GPU is at."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def plain(
+    network: Network, folder: Path, batch_size: int, workers: int, device: str
+) -> dict[str, Work]:
     """The plain loop's embedding and training."""
+    network = network.to(device)
 
     def batches(training: bool) -> Iterator[tuple[Tensor, Tensor]]:
         data = Files(folder, transforms(network.image_size, training))
@@ -129,6 +150,7 @@ def plain(network: Network, folder: Path, batch_size: int, workers: int) -> dict
                 shuffle=training,
                 drop_last=True,
                 num_workers=workers,
+                pin_memory=device != "cpu",
                 persistent_workers=workers > 0,
             )
         )
@@ -140,11 +162,11 @@ def plain(network: Network, folder: Path, batch_size: int, workers: int) -> dict
     def embed() -> None:
         network.eval()
         with torch.no_grad():
-            network(next(seen)[0])
+            network(next(seen)[0].to(device, non_blocking=True))
 
     def train() -> None:
         network.train()
-        view, rows = next(learned)
+        view, rows = (tensor.to(device, non_blocking=True) for tensor in next(learned))
         losses = [criterion(logits, rows % logits.shape[1]) for logits in network(view)]
         loss = torch.stack(losses).mean()
         optimizer.zero_grad()
@@ -152,29 +174,36 @@ def plain(network: Network, folder: Path, batch_size: int, workers: int) -> dict
         optimizer.step()
         loss.item()
 
-    return {"embed": repeated(embed, batch_size), "train": repeated(train, batch_size)}
+    # Each worker has two batches ready.
+    lead = 2 * workers
+    return {
+        "embed": repeated(embed, batch_size, lead),
+        "train": repeated(train, batch_size, lead),
+    }
 
 
 class TimeIsOver(Exception):
     """Ends a training between two steps."""
 
 
-def ours(network: Network, images: Images, batch_size: int, precision: str) -> dict[str, Work]:
+def ours(
+    network: Network, images: Images, batch_size: int, precision: str, device: str
+) -> dict[str, Work]:
     """`sela embed` and `sela train`."""
     recipe = Recipe(batch_size=batch_size, lr=0.03, aug="paper", precision=precision)
-    trainer = Trainer(network, recipe)
+    trainer = Trainer(network, recipe, device)
     labels_TN = [torch.arange(len(images)) % clusters for clusters in HEADS]
 
     def passes() -> Iterator[object]:
         while True:
             whole = len(images) // batch_size
             yield from islice(
-                forward(network, network, images, batch_size, precision=precision), whole
+                forward(network, network, images, batch_size, device, precision), whole
             )
 
     embedded = passes()
 
-    def train(seconds: float) -> int:
+    def train(seconds: float) -> float:
         began, first = time.perf_counter(), trainer.step
 
         def after() -> None:
@@ -183,37 +212,45 @@ def ours(network: Network, images: Images, batch_size: int, precision: str) -> d
 
         with suppress(TimeIsOver):
             trainer.run(images, labels_TN, sys.maxsize, after)
-        return (trainer.step - first) * batch_size
+        wait()
+        return (trainer.step - first) * batch_size / (time.perf_counter() - began)
 
     return {"embed": repeated(lambda: next(embedded), batch_size), "train": train}
 
 
-def alone(network: Network, batch_size: int, precision: str) -> dict[str, Work]:
+def alone(network: Network, batch_size: int, precision: str, device: str) -> dict[str, Work]:
     """Forward, and forward and backward, of one batch: no images, no optimizer."""
-    network = network.to(memory_format=torch.channels_last)
+    network = network.to(device).to(memory_format=torch.channels_last)
     size = network.image_size
-    view = torch.randn(batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
-    objective = Objective(network, "cpu", precision)
-    labels_Tn = [torch.arange(batch_size) % clusters for clusters in HEADS]
+    view = torch.randn(batch_size, 3, size, size, device=device)
+    view = view.contiguous(memory_format=torch.channels_last)
+    objective = Objective(network, device, precision)
+    labels_Tn = torch.stack([torch.arange(batch_size) % clusters for clusters in HEADS]).to(device)
 
-    def embed() -> None:
+    def embed() -> Tensor:
         network.eval()
-        with torch.no_grad(), autocast("cpu", precision):
-            network(view)
+        with torch.no_grad(), autocast(device, precision):
+            return torch.cat(network(view), 1)
 
-    def train() -> None:
+    def train() -> Tensor:
         network.train()
         network.zero_grad()
-        objective(view, labels_Tn).backward()
+        loss: Tensor = objective(view, labels_Tn)
+        loss.backward()
+        return loss.detach()
 
-    return {"embed": repeated(embed, batch_size), "train": repeated(train, batch_size)}
+    steps: dict[str, Callable[[], Tensor]] = {"embed": embed, "train": train}
+    if device != "cpu":
+        steps = {name: Graphed(step) for name, step in steps.items()}
+    return {name: repeated(step, batch_size) for name, step in steps.items()}
 
 
-def measure(case: str, number: int, seconds: float, rounds: int, workers: int) -> list[list[str]]:
+def measure(case: str, options: argparse.Namespace) -> list[list[str]]:
     """Rows of the table for one network and size of input."""
     arch, _, side = case.partition("@")
     size, (sides, batch_size) = int(side), CASES[case]
-    batch_size = min(batch_size, number)
+    number, workers, device = options.images, options.workers, options.device
+    batch_size = min(options.batch_size or batch_size, number)
 
     def network() -> Network:
         return build(arch, size, HEADS, 0)
@@ -221,28 +258,29 @@ def measure(case: str, number: int, seconds: float, rounds: int, workers: int) -
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "photos")
         folder.mkdir()
-        write_photos(folder, number, sides)
+        with ProcessPoolExecutor() as pool:
+            deque(pool.map(partial(write_photo, folder, sides), range(number), chunksize=32), 0)
         opened, _ = open_images(str(folder), size, hold=False)
         pack_stage(opened, f"{name}/packed.h5", Provenance("pack", {}))
         packed, _ = open_images(f"{name}/packed.h5", size)
-        precision = faster(network(), batch_size, "cpu", training=True)
+        precision = faster(network(), batch_size, device, training=True)
+        sela = partial(ours, batch_size=batch_size, device=device)
+        auto = f"sela, packed, auto ({precision})"
         variants = {
-            PLAIN: plain(network(), folder, batch_size, workers),
-            "sela, folder, float32": ours(network(), opened, batch_size, "float32"),
-            "sela, packed, float32": ours(network(), packed, batch_size, "float32"),
-            f"sela, packed, auto ({precision})": ours(network(), packed, batch_size, precision),
-            f"{ALONE}, {precision}": alone(network(), batch_size, precision),
+            PLAIN: plain(network(), folder, batch_size, workers, device),
+            "sela, folder, float32": sela(network(), opened, precision="float32"),
+            "sela, packed, float32": sela(network(), packed, precision="float32"),
+            auto: sela(network(), packed, precision=precision),
+            f"{ALONE}, {precision}": alone(network(), batch_size, precision, device),
         }
         rows = []
         for stage in ("embed", "train"):
             speeds: dict[str, list[float]] = {title: [] for title in variants}
             for works in variants.values():
                 works[stage](0)
-            for _ in range(rounds):
+            for _ in range(options.rounds):
                 for title, works in variants.items():
-                    began = time.perf_counter()
-                    done = works[stage](seconds)
-                    speeds[title].append(done / (time.perf_counter() - began))
+                    speeds[title].append(works[stage](options.seconds))
             for title, values in speeds.items():
                 pairs = zip(values, speeds[PLAIN], strict=True)
                 times = statistics.median(value / base for value, base in pairs)
@@ -252,7 +290,7 @@ def measure(case: str, number: int, seconds: float, rounds: int, workers: int) -
         return rows
 
 
-def verdicts(rows: list[list[str]]) -> list[str]:
+def verdicts(rows: list[list[str]], device: str) -> list[str]:
     """Of every case and stage, the fastest of ours beside the aim, and beside the network alone."""
     lines = []
     for case, stage in dict.fromkeys((row[0], row[1]) for row in rows):
@@ -261,7 +299,7 @@ def verdicts(rows: list[list[str]]) -> list[str]:
             (row for row in here if row[2].startswith("sela")), key=lambda row: float(row[5])
         )
         limit = next(row for row in here if row[2].startswith(ALONE))
-        aim = AIM[int(case.partition("@")[2])]
+        aim = AIM[int(case.partition("@")[2])] if device == "cpu" else GPU_AIM
         word = "reached" if float(best[5]) >= aim else "missed"
         share = float(best[5]) / float(limit[5])
         lines.append(
@@ -271,8 +309,9 @@ def verdicts(rows: list[list[str]]) -> list[str]:
     return lines
 
 
-def page(rows: list[list[str]], threads: int, workers: int) -> str:
+def page(rows: list[list[str]], threads: int, workers: int, device: str) -> str:
     """The table with all that is needed to judge and repeat it."""
+    machine = processor() if device == "cpu" else f"{torch.cuda.get_device_name()}, {processor()}"
     return "\n".join(
         [
             "# Speed of embedding and training",
@@ -287,10 +326,10 @@ def page(rows: list[list[str]], threads: int, workers: int) -> str:
             "|---|---|---|---|---|---|",
             *(f"| {' | '.join(row)} |" for row in rows),
             "",
-            *verdicts(rows),
+            *verdicts(rows, device),
             "",
             f"- command: `python {' '.join(sys.argv)}`",
-            f"- machine: {processor()}, {threads} threads, {workers} workers of the plain loop",
+            f"- machine: {machine}, {threads} threads, {workers} workers of the plain loop",
             f"- versions: Python {platform.python_version()}, torch {torch.__version__}, "
             f"torchvision {torchvision.__version__}",
             f"- date: {datetime.now(UTC):%Y-%m-%d}",
@@ -307,12 +346,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="least time of a measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant")
     parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--batch-size", type=int, help="another than the case's")
     parser.add_argument("--output", default="docs/benchmarks-train.md", help="page, or -")
     options = parser.parse_args()
+    torch.backends.cudnn.benchmark = True
     rows: list[list[str]] = []
     for case in options.cases.split(","):
-        rows += measure(case, options.images, options.seconds, options.rounds, options.workers)
-    text = page(rows, torch.get_num_threads(), options.workers)
+        rows += measure(case, options)
+    text = page(rows, torch.get_num_threads(), options.workers, options.device)
     if options.output == "-":
         print(text)
     else:

@@ -239,9 +239,7 @@ def classifier_scores(
     """Mean logits (N, C) of ten crops."""
     model.eval()
     done = 0
-    batches = passes.over_ten_crops(
-        images, size, lambda view: [model(view)], [len(CLASSES)], 16, device
-    )
+    batches = passes.over_ten_crops(images, size, model, [len(CLASSES)], 16, device)
     found: list[Tensor] = []
     for (scores_nC,) in batches:
         found.append(scores_nC)

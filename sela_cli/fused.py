@@ -1,12 +1,13 @@
 """A pass over scores on a GPU as one Triton kernel: every row is read once.
 
-n rows of a tile, K columns (clusters), P programs of a launch.
+n rows of a tile, K columns (clusters), P programs of a launch, R rows at a time.
 
 The row's maximum, the exponentials, their sum and the column sums of the softmax are
 worked out where the row has been read, in registers; torch writes and reads the tile
-again for each. Every program adds up rows of its own and the programs' sums are added in
-order, so that a pass gives the same bits each time. Sources: Milakov and Gimelshein 2018
-(online normaliser for softmax).
+again for each. A program takes R rows at a time, since its threads wait for each other at
+every maximum and sum of them. Every program adds up rows of its own and the programs' sums
+are added in order, so that a pass gives the same bits each time. Sources: Milakov and
+Gimelshein 2018 (online normaliser for softmax).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _LONGEST = 8192
 _BLOCK = 2048
 # Programs for each processor of the GPU.
 _PROGRAMS = 4
+# Numbers of the rows at hand that a thread holds, in single precision.
+_HELD = 32
 # Rows that are added up in the precision of the softmax before float64 takes over.
 _GROUP = tl.constexpr(16)
 
@@ -45,10 +48,11 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
     with torch.cuda.device_of(scores_nK):
         if clusters <= _LONGEST:
             block = triton.next_power_of_2(clusters)
-            warps = min(max(block // 512, 1), 16)
+            rows, warps = _rows_and_warps(block, dtype)
             _sums_of_rows[(programs,)](
-                scores_nK, a_K, lamb_1, sums_PK, *shape, BLOCK=block, WIDE=wide, num_warps=warps
-            )
+                scores_nK, a_K, lamb_1, sums_PK, *shape,
+                ROWS=rows, BLOCK=block, WIDE=wide, num_warps=warps,
+            )  # fmt: skip
         else:
             best_n = torch.empty(count, dtype=torch.float64, device=device)
             log_n = torch.empty(count, dtype=dtype, device=device)
@@ -59,6 +63,12 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
                 scores_nK, a_K, lamb_1, best_n, log_n, sums_PK, *shape, BLOCK=_BLOCK, WIDE=wide
             )
     return sums_PK.sum(0)
+
+
+def _rows_and_warps(block: int, dtype: torch.dtype) -> tuple[int, int]:
+    """How many rows a program takes at a time, and in how many threads, in 32s."""
+    warps = min(max(block // 256, 4), 16)
+    return max(1, 32 * warps * _HELD * 4 // dtype.itemsize // block), warps
 
 
 def _processors(device: torch.device) -> int:
@@ -83,29 +93,37 @@ def _sums_of_rows(
     count,
     clusters: tl.constexpr,
     each,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     program = tl.program_id(0)
     k = tl.arange(0, BLOCK)
-    there = k < clusters
-    a_k = tl.load(a + k, mask=there, other=-float("inf"))
+    k_1K = k[None, :]
+    a_1K = tl.load(a + k_1K, mask=k_1K < clusters, other=-float("inf"))
     factor = tl.load(lamb)
-    total_k = tl.zeros([BLOCK], tl.float64)
+    total_K = tl.zeros([BLOCK], tl.float64)
     first = program * each
     last = tl.minimum(first + each, count)
-    # A row ahead: memory is waited for while the row before is worked on.
-    ahead_k = _read(scores, first, k, clusters, there & (first < last), WIDE)
-    for start in range(first, last, _GROUP):
-        group_k = tl.zeros([BLOCK], WIDE)
-        for row in range(start, tl.minimum(start + _GROUP, last)):
-            x_k = ahead_k
-            ahead_k = _read(scores, row + 1, k, clusters, there & (row + 1 < last), WIDE)
-            z_k = factor * (x_k - tl.max(x_k, 0)).to(WIDE) + a_k
-            e_k = tl.exp(z_k - tl.max(z_k, 0))
-            group_k += e_k / tl.sum(e_k, 0)
-        total_k += group_k.to(tl.float64)
-    tl.store(sums + program.to(tl.int64) * clusters + k, total_k, mask=there)
+    row_R1 = first + tl.arange(0, ROWS)[:, None]
+    # Some ahead: memory is waited for while the rows before are worked on.
+    ahead_RK = _read(scores, row_R1, k_1K, clusters, (k_1K < clusters) & (row_R1 < last), WIDE)
+    for start in range(first, last, _GROUP * ROWS):
+        group_K = tl.zeros([BLOCK], WIDE)
+        for _ in range(start, tl.minimum(start + _GROUP * ROWS, last), ROWS):
+            x_RK, real_R1 = ahead_RK, row_R1 < last
+            row_R1 += ROWS
+            there_RK = (k_1K < clusters) & (row_R1 < last)
+            ahead_RK = _read(scores, row_R1, k_1K, clusters, there_RK, WIDE)
+            # Beyond the last row all is -inf, and -inf less -inf would be no number.
+            top_R1 = tl.where(real_R1, tl.max(x_RK, 1, keep_dims=True), 0.0)
+            z_RK = factor * (x_RK - top_R1).to(WIDE) + a_1K
+            top_R1 = tl.where(real_R1, tl.max(z_RK, 1, keep_dims=True), 0.0)
+            e_RK = tl.exp(z_RK - top_R1)
+            sum_R1 = tl.where(real_R1, tl.sum(e_RK, 1, keep_dims=True), 1.0)
+            group_K += tl.sum(e_RK / sum_R1, 0)
+        total_K += group_K.to(tl.float64)
+    tl.store(sums + program.to(tl.int64) * clusters + k, total_K, mask=k < clusters)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sela_cli import formats, interrupt, job, parallel, passes
+from sela_cli.devices import Graphed, has_graphs
 from sela_cli.errors import StoppedEarly
 from sela_cli.formats import Provenance
 from sela_cli.images.augment import DrawOf
@@ -150,11 +151,12 @@ def forward(
     network.eval().to(device)
     columns = network.clusters if module is network else [network.width]
 
-    def compute(view: Tensor) -> list[Tensor]:
+    def compute(view: Tensor) -> Tensor:
         with autocast(device, precision):
             outputs = module(view)
-        return outputs if isinstance(outputs, list) else [outputs]
+        return torch.cat(outputs, 1) if isinstance(outputs, list) else outputs
 
+    step = Graphed(compute) if has_graphs(device) else compute
     return passes.in_order(
-        images, network.image_size, compute, columns, batch_size, device, augment, skip=skip
+        images, network.image_size, step, columns, batch_size, device, augment, skip=skip
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sela_cli import job, parallel
+from sela_cli.devices import sent
 from sela_cli.images.augment import DrawOf, Draws, drawn_view, ten_views
 from sela_cli.images.batches import Images
 
@@ -16,7 +17,7 @@ from sela_cli.images.batches import Images
 def in_order(
     images: Images,
     size: int,
-    compute: Callable[[Tensor], Sequence[Tensor]],
+    compute: Callable[[Tensor], Tensor],
     columns: Sequence[int],
     batch_size: int,
     device: str = "cpu",
@@ -26,10 +27,11 @@ def in_order(
 ) -> Iterator[list[Tensor]]:
     """What `compute` makes of each batch's view of `size` pixels, float32 on the CPU.
 
-    One (n, columns) tensor for each of `columns`. Every process gets all of them, and
-    computes every P-th. `augment` draws the views; the default is the plain centre view.
-    `view_of` makes them, perhaps several of each image. The first `skip` batches are left
-    out; what is drawn for the others does not change.
+    It makes (n, sum of `columns`); that is given as an (n, columns) tensor for each of
+    `columns`. Every process gets all of them, and computes every P-th. `augment` draws the
+    views; the default is the plain centre view. `view_of` makes them, perhaps several of
+    each image. The first `skip` batches are left out; what is drawn for the others does not
+    change.
     """
     processes, rank = parallel.size(), parallel.rank()
     starts = range(skip * batch_size, len(images), batch_size)
@@ -46,9 +48,10 @@ def in_order(
             # Drawn for every batch, so that the views do not depend on who computes them.
             draws = augment(count, images.side) if augment else Draws()
             if owner == rank:
-                view = view_of(next(batches).to(device), size, draws)
+                view = view_of(sent(next(batches), device), size, draws.on(device))
                 view = view.contiguous(memory_format=torch.channels_last)
-                outputs = [output.float().cpu() for output in compute(view)]
+                values = compute(view).float().cpu()
+                outputs = [part.contiguous() for part in torch.split(values, list(columns), 1)]
         for owner, count in enumerate(group):
             yield [
                 job.from_process(owner, output, (count, width))
@@ -59,15 +62,16 @@ def in_order(
 def over_ten_crops(
     images: Images,
     size: int,
-    compute: Callable[[Tensor], Sequence[Tensor]],
+    compute: Callable[[Tensor], Tensor],
     columns: Sequence[int],
     batch_size: int,
     device: str = "cpu",
 ) -> Iterator[list[Tensor]]:
     """`in_order` on ten crops of each image: what `compute` makes of them, averaged."""
 
-    def mean_of_crops(view: Tensor) -> list[Tensor]:
-        return [output.reshape(10, -1, output.shape[1]).mean(0) for output in compute(view)]
+    def mean_of_crops(view: Tensor) -> Tensor:
+        outputs = compute(view)
+        return outputs.reshape(10, -1, outputs.shape[1]).mean(0)
 
     def crops(batch: Tensor, size: int, draws: Draws) -> Tensor:
         return ten_views(batch, size)

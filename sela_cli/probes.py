@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sela_cli import formats, interrupt, job, parallel, passes
 from sela_cli.batchwide import BatchNorm2d
+from sela_cli.devices import sent
 from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, draw, drawn_view
@@ -416,10 +417,9 @@ class LinearProbe:
         self.inputs = nn.ModuleDict()
         self.classifiers = nn.ModuleDict()
         for name in layers:
-            self.inputs[name] = _inputs(network, name, self._maps[name].shape)
+            self.inputs[name] = _inputs(network, name, self._maps[name].shape).to(device)
             width = self.inputs[name].eval()(self._maps[name]).shape[1]
             self.classifiers[name] = nn.ModuleList(nn.Linear(width, classes) for _ in recipe.lrs)
-        self.inputs.to(device)
         self.classifiers.to(device)
         # Of each classifier, the sum of its losses in the running epoch.
         self.totals = torch.zeros(len(layers) * len(recipe.lrs), dtype=torch.float64)
@@ -513,8 +513,9 @@ class LinearProbe:
                 group["lr"] = lr * fallen
             generator = generator_of(recipe.seed, "probe view", self.step)
             draws = draw(batch_size, images.side, AUGMENTATIONS[recipe.aug], generator).of(mine)
-            view = drawn_view(batch.to(self.device), self.network.image_size, draws)
-            truth_n = truth_N[rows_n].to(self.device)
+            batch, draws = sent(batch, self.device), draws.on(self.device)
+            view = drawn_view(batch, self.network.image_size, draws)
+            truth_n = sent(truth_N[rows_n], self.device)
             logits = self._logits(view, rates)
             # No two share a parameter: the gradient of the sum is each one's own.
             losses = torch.stack(
@@ -564,9 +565,9 @@ class LinearProbe:
         each = [(name, lr) for name, chosen in rates.items() for lr in chosen]
         scores: dict[tuple[str, float], list[Tensor]] = {key: [] for key in each}
 
-        def all_logits(view: Tensor) -> list[Tensor]:
+        def all_logits(view: Tensor) -> Tensor:
             logits = self._logits(view, rates)
-            return [logits[key] for key in each]
+            return torch.cat([logits[key] for key in each], 1)
 
         outputs = (passes.in_order if crops == 1 else passes.over_ten_crops)(
             images,

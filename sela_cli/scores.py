@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sela_cli import formats
+from sela_cli.devices import sent
 from sela_cli.errors import BadData, NoInput, SelaError
 from sela_cli.stored import Stored
 from sela_cli.tiles import CPU
@@ -135,13 +136,6 @@ class Product(Matrix):
         block_nD = self.features.tensor(rows, device)
         # By torch, which keeps to the calling thread; NumPy's BLAS would start more.
         return torch.addmm(self._bias_K.to(device), block_nD, self._weight_KD.to(device).T)
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the copy to a GPU goes on while the processor does."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 @dataclass(frozen=True)

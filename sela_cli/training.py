@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import tee
@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from sela_cli import batchwide, formats, job, parallel, schedule
+from sela_cli.devices import Graphed, has_graphs, sent
 from sela_cli.errors import BadData, SelaError, UsageError
 from sela_cli.formats import Checkpoint, Labels, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw, drawn_view
@@ -119,8 +120,8 @@ class Objective(nn.Module):
         super().__init__()
         self.network, self.device, self.precision = network, device, precision
 
-    def forward(self, view: Tensor, labels_Tn: list[Tensor]) -> Tensor:
-        """(n, 3, R, R) and T tensors (n,) -> the loss."""
+    def forward(self, view: Tensor, labels_Tn: Tensor) -> Tensor:
+        """(n, 3, R, R) and (T, n) -> the loss."""
         count, rotation = len(view), self.network.rotation
         if rotation is not None:
             view = torch.cat([view.rot90(turns, (2, 3)) for turns in range(4)])
@@ -151,9 +152,11 @@ class Trainer:
         self.step = 0
         self.losses: list[float] = []
         self.labels_digest = ""
+        self._graphed = has_graphs(device)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
-            lr=recipe.lr,
+            # A graph reads it where it is; on the CPU a tensor would round it.
+            lr=torch.tensor(recipe.lr, device=device) if self._graphed else recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             fused=True,
@@ -184,24 +187,26 @@ class Trainer:
             turns = 4 if recipe.rotation else 1
             rows_n = torch.arange(turns * batch_size).view(turns, -1)[:, mine].flatten()
             batchwide.divide(self.network, rows_n, turns * batch_size)
-        augmentation = AUGMENTATIONS[recipe.aug]
+
+        def update(view: Tensor, labels_Tn: Tensor) -> Tensor:
+            loss: Tensor = weight * self.objective(view, labels_Tn)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            return loss.detach()
+
+        step = Graphed(update) if self._graphed else update
         self.network.train()
-        order = batches(recipe.seed, "order", count, batch_size, self.step, to_step)
-        rows, ahead = tee(rows_n[mine] for rows_n in order)
-        for rows_n, batch in zip(rows, images.stream(ahead), strict=True):
-            generator = generator_of(recipe.seed, "view", self.step)
-            draws = draw(batch_size, images.side, augmentation, generator).of(mine)
-            view = drawn_view(batch.to(self.device), self.network.image_size, draws)
+        ready = self._batches(images, labels_TN, batch_size, mine, to_step)
+        batch = next(ready, None)
+        while batch is not None:
             # Dropout draws from the global generator.
             torch.manual_seed(seed_of(recipe.seed, "dropout", self.step))
-            for group in self.optimizer.param_groups:
-                group["lr"] = recipe.lr_at(self.step, count)
-            labels_Tn = [labels_N[rows_n].to(self.device) for labels_N in labels_TN]
-            loss = weight * self.objective(view, labels_Tn)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            part = loss.detach().float().cpu() / parallel.size()
+            self._set_rate(recipe.lr_at(self.step, count))
+            loss = step(*batch)
+            # Made while a GPU is at work on this step, which the loss has to wait for.
+            batch = next(ready, None)
+            part = loss.float().cpu() / parallel.size()
             self.losses.append(float(parallel.sum_of(part)))
             if not math.isfinite(self.losses[-1]):
                 raise SelaError(
@@ -209,6 +214,34 @@ class Trainer:
                 )
             self.step += 1
             after()
+
+    def _batches(
+        self,
+        images: Images,
+        labels_TN: Sequence[Tensor],
+        batch_size: int,
+        mine: slice,
+        to_step: int,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's views and labels (T, n) of every batch up to `to_step`, on the device."""
+        recipe, first = self.recipe, self.step
+        order = batches(recipe.seed, "order", len(images), batch_size, first, to_step)
+        rows, ahead = tee(rows_n[mine] for rows_n in order)
+        steps = zip(range(first, to_step), rows, images.stream(ahead), strict=True)
+        for step, rows_n, batch in steps:
+            generator = generator_of(recipe.seed, "view", step)
+            draws = draw(batch_size, images.side, AUGMENTATIONS[recipe.aug], generator).of(mine)
+            batch, draws = sent(batch, self.device), draws.on(self.device)
+            view = drawn_view(batch, self.network.image_size, draws)
+            labels_Tn = torch.stack([labels_N[rows_n] for labels_N in labels_TN])
+            yield view, sent(labels_Tn, self.device)
+
+    def _set_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if self._graphed:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def checkpoint(self, count: int) -> Checkpoint:
         """Everything that is needed to go on, for a collection of `count` images."""

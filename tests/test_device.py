@@ -41,39 +41,42 @@ def rows_of(array: np.ndarray, kind: str = "logits", device: torch.device = CPU)
 
 # ---- the kernels --------------------------------------------------------------
 
-KERNELS = """
-import sys
-import torch
-from sela_cli.fused import column_sums
 
-torch.manual_seed(0)
-for clusters, count in eval(sys.argv[1]):
-    for stored in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for lamb in (0.1, 25.3, 1000.0):
-            x_nK = (1e3 + 2 * torch.randn(count, clusters)).to(stored)
-            a_K = 3 * torch.randn(clusters, dtype=torch.float64)
-            # Clusters that no row wants: their sums underflow to zero, and to nothing else.
-            a_K[1::5] -= 1e4
-            lesser_nK = x_nK.double() - x_nK.double().amax(1, keepdim=True)
-            wanted_K = torch.softmax(lamb * lesser_nK + a_K, 1).sum(0)
-            for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
-                found_K = column_sums(x_nK, lamb, a_K, dtype)
-                again_K = column_sums(x_nK, lamb, a_K, dtype)
-                assert found_K.dtype == torch.float64 and torch.equal(found_K, again_K)
-                # Rounding of z = lambda x + a, relative to each row's own sum of one.
-                allowed = tolerance * count * (1 + lamb / 25)
-                off = float((found_K - wanted_K).abs().sum())
-                assert off <= allowed, (clusters, count, stored, lamb, dtype, off)
-"""
+def check_sums(shapes: list[tuple[int, int]], device: str) -> None:
+    """The kernel against a softmax in double precision, for (clusters, rows)."""
+    from sela_cli.fused import column_sums
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    for clusters, count in shapes:
+        for stored in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            for lamb in (0.1, 25.3, 1000.0):
+                x_nK = (1e3 + 2 * normal(count, clusters)).to(stored)
+                a_K = 3 * normal(clusters, dtype=torch.float64)
+                # Clusters that no row wants: their sums underflow to zero, and to nothing else.
+                a_K[1::5] -= 1e4
+                lesser_nK = x_nK.double() - x_nK.double().amax(1, keepdim=True)
+                wanted_K = torch.softmax(lamb * lesser_nK + a_K, 1).sum(0)
+                for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-12)):
+                    found_K = column_sums(x_nK, lamb, a_K, dtype)
+                    again_K = column_sums(x_nK, lamb, a_K, dtype)
+                    assert found_K.dtype == torch.float64 and torch.equal(found_K, again_K)
+                    # Rounding of z = lambda x + a, relative to each row's own sum of one.
+                    allowed = tolerance * count * (1 + lamb / 25)
+                    off = float((found_K - wanted_K).abs().sum())
+                    assert off <= allowed, (clusters, count, stored, lamb, dtype, off)
 
 
-def in_interpreter(*arguments: str) -> None:
+def in_interpreter(code: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", *arguments],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -90,7 +93,12 @@ def in_interpreter(*arguments: str) -> None:
 )
 def test_the_kernels_give_the_sums_of_the_softmax(shapes: str) -> None:
     pytest.importorskip("triton")
-    in_interpreter(KERNELS, shapes)
+    in_interpreter(f"from test_device import check_sums; check_sums({shapes}, 'cpu')")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_kernels_give_those_sums_on_a_gpu() -> None:
+    check_sums([(1, 70), (3, 67), (128, 5000), (1000, 700), (3000, 3000), (9000, 500)], "cuda")
 
 
 @pytest.mark.slow
@@ -108,12 +116,12 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(
     types = {"scores": "*fp16", "best": "*fp64", "sums": "*fp64", "count": "i32", "each": "i32"}
     types |= {"a": f"*{wide}", "lamb": f"*{wide}", "logs": f"*{wide}"}
     fixed = {"BLOCK": 4096, "WIDE": triton.language.dtype(wide)}
-    for kernel, clusters in (
-        (fused._sums_of_rows, 3000),
-        (fused._logs_of_long_rows, 9001),
-        (fused._sums_of_long_rows, 9001),
+    for kernel, more in (
+        (fused._sums_of_rows, {"clusters": 3000, "ROWS": 2}),
+        (fused._logs_of_long_rows, {"clusters": 9001}),
+        (fused._sums_of_long_rows, {"clusters": 9001}),
     ):
-        known = fixed | {"clusters": clusters}
+        known = fixed | more
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=known)
         target = GPUTarget("cuda", 90, 32)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sela_cli.devices import sent
 from sela_cli.images.batches import SMALL
 
 MEAN = (0.485, 0.456, 0.406)
@@ -121,6 +123,16 @@ class Draws:
         }
         return Draws(**part)
 
+    def on(self, device: str) -> Draws:
+        """The same on a device, but for what decides there which images are worked on."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: sent(value, device)
+            for name, value in values.items()
+            if isinstance(value, Tensor) and name != "sigma_n"
+        }
+        return replace(self, **moved)
+
 
 # Draws the views of the next so many images, of so many pixels.
 DrawOf = Callable[[int, int], Draws]
@@ -185,9 +197,13 @@ def _to_images(values_n: Tensor, view: Tensor) -> Tensor:
 
 
 def _normalised(view: Tensor) -> Tensor:
-    mean = torch.tensor(MEAN, device=view.device)[:, None, None]
-    std = torch.tensor(STD, device=view.device)[:, None, None]
-    return (view - mean) / std
+    return (view - _of_channels(MEAN, view.device)) / _of_channels(STD, view.device)
+
+
+@cache
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1). Kept, since a copy to a GPU waits for what it is at."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -257,8 +273,8 @@ def _blurred(view: Tensor, sigma_n: Tensor) -> Tensor:
     reach = max(1, round(view.shape[-1] / 20))
     offsets = torch.arange(-reach, reach + 1)
     weights_nr = (-0.5 * (offsets / sigma_n[chosen, None]) ** 2).exp()
-    weights_nr = (weights_nr / weights_nr.sum(1, keepdim=True)).to(view.device)
-    chosen = chosen.to(view.device)
+    weights_nr = sent(weights_nr / weights_nr.sum(1, keepdim=True), view.device)
+    chosen = sent(chosen, view.device)
     sharp = view[chosen]
     # Each channel of each image is a group of its own, with its image's kernel.
     groups = sharp.shape[0] * sharp.shape[1]
@@ -270,8 +286,7 @@ def _blurred(view: Tensor, sigma_n: Tensor) -> Tensor:
 
 
 def _luma(view: Tensor) -> Tensor:
-    weights = torch.tensor(_GREY, device=view.device)[:, None, None]
-    return (view * weights).sum(1, keepdim=True)
+    return (view * _of_channels(_GREY, view.device)).sum(1, keepdim=True)
 
 
 def _hue_shifted(view: Tensor, shift: Tensor) -> Tensor:
