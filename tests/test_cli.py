@@ -754,7 +754,8 @@ def test_what_another_command_has_left_does_not_stand_in_the_way(
 ) -> None:
     lines = {
         "train": f"{TRAIN_TWICE} --epochs 1 --batch-size 2 --precision {arithmetic}",
-        "embed": f"{EMBED} --data photos --batch-size 2 --device cpu --force",
+        "embed": f"{EMBED} --data photos --batch-size 2 --device cpu --precision {arithmetic}"
+        " --force",
     }
     output = tmp_path / "out.h5"
     # The first question comes while images are decoded.
