@@ -245,8 +245,8 @@ def test_a_folder_in_use_or_of_another_run_is_refused(
     with pytest.raises(CannotCreate, match="other settings"):
         loop.run(images, folder, replace(settings, opts=2), SILENT)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "precious.h5").write_bytes(b"")
-    with pytest.raises(CannotCreate, match="other files"):
+    (tmp_path / "other" / "rounds.csv").write_bytes(b"")
+    with pytest.raises(CannotCreate, match="and no run"):
         loop.run(images, tmp_path / "other", settings, SILENT)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -257,15 +257,27 @@ def test_a_folder_in_use_or_of_another_run_is_refused(
     assert digests(folder) == whole
 
 
-@pytest.mark.parametrize("name", ["photos.h5", "table.csv", "labels.h5", "notes.txt"])
-def test_a_folder_of_other_files_is_refused_even_by_force(
+@pytest.mark.parametrize("name", ["labels.h5", "rounds.csv", "checkpoint-007.h5"])
+def test_files_that_a_run_would_replace_are_refused_even_by_force(
     name: str, images: Images, settings: RunSettings, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text("mine")
     for force in (False, True):
-        with pytest.raises(CannotCreate, match="other files and no run"):
+        with pytest.raises(CannotCreate, match=f"{name} and no run"):
             loop.run(images, tmp_path, settings, SILENT, force=force)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+
+
+def test_a_run_begins_beside_other_files_and_leaves_them(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    """A job's log is there before its run is."""
+    others = ("log", "photos.h5", "table.csv", "labels-old.h5", "notes.unfinished")
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    loop.run(images, tmp_path, replace(settings, opts=0), SILENT)
+    assert {(tmp_path / name).read_text() for name in others} == {"mine"}
+    assert (tmp_path / "rounds.csv").exists()
 
 
 def test_a_run_removes_its_own_files_and_no_others(

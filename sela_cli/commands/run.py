@@ -60,7 +60,10 @@ def run(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", metavar="DIR", help="Folder of the run: new, empty or a run's."
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder of the run, new or a run's; other files in it are left alone.",
         ),
     ],
     preset: Annotated[
