@@ -387,12 +387,32 @@ def test_bad_source_date_is_refused(
 def test_skip_bad_leaves_the_unreadable_image_out(tmp_path: Path) -> None:
     output = str(tmp_path / "logits.h5")
     done = good(*words(EMBED), "--data", "spoilt", "--skip-bad", "-o", output, "--json")
-    assert json.loads(done.out)["images"] == PHOTOS
+    shown = json.loads(done.out)
+    assert (shown["images"], shown["left_out"]) == (PHOTOS, 1)
+    assert done.err == "warning: spoilt: 1 of 5 images can't be read, left out\n"
     with formats.open_file(output, "logits") as (file, _):
         keys, index_N = formats.read_images(output, file)
     # The broken one comes after 0.png..3.png in the order of names.
     assert keys == [f"{number}.png" for number in range(PHOTOS)]
     assert index_N.tolist() == list(range(PHOTOS))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{RUN} --image-size 16",
+        f"{RETRAIN} -l spoilt-labels.h5",
+        f"{TRAIN} -l spoilt-labels.h5",
+        "pack photos -o new.h5",
+    ],
+)
+def test_what_skip_bad_leaves_out_is_told(line: str) -> None:
+    keys = [f"{number}.png" for number in range(PHOTOS)]
+    write_logits("spoilt.h5", np.eye(PHOTOS)[:, :2], keys=keys)
+    good(*words("label spoilt.h5 -o spoilt-labels.h5 --assign random -q"))
+    done = good(*words(line.replace("photos", "spoilt")), *words("--skip-bad --dry-run --json"))
+    assert json.loads(done.out)["left_out"] == 1
+    assert "1 of 5 images can't be read" in done.err
 
 
 def test_unconverged_labels_are_written_and_exit_75(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def embed(
     options: dict[str, Any] = {"precision": recipe.precision}
     options |= given(store=store, dtype=dtype, precision=precision, batch_size=batch_size)
     shown = plan(images, network, options.get("store", "logits"), options.get("dtype", "float32"))
+    shown |= terminal.left_out(images, limit)
     if not dry_run:
         where = device_name(device)
         if not state:
