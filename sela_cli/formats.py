@@ -251,13 +251,16 @@ def same_file(path: str, other: str) -> bool:
     return os.path.realpath(path) == os.path.realpath(other)
 
 
-def check_output(path: str, force: bool) -> None:
+def check_output(path: str, force: bool, *inputs: str | None) -> None:
     """Refuse, before any work is done, an output that could not be written.
 
-    Raises CannotCreate where it exists and `force` is off, or its folder is missing.
+    Raises CannotCreate where it exists and `force` is off, or its folder is missing;
+    UsageError where it is one of the `inputs` (FILE or FILE::NAME).
     """
     if path == "-":
         return
+    if any(each and same_file(path, each.partition("::")[0]) for each in inputs):
+        raise UsageError(f"{path} would take the place of what is read", "name another output")
     target = Path(path)
     if target.exists() and not target.is_file():
         kind = "a folder" if target.is_dir() else "a device or a pipe"

@@ -241,11 +241,8 @@ def label_stage(
     if csv_path and formats.same_file(csv_path, output):
         raise UsageError(f"--output and --csv are both {output}", "name two files")
     for path in (output, csv_path):
-        if path not in (None, "-") and formats.same_file(path, spec.partition("::")[0]):
-            raise UsageError(f"{path} holds the scores", "name another file for the labels")
-    for path in (output, csv_path):
         if path:
-            formats.check_output(path, force)
+            formats.check_output(path, force, spec)
     with open_scores(spec) as scores:
         start = formats.read_labels(init) if init else None
         provenance = provenance_of(scores, spec, asdict(settings), start)

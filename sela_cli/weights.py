@@ -43,7 +43,7 @@ def import_stage(
     The heads stay as they are. Returns how many tensors were taken and the names of those
     that were left out. Raises BadData naming what the trunk lacks.
     """
-    formats.check_output(output, force)
+    formats.check_output(output, force, path)
     ours, unused = fitted(read_weights(path), network, path)
     network.trunk.load_state_dict(ours)
     state = Checkpoint(

@@ -285,6 +285,30 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("embed --data photos -c tiny.h5 --heads 7 -o new.h5", 2, ["--heads"]),
     ("label logits.h5 -o new.h5 --csv new.h5", 2, ["--csv"]),
     ("label logits.h5 -o - --csv -", 2, ["--csv"]),
+    *[
+        (f"{line} --force", 2, ["would take the place of what is read", named])
+        for line, named in (
+            ("label logits.h5 -o logits.h5", "logits.h5"),
+            ("label scores.h5::/deep/scores -o ./scores.h5", "scores.h5"),
+            ("label logits.h5 -o new.h5 --csv logits.h5", "logits.h5"),
+            ("label logits.h5 -o logits.h5 --head 0 --init labels.h5", "logits.h5"),
+            (f"{EMBED} --data foreign.h5::/vector -o foreign.h5", "foreign.h5"),
+            ("embed --data photos -c tiny.h5 -o tiny.h5", "tiny.h5"),
+            (f"{TRAIN} -l photo-labels.h5 -o photo-labels.h5", "photo-labels.h5"),
+            (f"{RETRAIN} -l photo-labels.h5 -o photo-labels.h5", "photo-labels.h5"),
+            (f"{PROBE} -o tiny.h5", "tiny.h5"),
+            ("finetune --task classification --data voc2007:x -c tiny.h5 -o tiny.h5", "tiny.h5"),
+            ("pack bad.tar -o bad.tar", "bad.tar"),
+            ("export-logits logits.h5 -o logits.h5", "logits.h5"),
+            ("export-labels labels.h5 -o labels.h5", "labels.h5"),
+            ("export tiny.h5 -o tiny.h5", "tiny.h5"),
+            (
+                "import scores.safetensors --arch alexnet-small --heads 2 -o scores.safetensors",
+                "scores.safetensors",
+            ),
+            ("info labels.h5 --plot labels.h5", "labels.h5"),
+        )
+    ],
     ("schedule --epochs inf --opts 3", 2, ["--epochs"]),
     ("schedule --epochs nan --opts 3", 2, ["--epochs"]),
     (f"{RUN} --heads many", 2, ["many"]),

@@ -280,7 +280,7 @@ def test_output_never_takes_the_place_of_the_scores(matrix: Path, tmp_path: Path
     (tmp_path / "link.npy").symlink_to(matrix)
     for output, table in ((same, None), (labels, str(matrix)), (labels, f"{tmp_path}/./labels.h5")):
         for spec in (str(matrix), str(tmp_path / "link.npy")):
-            with pytest.raises(UsageError, match=r"name another file|name two files"):
+            with pytest.raises(UsageError, match=r"name another output|name two files"):
                 label_stage(spec, output, LabelSettings(), csv_path=table, force=True)
     assert matrix.read_bytes() == before
 

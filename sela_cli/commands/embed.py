@@ -85,7 +85,7 @@ def embed(
         raise UsageError("--arch needs --heads, for instance --heads 128x10")
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, data, checkpoint)
     state = formats.read_checkpoint(checkpoint) if checkpoint else None
     with terminal.progress("decode", "images") as progress:
         images, size = open_images(

@@ -168,7 +168,7 @@ def label(
     where = device_name(device)
     with terminal.progress("label") as progress:
         if head is not None and init is not None:
-            formats.check_output(output, force)
+            formats.check_output(output, force, logits)
             labels = relabel_stage(
                 logits, output, settings, head, init, device=where, progress=progress
             )

@@ -54,7 +54,7 @@ def pack(
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, data)
     images, _ = open_images(
         data, None, download=download, skip_bad=skip_bad, limit=limit, side=size, hold=False
     )

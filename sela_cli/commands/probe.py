@@ -141,7 +141,7 @@ def probe(
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, data, test, checkpoint)
     state = formats.read_checkpoint(checkpoint)
     network = network_of(state, checkpoint)
     opening: dict[str, Any] = {"download": download, "skip_bad": skip_bad, "limit": limit}

@@ -99,7 +99,7 @@ def retrain(
         rotation=rotation,
     )
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, data, labels)
     with terminal.progress("decode", "images") as progress:
         training = prepare(
             "retrain",

@@ -99,7 +99,7 @@ def train(
         seed=seed,
     )
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, data, labels)
     with terminal.progress("decode", "images") as progress:
         training = prepare(
             "train",
