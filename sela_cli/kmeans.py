@@ -48,6 +48,26 @@ def kmeans_labels(
     Source: Caron et al. 2018 (DeepCluster): principal components, whitened, rows of unit
     length, then k-means.
     """
+    pairs = matched(scores, path, clusters, before)
+    heads: list[HeadLabels] = []
+    points_NP = np.empty((0, 0), np.float32)
+    for number, (matrix, count) in enumerate(pairs):
+        if number == 0 or matrix is not pairs[number - 1][0]:
+            points_NP = whitened(matrix, path, seed)
+        head = _cluster(points_NP, count, seed + number, max_iter)
+        if before:
+            earlier_N = before.heads[number].labels_N
+            head.labels_N = renumbered(head.labels_N, earlier_N, count)
+        head.attributes["bytes-read"] = matrix.tally.take()
+        heads.append(head)
+        progress(number + 1, len(pairs), "k-means")
+    return Labels(scores.keys, scores.index_N, heads)
+
+
+def matched(
+    scores: Scores, path: str, clusters: Sequence[int] | None, before: Labels | None
+) -> list[tuple[Matrix, int]]:
+    """The matrix and K of each head; for arguments and errors see `kmeans_labels`."""
     wanted = list(clusters) if clusters else [matrix.shape[1] for matrix in scores.heads]
     matrices = scores.heads * len(wanted) if len(scores.heads) == 1 else scores.heads
     if len(matrices) != len(wanted):
@@ -61,21 +81,10 @@ def kmeans_labels(
             f"{path} needs {wanted} of {len(scores.keys)}",
             "drop --init",
         )
-    heads: list[HeadLabels] = []
-    points_NP = np.empty((0, 0), np.float32)
-    for number, (matrix, count) in enumerate(zip(matrices, wanted, strict=True)):
+    for matrix, count in zip(matrices, wanted, strict=True):
         if not 1 <= count <= matrix.shape[0]:
             raise BadData(f"{path}: {count} clusters for {matrix.shape[0]} images")
-        if number == 0 or matrix is not matrices[number - 1]:
-            points_NP = whitened(matrix, path, seed)
-        head = _cluster(points_NP, count, seed + number, max_iter)
-        if before:
-            earlier_N = before.heads[number].labels_N
-            head.labels_N = renumbered(head.labels_N, earlier_N, count)
-        head.attributes["bytes-read"] = matrix.tally.take()
-        heads.append(head)
-        progress(number + 1, len(wanted), "k-means")
-    return Labels(scores.keys, scores.index_N, heads)
+    return list(zip(matrices, wanted, strict=True))
 
 
 def whitened(matrix: Matrix, path: str, seed: int) -> np.ndarray:

@@ -332,6 +332,38 @@ def test_refusal_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        "wide.npy",
+        "logits.h5 --marginal weights.txt",
+        "logits.h5 --marginal zipf:steep",
+        "logits.h5 --min-size 5",
+        "logits.h5 --max-size 3",
+        "logits.h5 --max-memory 100",
+        "logits.h5 --fixed",
+        "logits.h5 --fixed --init random.h5",
+        "logits.h5 --init absent.h5",
+        "scores.npy --init labels.h5",
+        "logits.h5 --head 0",
+        "logits.h5 --head 2 --init labels.h5",
+        "photos.h5 --head 0 --init labels.h5",
+        "logits.h5 --head 0 --init labels.h5 --csv new.csv",
+        "logits.h5 --head 0 --init labels.h5 --method kmeans",
+        "logits.h5 --method kmeans --clusters 3",
+        "scores.npy --method kmeans --clusters 13",
+        "scores.npy --method kmeans --init labels.h5",
+    ],
+)
+def test_dry_run_refuses_what_label_does(world: Path, options: str) -> None:
+    good(*words("label logits.h5 --assign random -o random.h5 -q"))
+    before = snapshot(world)
+    line = ["label", *words(options), "-o", "new.h5"]
+    real, dry = sela(*line), sela(*line, "--dry-run")
+    assert real.code in (2, 65, 66) and (dry.code, dry.err) == (real.code, real.err)
+    assert snapshot(world) == before
+
+
+@pytest.mark.parametrize(
     ("line", "named"),
     [
         ("label logits.h5 -o new.h5 --assign fair", "--assign"),

@@ -155,16 +155,16 @@ def label(
         )
     )
     terminal = Terminal(quiet, as_json, stdout_taken="-" in (output, csv))
-    if dry_run:
-        shown = plan(logits, settings)
-        terminal.result(
-            shown, f"would label {shown['rows']} rows, heads {shown['heads']}, to {output}"
-        )
-        return
     if head is not None and init is None:
         raise UsageError("--head labels one head; the others need --init FILE")
     if head is not None and csv:
         raise UsageError("--head writes no --csv", "sela export-labels writes one")
+    if dry_run:
+        shown = plan(logits, settings, init, head)
+        terminal.result(
+            shown, f"would label {shown['rows']} rows, heads {shown['heads']}, to {output}"
+        )
+        return
     where = device_name(device)
     with terminal.progress("label") as progress:
         if head is not None and init is not None:
