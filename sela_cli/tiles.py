@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sela_cli.spread import spread
+
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -208,9 +210,7 @@ class Some(_Chosen):
 
 def evenly(rows: Rows, most: int) -> Some:
     """So many of the rows, evenly spread; all where they are fewer."""
-    count = rows.shape[0]
-    chosen_n = np.linspace(0, count - 1, min(count, most)).astype(np.int64)
-    return Some(rows, np.unique(chosen_n))
+    return Some(rows, spread(rows.shape[0], most))
 
 
 def map_spans(
