@@ -119,6 +119,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         Path("weights.txt").write_text("1 2")
         with h5py.File("foreign.h5", "w") as file:
             file["vector"] = np.arange(5.0)
+        np.savez("two.npz", a=matrix, b=matrix)
+        for ending in ("csv", "tsv", "parquet"):
+            Path(f"foreign.{ending}").write_text("1,2")
+        torch.save(torch.from_numpy(matrix), "foreign.pt")
         Path("empty.npy").touch()
         Path("bad.tar").write_bytes(b"no tar")
         Path("taken").write_text("precious")
@@ -189,6 +193,16 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("label wide.npy -o new.h5", 65, ["wide.npy", "12 clusters", "3 images"]),
     ("label wide.npy -o new.h5 --assign random", 65, ["wide.npy", "12 clusters"]),
     ("label labels.h5 -o new.h5", 65, ["labels.h5", "logits are needed"]),
+    *[
+        (f"label foreign.{ending} -o new.h5", 65, [f"numpy.save('scores.npy', {array})"])
+        for ending, array in (
+            ("csv", "numpy.loadtxt('foreign.csv', delimiter=',')"),
+            ("tsv", "numpy.loadtxt('foreign.tsv')"),
+            ("parquet", "pandas.read_parquet('foreign.parquet').to_numpy()"),
+            ("pt", "torch.load('foreign.pt').numpy()"),
+        )
+    ],
+    ("label two.npz -o new.h5", 65, ["name one: two.npz::a"]),
     ("label photos -o new.h5", 65, ["photos", "folder"]),
     ("label logits.h5 -o new.h5 --marginal weights.txt", 65, ["weights.txt", "2 weights"]),
     ("label logits.h5 -o new.h5 --marginal notes.md", 65, ["notes.md"]),
@@ -503,6 +517,15 @@ def test_label_through_pipes_is_label_of_files(tmp_path: Path, path: str, name: 
     with h5py.File(piped) as file:
         assert formats.payload_digest(file) == file.attrs["digest"]
     assert "Traceback" not in done.err
+
+
+def test_the_array_of_a_pipe_is_named_as_it_has_to_be_typed(tmp_path: Path) -> None:
+    line = ("label", "-o", str(tmp_path / "labels.h5"))
+    stdin = Path("two.npz").read_bytes()
+    done = sela(*line, "-", stdin=stdin)
+    assert done.code == 65
+    named = done.err.split("at the end of the line: ")[1].split()
+    good(*line, *named, stdin=stdin)
 
 
 def test_piped_file_is_the_file_byte_for_byte(
