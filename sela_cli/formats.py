@@ -680,6 +680,11 @@ def open_hdf5(path: str, shown: str = "") -> Iterator[h5py.File]:
             raise NoInput(f"{shown}: permission denied", f"chmod u+r {shown}") from error
         if error.errno == errno.EAGAIN:
             raise NoInput(f"{shown}: another process is writing it", "wait for it") from error
+        if _is_numpy(path):
+            raise BadData(
+                f"{shown} is a NumPy array, and a file that sela wrote is needed here",
+                "sela label takes arrays as scores",
+            ) from error
         raise _damaged(shown, error) from error
     with file:
         yield file
@@ -700,6 +705,11 @@ def _walk(path: str) -> None:
     with h5py.File(path, "r") as file:
         visit(file)
         file.visititems(lambda name, item: visit(item))
+
+
+def _is_numpy(path: str) -> bool:
+    with Path(path).open("rb") as stream:
+        return stream.read(6) == b"\x93NUMPY"
 
 
 def _damaged(path: str, error: Exception) -> BadData:

@@ -206,6 +206,8 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("label photos -o new.h5", 65, ["photos", "folder"]),
     ("label logits.h5 -o new.h5 --marginal weights.txt", 65, ["weights.txt", "2 weights"]),
     ("label logits.h5 -o new.h5 --marginal notes.md", 65, ["notes.md"]),
+    ("info scores.npy", 65, ["scores.npy is a NumPy array", "sela label"]),
+    ("label scores.npy -o new.h5 --init scores.npy", 65, ["scores.npy is a NumPy array"]),
     ("label logits.h5 -o new.h5 --marginal nan.npy", 65, ["nan.npy"]),
     ("label logits.h5 -o new.h5 --marginal empty.npy", 65, ["empty.npy"]),
     ("metrics labels.h5 --truth empty.npy", 65, ["empty.npy"]),
