@@ -6,12 +6,14 @@ Nothing keeps these clusters of one size.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.preprocessing import normalize
 
@@ -100,7 +102,9 @@ def whitened(matrix: Matrix, path: str, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(count)[:_SAMPLE])
     sample = _finite(matrix.read(rows), rows, path)
-    pca = PCA(min(COMPONENTS, columns, len(rows)), random_state=seed).fit(sample)
+    # Rows that are all the same have no variance to divide by.
+    with np.errstate(invalid="ignore"):
+        pca = PCA(min(COMPONENTS, columns, len(rows)), random_state=seed).fit(sample)
     variances = pca.explained_variance_
     kept = max(1, int((variances > _LEAST_VARIANCE * variances[0]).sum()))
     scale = np.sqrt(np.maximum(variances[:kept], np.finfo(np.float32).tiny)).astype(np.float32)
@@ -132,7 +136,10 @@ def _cluster(points_NP: np.ndarray, clusters: int, seed: int, max_iter: int) -> 
             max_iter=max_iter,
             random_state=seed,
         )
-    labels_N = model.fit_predict(points_NP).astype(np.int32)
+    with warnings.catch_warnings():
+        # Fewer distinct rows than clusters: the sizes tell.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        labels_N = model.fit_predict(points_NP).astype(np.int32)
     known = {"n-iters": int(model.n_iter_), "converged": bool(model.n_iter_ < max_iter)}
     return HeadLabels(labels_N, np.zeros(clusters), unsolved("kmeans") | known)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -214,7 +215,10 @@ def _weights_of_file(path: str) -> np.ndarray:
     try:
         if path.endswith(".npy"):
             return np.load(path, allow_pickle=False).astype(np.float64).ravel()
-        return np.loadtxt(path, dtype=np.float64, ndmin=1).ravel()
+        with warnings.catch_warnings():
+            # That a file is empty is for the caller to say.
+            warnings.simplefilter("ignore")
+            return np.loadtxt(path, dtype=np.float64, ndmin=1).ravel()
     except (ValueError, OSError, EOFError) as error:
         raise BadData(f"{path}: not a list of numbers ({error})") from error
 
