@@ -19,7 +19,7 @@ from sklearn.metrics.cluster import contingency_matrix, expected_mutual_informat
 from sela_cli import formats
 from sela_cli.errors import BadData, NoInput
 from sela_cli.formats import HeadLabels, Labels
-from sela_cli.images.sources import open_source
+from sela_cli.images.sources import no_classes, open_source
 
 
 def agreement(labels_N: np.ndarray, truth_N: np.ndarray) -> dict[str, float]:
@@ -173,7 +173,7 @@ def _truth(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
     else:
         source = open_source(truth)
         if source.truth_N is None:
-            raise BadData(f"{truth} has no true classes", "use one subfolder a class, or a .npy")
+            raise no_classes(truth, source.keys)
         classes = dict(zip(source.keys, source.truth_N.tolist(), strict=True))
     return _of_keys(labels, labels_path, classes, truth)
 

@@ -97,6 +97,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for number in range(PHOTOS):
             photo(Path(f"photos/class{number % 2}/{number}.png"), number)
             photo(Path(f"spoilt/{number}.png"), number)
+            photo(Path(f"stray/class{number % 2}/{number}.png"), number)
+        photo(Path("stray/loose.png"), 0)
         Path("spoilt/broken.png").write_bytes(b"\x89PNG no more")
         Path("empty").mkdir()
         Path("notes.md").write_text("no images here")
@@ -123,6 +125,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for ending in ("csv", "tsv", "parquet"):
             Path(f"foreign.{ending}").write_text("1,2")
         torch.save(torch.from_numpy(matrix), "foreign.pt")
+        torch.save(torch.nn.Linear(2, 2), "module.pth")
         Path("empty.npy").touch()
         Path("bad.tar").write_bytes(b"no tar")
         Path("taken").write_text("precious")
@@ -224,11 +227,16 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     (f"{TRAIN} -l logits.h5", 65, ["logits.h5", "labels is needed"]),
     (f"{RETRAIN} -l labels.h5", 65, ["labels.h5", "photos"]),
     (PROBE, 65, ["tiny.h5"]),
+    ("metrics photo-labels.h5 --truth stray", 65, ["'loose.png' lies in none", "move or remove"]),
+    ("metrics photo-labels.h5 --truth spoilt", 65, ["no true classes", "one subfolder a class"]),
     ("metrics labels.h5 --truth photos", 65, ["photos", "labels.h5"]),
     ("metrics labels.h5 --truth scores.npy", 65, ["scores.npy", "labels.h5"]),
     ("metrics labels.h5 --truth scores.npz", 65, ["scores.npz"]),
     ("metrics labels.h5 --truth logits.h5", 65, ["logits.h5"]),
     ("run --data empty --out new", 65, ["empty"]),
+    ("import tiny.h5 --arch alexnet-small --heads 2 -o new.h5", 65, ["tiny.h5", "sela export"]),
+    ("import module.pth --arch alexnet-small --heads 2 -o new.h5", 65, ["of tensors alone; where"]),
+    ("import scores.npy --arch alexnet-small --heads 2 -o new.h5", 65, ["of tensors alone; where"]),
     # 66: not there
     ("label absent.h5 -o new.h5", 66, ["absent.h5"]),
     ("label scores.npy -o new.h5 --init absent.h5", 66, ["absent.h5"]),
@@ -329,7 +337,7 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("schedule --epochs nan --opts 3", 2, ["--epochs"]),
     (f"{RUN} --heads many", 2, ["many"]),
     (f"{EMBED} --data photos --device abacus", 2, ["--device abacus"]),
-    (f"{EMBED} --data photos --device meta", 2, ["--device meta", "cuda:N"]),
+    (f"{EMBED} --data photos --device meta", 2, ["--device meta", "cuda:N; use auto"]),
     (f"{RUN} --aug blur", 2, ["blur"]),
 ]
 
