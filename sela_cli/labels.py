@@ -26,6 +26,7 @@ from sela_cli.formats import HeadLabels, Labels, Provenance
 from sela_cli.kmeans import kmeans_labels, matched
 from sela_cli.scores import Matrix, Scores, Which, open_scores
 from sela_cli.semidual import Problem, Solution, Step
+from sela_cli.spread import spread
 from sela_cli.tiles import (
     CPU,
     SQUARE_WORKERS,
@@ -57,6 +58,8 @@ _NEWTON_CLUSTERS = 4096
 _SLACK = 1e-4
 # Rows that this mean is taken over.
 _SOME = 4096
+# Rows that tell probabilities from logits, and how far from 1 the sum of one may be.
+_LOOKED_AT, _OFF_ONE = 100, 1e-2
 # Stands for a probability of exactly zero, so that any row can still go anywhere.
 _LEAST_PROBABILITY = float(np.finfo(np.float64).tiny)
 
@@ -233,11 +236,13 @@ def label_stage(
     force: bool = False,
     device: str = "cpu",
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Labels:
     """Label the scores that `spec` names and write `output`; see docs/schema.md.
 
     `init`: labels file whose potentials the solve starts from. Whether all heads reached
-    the tolerance is for the caller to see: `warning`.
+    the tolerance is for the caller to see: `warning`. `say` is given a hint where logits
+    look like probabilities.
     """
     settings.check()
     if csv_path and formats.same_file(csv_path, output):
@@ -259,6 +264,13 @@ def label_stage(
                 progress=progress,
             )
         else:
+            # A logits file of sela's holds what it says.
+            unsure = settings.input_kind == "logits" and not scores.header
+            if unsure and _seem_shares(scores.heads[0]):
+                say(
+                    f"hint: rows of {spec} sum to 1: if they are probabilities, "
+                    "use --input-kind probabilities"
+                )
             labels = label(scores, spec, settings, start, progress, device)
 
     def write() -> None:
@@ -268,6 +280,14 @@ def label_stage(
 
     job.once(write)
     return labels
+
+
+def _seem_shares(matrix: Matrix) -> bool:
+    """Whether some of the rows, evenly spread, are shares of one."""
+    some_nK = matrix.read(spread(matrix.shape[0], _LOOKED_AT))
+    if not some_nK.size or not (some_nK >= 0).all():
+        return False
+    return bool((abs(some_nK.sum(1, dtype=np.float64) - 1) < _OFF_ONE).all())
 
 
 def provenance_of(

@@ -495,6 +495,20 @@ def test_what_skip_bad_leaves_out_is_told(line: str) -> None:
     assert "1 of 5 images can't be read" in done.err
 
 
+def test_probabilities_that_are_taken_for_logits_are_hinted_at(tmp_path: Path) -> None:
+    shares = np.random.default_rng(0).dirichlet(np.ones(3), 12)
+    np.save(tmp_path / "shares.npy", shares.astype(np.float16))
+    np.save(tmp_path / "signed.npy", shares - [[1, 0, -1]])
+    for name, more, told in (
+        ("shares", "", True),
+        ("shares", "--input-kind probabilities", False),
+        ("shares", "--quiet", False),
+        ("signed", "", False),
+    ):
+        line = f"label {tmp_path}/{name}.npy -o {tmp_path}/labels.h5 --force {more}"
+        assert ("--input-kind probabilities" in good(*words(line)).err) == told
+
+
 def test_unconverged_labels_are_written_and_exit_75(tmp_path: Path) -> None:
     output = str(tmp_path / "labels.h5")
     done = sela(*words("label logits.h5 --max-iter 1 --tol 1e-12 -o"), output)

@@ -182,6 +182,7 @@ def label(
                 force=force,
                 device=where,
                 progress=progress,
+                say=terminal.say,
             )
     values, text = summary(labels, output)
     terminal.result(values, text)
