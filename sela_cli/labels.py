@@ -35,7 +35,9 @@ from sela_cli.tiles import (
     Resident,
     Rows,
     evenly,
+    less,
     tile_rows,
+    widened,
 )
 
 ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
@@ -145,25 +147,20 @@ class ScoreRows:
         return self._scores(self.matrix.tensor(rows_n, self.device), rows_n, dtype)
 
     def _scores(self, stored_nK: Tensor, rows: Which, dtype: torch.dtype | None) -> Tensor:
-        exact = stored_nK.dtype in (torch.float16, torch.float32) and self.input_kind == "logits"
-        tile_nK = stored_nK.float() if stored_nK.dtype == torch.float16 else stored_nK
-        # By way of single precision: torch takes half to double one by one, at six times the price.
-        tile_nK = tile_nK.to((dtype or torch.float32) if exact else torch.float64)
+        logits = self.input_kind == "logits"
+        tile_nK = widened(stored_nK, dtype or torch.float32) if logits else stored_nK.double()
         maximum_n1 = self._maximum_N1[rows]
         unread = bool(maximum_n1.isnan().any())
         if unread:
             self._check(tile_nK, rows)
-        if self.input_kind == "probabilities":
+        if not logits:
             tile_nK = tile_nK.clamp(min=_LEAST_PROBABILITY).log_()
         if unread:
             maximum_n1 = tile_nK.amax(1, keepdim=True).to(maximum_n1)
             self._maximum_N1[rows] = maximum_n1
         if dtype is None:
-            return stored_nK if exact else tile_nK
-        maximum_n1 = maximum_n1.to(tile_nK)
-        # In place where that spoils no stored rows: a large new tile costs more than the sum.
-        ours = tile_nK is not stored_nK
-        return (tile_nK.sub_(maximum_n1) if ours else tile_nK.sub(maximum_n1)).to(dtype)
+            return stored_nK if tile_nK.dtype == torch.float32 else tile_nK
+        return less(tile_nK, maximum_n1.to(tile_nK), stored_nK, dtype)
 
     def _check(self, tile_nK: Tensor, rows: Which) -> None:
         if self.input_kind == "probabilities":
