@@ -15,7 +15,7 @@ import datetime
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -29,8 +29,11 @@ LAMB = 25.0
 PIECE = 20_000
 
 
-def peaked(count: int, clusters: int, device: torch.device) -> Resident:
-    """Float16 logits of noisy features near one of K prototypes, of uneven popularity."""
+def peaked(count: int, clusters: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    """Logits of noisy features near one of K prototypes, of uneven popularity.
+
+    In pieces, each with the number of its first row.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -39,12 +42,18 @@ def peaked(count: int, clusters: int, device: torch.device) -> Resident:
     centres_KD = normal(clusters, 64)
     heads_KD = centres_KD + 0.3 * normal(clusters, 64)
     bias_K = normal(clusters)
-    scores_NK = torch.empty(count, clusters, dtype=torch.float16, device=device)
     for start in range(0, count, PIECE):
         size = min(PIECE, count - start)
         chosen_n = torch.randint(0, clusters, (size,), generator=generator, device=device)
         features_nD = centres_KD[chosen_n] + 1.5 * normal(size, 64)
-        scores_NK[start : start + size] = features_nD @ heads_KD.T / 8 + bias_K
+        yield start, features_nD @ heads_KD.T / 8 + bias_K
+
+
+def resident(count: int, clusters: int, device: torch.device) -> Resident:
+    """`peaked` as float16 on the device."""
+    scores_NK = torch.empty(count, clusters, dtype=torch.float16, device=device)
+    for start, piece_nK in peaked(count, clusters, device):
+        scores_NK[start : start + len(piece_nK)] = piece_nK
     return Resident(scores_NK)
 
 
@@ -131,7 +140,7 @@ def main() -> None:
     parser.add_argument("--tol", type=float, default=1e-4)
     options = parser.parse_args()
     device = torch.device(options.device)
-    rows = peaked(options.rows, options.clusters, device)
+    rows = resident(options.rows, options.clusters, device)
     on_gpu = device.type == "cuda"
     chosen = semidual._kernel
     kernel = chosen(device) is not None or "TRITON_INTERPRET" in os.environ

@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import gpu
 import h5py
 import numpy as np
 import torch
@@ -179,17 +180,10 @@ def small(names: list[str], inputs: Path, log: Path) -> list[str]:
 
 
 def write_large(path: Path, count: int, clusters: int, dtype: str) -> None:
-    """Logits with the structure of `peaked`, in pieces."""
-    generator = torch.Generator().manual_seed(0)
-    centres_KD = torch.randn(clusters, 64, generator=generator)
-    heads_KD = centres_KD + 0.3 * torch.randn(clusters, 64, generator=generator)
-    bias_K = torch.randn(clusters, generator=generator)
+    """Logits with the structure of `peaked:N:K`, which are drawn in one piece."""
     array = np.lib.format.open_memmap(path, "w+", dtype, (count, clusters))
-    for start in range(0, count, 20_000):
-        size = min(20_000, count - start)
-        chosen_n = torch.randint(0, clusters, (size,), generator=generator)
-        features_nD = centres_KD[chosen_n] + 1.5 * torch.randn(size, 64, generator=generator)
-        array[start : start + size] = (features_nD @ heads_KD.T / 8 + bias_K).numpy()
+    for start, piece_nK in gpu.peaked(count, clusters, torch.device("cpu")):
+        array[start : start + len(piece_nK)] = piece_nK.numpy()
     array.flush()
 
 

@@ -14,9 +14,11 @@ import torch
 from scipy.special import xlogy
 from torch import Tensor
 
+from sela_cli import interrupt
+from sela_cli.errors import StoppedEarly
 from sela_cli.labels import ScoreRows
 from sela_cli.scores import open_scores
-from sela_cli.tiles import Rows, evenly, map_spans
+from sela_cli.tiles import evenly, map_spans
 
 # Rows that the means are taken over, where there are more; for each cluster enough that one
 # which only a tenth of its share of them prefer is met three times.
@@ -35,14 +37,15 @@ def predictions(spec: str) -> dict[str, float]:
     `entropy`: mean of H(p(y|x)) / ln K, 1 where nothing is told apart. `spread`:
     H(mean p) / ln K, near 0 where all images get one cluster. `unwanted`: share of the
     clusters that no image prefers. Of max(50,000, 32 K) images, evenly spread, where there
-    are more: a cluster that very few prefer may then count as unwanted.
+    are more: a cluster that very few prefer may then count as unwanted. Raises StoppedEarly
+    after a signal.
     """
     with open_scores(spec) as scores:
         rows = [_of_head(ScoreRows(matrix, spec)) for matrix in scores.heads]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def _of_head(rows: Rows) -> dict[str, float]:
+def _of_head(rows: ScoreRows) -> dict[str, float]:
     clusters = rows.shape[1]
     some = evenly(rows, max(_ROWS, _ROWS_OF_CLUSTER * clusters))
     most = math.log(clusters) if clusters > 1 else 1.0
@@ -59,6 +62,8 @@ def _of_head(rows: Rows) -> dict[str, float]:
         return total, sum_K.numpy(), chosen_K.numpy()
 
     for total, sum_K, chosen_K in map_spans(some, work, torch.float32):
+        if interrupt.requested():
+            raise StoppedEarly(f"{rows.path}: stopped while reading predictions", "run it again")
         entropy += total
         mean_K += sum_K / some.shape[0]
         wanted_K += chosen_K

@@ -96,8 +96,9 @@ def write_logits_as_npy(
     """A head's logits, (N, K), or the features, (N, D), as stored; returns the shape.
 
     Features and heads are multiplied out. Raises UsageError where there is no such head,
-    BadData where logits were stored and features are asked for.
+    BadData where logits were stored and features are asked for, and as `check_output` does.
     """
+    formats.check_output(output, force, path)
     with open_scores(path) as scores:
         if not 0 <= head < len(scores.heads):
             raise UsageError(f"{path} has heads 0..{len(scores.heads) - 1}, no head {head}")

@@ -251,13 +251,16 @@ def same_file(path: str, other: str) -> bool:
     return os.path.realpath(path) == os.path.realpath(other)
 
 
-def check_output(path: str, force: bool) -> None:
+def check_output(path: str, force: bool, *inputs: str | None) -> None:
     """Refuse, before any work is done, an output that could not be written.
 
-    Raises CannotCreate where it exists and `force` is off, or its folder is missing.
+    Raises CannotCreate where it exists and `force` is off, or its folder is missing;
+    UsageError where it is one of the `inputs` (FILE or FILE::NAME).
     """
     if path == "-":
         return
+    if any(each and same_file(path, each.partition("::")[0]) for each in inputs):
+        raise UsageError(f"{path} would take the place of what is read", "name another output")
     target = Path(path)
     if target.exists() and not target.is_file():
         kind = "a folder" if target.is_dir() else "a device or a pipe"
@@ -677,6 +680,11 @@ def open_hdf5(path: str, shown: str = "") -> Iterator[h5py.File]:
             raise NoInput(f"{shown}: permission denied", f"chmod u+r {shown}") from error
         if error.errno == errno.EAGAIN:
             raise NoInput(f"{shown}: another process is writing it", "wait for it") from error
+        if _is_numpy(path):
+            raise BadData(
+                f"{shown} is a NumPy array, and a file that sela wrote is needed here",
+                "sela label takes arrays as scores",
+            ) from error
         raise _damaged(shown, error) from error
     with file:
         yield file
@@ -697,6 +705,11 @@ def _walk(path: str) -> None:
     with h5py.File(path, "r") as file:
         visit(file)
         file.visititems(lambda name, item: visit(item))
+
+
+def _is_numpy(path: str) -> bool:
+    with Path(path).open("rb") as stream:
+        return stream.read(6) == b"\x93NUMPY"
 
 
 def _damaged(path: str, error: Exception) -> BadData:

@@ -6,12 +6,14 @@ Nothing keeps these clusters of one size.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.preprocessing import normalize
 
@@ -48,6 +50,26 @@ def kmeans_labels(
     Source: Caron et al. 2018 (DeepCluster): principal components, whitened, rows of unit
     length, then k-means.
     """
+    pairs = matched(scores, path, clusters, before)
+    heads: list[HeadLabels] = []
+    points_NP = np.empty((0, 0), np.float32)
+    for number, (matrix, count) in enumerate(pairs):
+        if number == 0 or matrix is not pairs[number - 1][0]:
+            points_NP = whitened(matrix, path, seed)
+        head = _cluster(points_NP, count, seed + number, max_iter)
+        if before:
+            earlier_N = before.heads[number].labels_N
+            head.labels_N = renumbered(head.labels_N, earlier_N, count)
+        head.attributes["bytes-read"] = matrix.tally.take()
+        heads.append(head)
+        progress(number + 1, len(pairs), "k-means")
+    return Labels(scores.keys, scores.index_N, heads)
+
+
+def matched(
+    scores: Scores, path: str, clusters: Sequence[int] | None, before: Labels | None
+) -> list[tuple[Matrix, int]]:
+    """The matrix and K of each head; for arguments and errors see `kmeans_labels`."""
     wanted = list(clusters) if clusters else [matrix.shape[1] for matrix in scores.heads]
     matrices = scores.heads * len(wanted) if len(scores.heads) == 1 else scores.heads
     if len(matrices) != len(wanted):
@@ -61,21 +83,10 @@ def kmeans_labels(
             f"{path} needs {wanted} of {len(scores.keys)}",
             "drop --init",
         )
-    heads: list[HeadLabels] = []
-    points_NP = np.empty((0, 0), np.float32)
-    for number, (matrix, count) in enumerate(zip(matrices, wanted, strict=True)):
+    for matrix, count in zip(matrices, wanted, strict=True):
         if not 1 <= count <= matrix.shape[0]:
             raise BadData(f"{path}: {count} clusters for {matrix.shape[0]} images")
-        if number == 0 or matrix is not matrices[number - 1]:
-            points_NP = whitened(matrix, path, seed)
-        head = _cluster(points_NP, count, seed + number, max_iter)
-        if before:
-            earlier_N = before.heads[number].labels_N
-            head.labels_N = renumbered(head.labels_N, earlier_N, count)
-        head.attributes["bytes-read"] = matrix.tally.take()
-        heads.append(head)
-        progress(number + 1, len(wanted), "k-means")
-    return Labels(scores.keys, scores.index_N, heads)
+    return list(zip(matrices, wanted, strict=True))
 
 
 def whitened(matrix: Matrix, path: str, seed: int) -> np.ndarray:
@@ -91,7 +102,9 @@ def whitened(matrix: Matrix, path: str, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(count)[:_SAMPLE])
     sample = _finite(matrix.read(rows), rows, path)
-    pca = PCA(min(COMPONENTS, columns, len(rows)), random_state=seed).fit(sample)
+    # Rows that are all the same have no variance to divide by.
+    with np.errstate(invalid="ignore"):
+        pca = PCA(min(COMPONENTS, columns, len(rows)), random_state=seed).fit(sample)
     variances = pca.explained_variance_
     kept = max(1, int((variances > _LEAST_VARIANCE * variances[0]).sum()))
     scale = np.sqrt(np.maximum(variances[:kept], np.finfo(np.float32).tiny)).astype(np.float32)
@@ -123,7 +136,10 @@ def _cluster(points_NP: np.ndarray, clusters: int, seed: int, max_iter: int) -> 
             max_iter=max_iter,
             random_state=seed,
         )
-    labels_N = model.fit_predict(points_NP).astype(np.int32)
+    with warnings.catch_warnings():
+        # Fewer distinct rows than clusters: the sizes tell.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        labels_N = model.fit_predict(points_NP).astype(np.int32)
     known = {"n-iters": int(model.n_iter_), "converged": bool(model.n_iter_ < max_iter)}
     return HeadLabels(labels_N, np.zeros(clusters), unsolved("kmeans") | known)
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,10 @@ from sela_cli import assignment, formats, interrupt, job, lbfgs, metrics, newton
 from sela_cli.assignment import Bounds
 from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels, Provenance
-from sela_cli.kmeans import kmeans_labels
+from sela_cli.kmeans import kmeans_labels, matched
 from sela_cli.scores import Matrix, Scores, Which, open_scores
 from sela_cli.semidual import Problem, Solution, Step
+from sela_cli.spread import spread
 from sela_cli.tiles import (
     CPU,
     SQUARE_WORKERS,
@@ -33,7 +35,9 @@ from sela_cli.tiles import (
     Resident,
     Rows,
     evenly,
+    less,
     tile_rows,
+    widened,
 )
 
 ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
@@ -56,6 +60,8 @@ _NEWTON_CLUSTERS = 4096
 _SLACK = 1e-4
 # Rows that this mean is taken over.
 _SOME = 4096
+# Rows that tell probabilities from logits, and how far from 1 the sum of one may be.
+_LOOKED_AT, _OFF_ONE = 100, 1e-2
 # Stands for a probability of exactly zero, so that any row can still go anywhere.
 _LEAST_PROBABILITY = float(np.finfo(np.float64).tiny)
 
@@ -141,25 +147,20 @@ class ScoreRows:
         return self._scores(self.matrix.tensor(rows_n, self.device), rows_n, dtype)
 
     def _scores(self, stored_nK: Tensor, rows: Which, dtype: torch.dtype | None) -> Tensor:
-        exact = stored_nK.dtype in (torch.float16, torch.float32) and self.input_kind == "logits"
-        tile_nK = stored_nK.float() if stored_nK.dtype == torch.float16 else stored_nK
-        # By way of single precision: torch takes half to double one by one, at six times the price.
-        tile_nK = tile_nK.to((dtype or torch.float32) if exact else torch.float64)
+        logits = self.input_kind == "logits"
+        tile_nK = widened(stored_nK, dtype or torch.float32) if logits else stored_nK.double()
         maximum_n1 = self._maximum_N1[rows]
         unread = bool(maximum_n1.isnan().any())
         if unread:
             self._check(tile_nK, rows)
-        if self.input_kind == "probabilities":
+        if not logits:
             tile_nK = tile_nK.clamp(min=_LEAST_PROBABILITY).log_()
         if unread:
             maximum_n1 = tile_nK.amax(1, keepdim=True).to(maximum_n1)
             self._maximum_N1[rows] = maximum_n1
         if dtype is None:
-            return stored_nK if exact else tile_nK
-        maximum_n1 = maximum_n1.to(tile_nK)
-        # In place where that spoils no stored rows: a large new tile costs more than the sum.
-        ours = tile_nK is not stored_nK
-        return (tile_nK.sub_(maximum_n1) if ours else tile_nK.sub(maximum_n1)).to(dtype)
+            return stored_nK if tile_nK.dtype == torch.float32 else tile_nK
+        return less(tile_nK, maximum_n1.to(tile_nK), stored_nK, dtype)
 
     def _check(self, tile_nK: Tensor, rows: Which) -> None:
         if self.input_kind == "probabilities":
@@ -214,7 +215,10 @@ def _weights_of_file(path: str) -> np.ndarray:
     try:
         if path.endswith(".npy"):
             return np.load(path, allow_pickle=False).astype(np.float64).ravel()
-        return np.loadtxt(path, dtype=np.float64, ndmin=1).ravel()
+        with warnings.catch_warnings():
+            # That a file is empty is for the caller to say.
+            warnings.simplefilter("ignore")
+            return np.loadtxt(path, dtype=np.float64, ndmin=1).ravel()
     except (ValueError, OSError, EOFError) as error:
         raise BadData(f"{path}: not a list of numbers ({error})") from error
 
@@ -229,23 +233,20 @@ def label_stage(
     force: bool = False,
     device: str = "cpu",
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Labels:
     """Label the scores that `spec` names and write `output`; see docs/schema.md.
 
     `init`: labels file whose potentials the solve starts from. Whether all heads reached
-    the tolerance is for the caller to see: `warning`.
+    the tolerance is for the caller to see: `warning`. `say` is given a hint where logits
+    look like probabilities.
     """
     settings.check()
-    if settings.assign == "fixed" and init is None:
-        raise UsageError("--fixed labels by the potentials of --init FILE", "name a labels file")
     if csv_path and formats.same_file(csv_path, output):
         raise UsageError(f"--output and --csv are both {output}", "name two files")
     for path in (output, csv_path):
-        if path not in (None, "-") and formats.same_file(path, spec.partition("::")[0]):
-            raise UsageError(f"{path} holds the scores", "name another file for the labels")
-    for path in (output, csv_path):
         if path:
-            formats.check_output(path, force)
+            formats.check_output(path, force, spec)
     with open_scores(spec) as scores:
         start = formats.read_labels(init) if init else None
         provenance = provenance_of(scores, spec, asdict(settings), start)
@@ -260,6 +261,13 @@ def label_stage(
                 progress=progress,
             )
         else:
+            # A logits file of sela's holds what it says.
+            unsure = settings.input_kind == "logits" and not scores.header
+            if unsure and _seem_shares(scores.heads[0]):
+                say(
+                    f"hint: rows of {spec} sum to 1: if they are probabilities, "
+                    "use --input-kind probabilities"
+                )
             labels = label(scores, spec, settings, start, progress, device)
 
     def write() -> None:
@@ -269,6 +277,14 @@ def label_stage(
 
     job.once(write)
     return labels
+
+
+def _seem_shares(matrix: Matrix) -> bool:
+    """Whether some of the rows, evenly spread, are shares of one."""
+    some_nK = matrix.read(spread(matrix.shape[0], _LOOKED_AT))
+    if not some_nK.size or not (some_nK >= 0).all():
+        return False
+    return bool((abs(some_nK.sum(1, dtype=np.float64) - 1) < _OFF_ONE).all())
 
 
 def provenance_of(
@@ -305,16 +321,44 @@ def warning(labels: Labels, output: str) -> StoppedEarly | None:
     )
 
 
-def plan(spec: str, settings: LabelSettings) -> dict[str, Any]:
-    """What a dry run shows."""
+def plan(
+    spec: str, settings: LabelSettings, init: str | None = None, head: int | None = None
+) -> dict[str, Any]:
+    """What a dry run shows, after the checks of the real one; `head` is the one to label."""
     settings.check()
     with open_scores(spec) as scores:
+        before = formats.read_labels(init) if init else None
+        chosen, start = scores, before
+        if head is not None and before:
+            chosen, start = one_head(scores, spec, settings, head, before)
+        check(chosen, spec, settings, start)
         return {
             "rows": len(scores.keys),
             "heads": [matrix.shape[1] for matrix in scores.heads],
             "settings": asdict(settings),
             "tile_rows": [tile_rows(matrix.shape[1]) for matrix in scores.heads],
         }
+
+
+def one_head(
+    scores: Scores, spec: str, settings: LabelSettings, head: int, before: Labels
+) -> tuple[Scores, Labels]:
+    """The scores and the earlier labels of one head alone.
+
+    Raises BadData where the two are not of the same images and heads, UsageError where there
+    is no such head, or for another method than sela.
+    """
+    if settings.method != "sela":
+        raise UsageError(
+            f"--head labels one head by --method sela, not {settings.method}",
+            "leave --head out: it clusters all heads",
+        )
+    if head >= len(scores.heads):
+        raise UsageError(f"--head {head}: {spec} has heads 0 to {len(scores.heads) - 1}")
+    if scores.keys != before.keys or len(scores.heads) != len(before.heads):
+        assert before.header is not None
+        raise BadData(f"{before.header.path} labels other images or heads than {spec} has")
+    return replace(scores, heads=[scores.heads[head]]), replace(before, heads=[before.heads[head]])
 
 
 def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
@@ -352,14 +396,37 @@ def label(
     device: str = "cpu",
 ) -> Labels:
     """Solve every head of `scores`; `path` is how errors name it."""
-    if init and len(init.heads) != len(scores.heads):
-        raise BadData(
-            f"--init has {len(init.heads)} heads, {path} has {len(scores.heads)}", "drop --init"
-        )
+    check(scores, path, settings, init)
     generator = torch.Generator().manual_seed(settings.seed)
     where = torch.device(device)
     taken = _keep_features(scores, settings, where)
     heads = []
+    for number, matrix in enumerate(scores.heads):
+        rows = ScoreRows(matrix, path, settings.input_kind, where)
+        before = init.heads[number] if init else None
+        if settings.assign == "random":
+            heads.append(_random_head(*matrix.shape, generator))
+            continue
+        if settings.assign == "fixed" and before:
+            heads.append(_fixed_head(rows, settings, before, taken))
+            continue
+        init_K = torch.from_numpy(before.potentials_K) if before else None
+        name = f"head {number + 1}/{len(scores.heads)} " if len(scores.heads) > 1 else ""
+        heads.append(_solve_head(rows, settings, init_K, taken, name, progress))
+    return Labels(scores.keys, scores.index_N, heads)
+
+
+def check(scores: Scores, path: str, settings: LabelSettings, init: Labels | None) -> None:
+    """Refuse, before any row is read, what can't be labelled. Raises BadData and UsageError."""
+    if settings.method == "kmeans":
+        matched(scores, path, settings.clusters, init)
+        return
+    if settings.assign == "fixed" and init is None:
+        raise UsageError("--fixed labels by the potentials of --init FILE", "name a labels file")
+    if init and len(init.heads) != len(scores.heads):
+        raise BadData(
+            f"--init has {len(init.heads)} heads, {path} has {len(scores.heads)}", "drop --init"
+        )
     for number, matrix in enumerate(scores.heads):
         count, clusters = matrix.shape
         if count == 0 or clusters == 0:
@@ -369,21 +436,19 @@ def label(
                 f"{path}: '{matrix.name}' has {clusters} clusters for {count} images",
                 "use at most as many clusters as images",
             )
-        rows = ScoreRows(matrix, path, settings.input_kind, where)
-        if settings.assign == "random":
-            heads.append(_random_head(count, clusters, generator))
-            continue
-        init_K = None
-        if init:
-            init_K = torch.from_numpy(init.heads[number].potentials_K)
-            if len(init_K) != clusters:
-                raise BadData(f"--init head {number} has {len(init_K)} clusters, not {clusters}")
-            if settings.assign == "fixed":
-                heads.append(_fixed_head(rows, settings, init.heads[number], taken))
-                continue
-        name = f"head {number + 1}/{len(scores.heads)} " if len(scores.heads) > 1 else ""
-        heads.append(_solve_head(rows, settings, init_K, taken, name, progress))
-    return Labels(scores.keys, scores.index_N, heads)
+        before = init.heads[number] if init else None
+        if before and len(before.potentials_K) != clusters and settings.assign != "random":
+            raise BadData(
+                f"--init head {number} has {len(before.potentials_K)} clusters, not {clusters}"
+            )
+        if settings.assign == "fixed" and before and not math.isfinite(before.attributes["lamb"]):
+            raise BadData(
+                "--fixed: these labels were not solved for", "solve with sela label first"
+            )
+        if settings.assign in ("balanced", "argmax"):
+            _solver(clusters, settings)
+            _bounds(count, clusters, settings)
+            marginal(settings.marginal, clusters)
 
 
 def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadLabels:
@@ -480,19 +545,26 @@ class _Sizes(NamedTuple):
     allowed: Bounds
 
 
-def _sizes(rows: Rows, settings: LabelSettings) -> _Sizes:
-    count, clusters = rows.shape
+def _bounds(count: int, clusters: int, settings: LabelSettings) -> Bounds | None:
+    """The sizes that are allowed in place of those of the marginal, if any were given."""
     if (settings.min_size, settings.max_size) == (None, None):
-        marginal_K = marginal(settings.marginal, clusters)
-        bounds = assignment.size_bounds(count, marginal_K.numpy())
-        return _Sizes(marginal_K, bounds, bounds)
+        return None
     low, high = settings.min_size or 0, min(settings.max_size or count, count)
     if not low <= high or not low * clusters <= count <= high * clusters:
         raise UsageError(
             f"{clusters} clusters of {low} to {high} rows cannot hold {count} rows",
             "mend --min-size and --max-size",
         )
-    allowed = Bounds(np.full(clusters, low), np.full(clusters, high))
+    return Bounds(np.full(clusters, low), np.full(clusters, high))
+
+
+def _sizes(rows: Rows, settings: LabelSettings) -> _Sizes:
+    count, clusters = rows.shape
+    allowed = _bounds(count, clusters, settings)
+    if allowed is None:
+        marginal_K = marginal(settings.marginal, clusters)
+        bounds = assignment.size_bounds(count, marginal_K.numpy())
+        return _Sizes(marginal_K, bounds, bounds)
     marginal_K = assignment.nearest_marginal(rows, allowed)
     return _Sizes(marginal_K, assignment.size_bounds(count, marginal_K.numpy()), allowed)
 
@@ -603,8 +675,6 @@ def _fixed_head(
 ) -> HeadLabels:
     """The labels that saved potentials give to rows that they were not solved for."""
     lamb = before.attributes["lamb"]
-    if not math.isfinite(lamb):
-        raise BadData("--fixed: these labels were not solved for", "solve with sela label first")
     kept = _kept(rows, settings, taken)
     result = assignment.certified(kept, torch.from_numpy(before.potentials_K) / lamb, None)
     known = {"lamb": lamb, "objective": result.objective, "bytes-read": _bytes_read(rows)}

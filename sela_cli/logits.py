@@ -102,8 +102,10 @@ def began_in(output: str) -> str | None:
     path = f"{Path(output).resolve()}.unfinished"
     if output == "-" or not Path(path).exists():
         return None
-    with formats.open_hdf5(path) as file, formats.damage_named(path):
-        return str(file.attrs["identity"]).split()[0]
+    with formats.removable(Path(path)), formats.open_hdf5(path) as file, formats.damage_named(path):
+        # Another command's state has no identity of this form.
+        identity = file.attrs.get("identity")
+        return None if identity is None else str(identity).split()[0]
 
 
 def _identity(network: Network, settings: list[Any]) -> str:

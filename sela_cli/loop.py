@@ -53,7 +53,7 @@ from sela_cli.training import Recipe, label_view, network_of, settle, train_stag
 Progress = Callable[[int, int, str], None]
 HOLDOUT = 0.2
 _PREDICTIONS = "predictions.json"
-# Whole, unfinished, being written or locked: a run removes no file of another name.
+# Whole, unfinished, being written or locked: a run touches no file of another name.
 _OWN = re.compile(
     r"\.?(run\.json|predictions\.json|rounds\.csv"
     r"|(labels|logits|checkpoint|probe)(-\d{3,})?\.h5((\.\d+)?\.unfinished)?)(\.partial|\.lock)?"
@@ -194,9 +194,9 @@ def run(
 ) -> dict[str, Any]:
     """Run, or go on with, the loop in `folder`; returns a summary of the result.
 
-    Raises CannotCreate where the folder holds other files and no run, or a finished run or
-    one with other settings and `force` is off; UsageError where a head has more clusters than
-    there are images; StoppedEarly after a signal.
+    Raises CannotCreate where the folder holds files named as a run's and no run, or a finished
+    run or one with other settings and `force` is off; UsageError where a head has more
+    clusters than there are images; StoppedEarly after a signal.
     """
     _check_heads(images, settings)
     with ExitStack() as stack:
@@ -260,8 +260,9 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
     # The report finds the images by `data`; a run may go on with them in another place.
     told = identity | {"data": images.spec}
     if not path.exists():
-        if any(folder.glob("[!.]*")):
-            raise CannotCreate(f"{folder} holds other files and no run", "choose another --out")
+        # Hidden ones may be a run's that was killed before it had its run.json.
+        if found := _own(folder, "[!.]*"):
+            raise CannotCreate(f"{folder} holds {found[0].name} and no run", "choose another --out")
     elif force:
         # From here on no run goes on with what is left of the old one.
         _write_json(path, {})
@@ -562,7 +563,8 @@ class _Run:
         row |= self._kept()[str(number)]
         if self.images.truth_N is not None:
             scores = [
-                metrics.nmi_and_ari(head.labels_N, self.images.truth_N) for head in labels.heads
+                metrics.agreement_but_ami(head.labels_N, self.images.truth_N)
+                for head in labels.heads
             ]
             for name in ("nmi", "ari"):
                 row[name] = float(np.mean([score[name] for score in scores]))
@@ -618,7 +620,7 @@ class _Run:
         }
         if self.images.truth_N is not None:
             for head, sizes in zip(labels.heads, summary["heads"], strict=True):
-                sizes |= metrics.agreement(head.labels_N, self.images.truth_N)
+                sizes |= metrics.agreement_but_ami(head.labels_N, self.images.truth_N)
             summary["knn"] = {
                 "fresh": formats.read_probe(self.path("probe-000.h5"))[0]["top1"],
                 "trained": formats.read_probe(self.path("probe.h5"))[0]["top1"],

@@ -19,7 +19,7 @@ from sklearn.metrics.cluster import contingency_matrix, expected_mutual_informat
 from sela_cli import formats
 from sela_cli.errors import BadData, NoInput
 from sela_cli.formats import HeadLabels, Labels
-from sela_cli.images.sources import open_source
+from sela_cli.images.sources import no_classes, open_source
 
 
 def agreement(labels_N: np.ndarray, truth_N: np.ndarray) -> dict[str, float]:
@@ -32,25 +32,25 @@ def agreement(labels_N: np.ndarray, truth_N: np.ndarray) -> dict[str, float]:
     its most frequent class.
     """
     n_CK = contingency_matrix(truth_N, labels_N)
-    count = int(n_CK.sum())
     information, mean_entropy = _information(n_CK)
-    chance = expected_mutual_information(csr_array(n_CK), count)
+    chance = expected_mutual_information(csr_array(n_CK), int(n_CK.sum()))
+    return {**_but_ami(n_CK), "ami": _share(information - chance, mean_entropy - chance)}
+
+
+def agreement_but_ami(labels_N: np.ndarray, truth_N: np.ndarray) -> dict[str, float]:
+    """All of `agreement` but `ami`: the chance in it takes minutes at ImageNet's size."""
+    return _but_ami(contingency_matrix(truth_N, labels_N))
+
+
+def _but_ami(n_CK: np.ndarray) -> dict[str, float]:
+    count = int(n_CK.sum())
     rows, columns = linear_sum_assignment(n_CK, maximize=True)
     return {
-        **_nmi_and_ari(n_CK),
-        "ami": _share(information - chance, mean_entropy - chance),
+        "nmi": _share(*_information(n_CK)),
+        "ari": _adjusted_rand(n_CK),
         "accuracy": float(n_CK[rows, columns].sum() / count),
         "purity": float(n_CK.max(axis=0).sum() / count),
     }
-
-
-def nmi_and_ari(labels_N: np.ndarray, truth_N: np.ndarray) -> dict[str, float]:
-    """These two of `agreement`: the chance in `ami` takes minutes at ImageNet's size."""
-    return _nmi_and_ari(contingency_matrix(truth_N, labels_N))
-
-
-def _nmi_and_ari(n_CK: np.ndarray) -> dict[str, float]:
-    return {"nmi": _share(*_information(n_CK)), "ari": _adjusted_rand(n_CK)}
 
 
 def _information(n_CK: np.ndarray) -> tuple[float, float]:
@@ -173,7 +173,7 @@ def _truth(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
     else:
         source = open_source(truth)
         if source.truth_N is None:
-            raise BadData(f"{truth} has no true classes", "use one subfolder a class, or a .npy")
+            raise no_classes(truth, source.keys)
         classes = dict(zip(source.keys, source.truth_N.tolist(), strict=True))
     return _of_keys(labels, labels_path, classes, truth)
 

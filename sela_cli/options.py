@@ -323,7 +323,7 @@ def device_name(device: str) -> str:
 
     # UsageError, not typer's: of a job's processes, only the first could tell that.
     if device.partition(":")[0] not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device {device} is none of auto, cpu, cuda and cuda:N")
+        raise UsageError(f"--device {device} is none of auto, cpu, cuda and cuda:N", "use auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

@@ -27,6 +27,7 @@ from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, draw, drawn_view
 from sela_cli.images.batches import Images
+from sela_cli.images.sources import no_classes
 from sela_cli.logits import forward
 from sela_cli.networks import Network, arrays_of, load_arrays
 from sela_cli.precision import autocast
@@ -174,10 +175,7 @@ def probe_stage(
     names = chosen_layers(network, layers)
     for images in (train, test):
         if images.truth_N is None:
-            raise BadData(
-                f"{images.spec} has no true classes, and probes measure by them",
-                "use a folder with one subfolder a class, or a list with a class a line",
-            )
+            raise no_classes(images.spec, images.keys)
     test = with_classes_of(train, test)
     identity = {
         "parameters": provenance.parameters,

@@ -33,6 +33,15 @@ _SUFFIXES = {
     ".npz": "npz",
     ".safetensors": "safetensors",
 }
+# Other files that hold a matrix, and what reads it.
+_FOREIGN = {
+    ".csv": "numpy.loadtxt('{}', delimiter=',')",
+    ".tsv": "numpy.loadtxt('{}')",
+    ".txt": "numpy.loadtxt('{}')",
+    ".parquet": "pandas.read_parquet('{}').to_numpy()",
+    ".pt": "torch.load('{}').numpy()",
+    ".pth": "torch.load('{}').numpy()",
+}
 # Of features that are being kept, at a time.
 _BLOCK_VALUES = 1 << 23
 # Rows that are read along with each that is wanted, in storage that has no quick way to it;
@@ -192,7 +201,15 @@ def _kind_of(path: str, shown: str) -> str:
         raise NoInput(f"{shown}: permission denied", f"chmod u+r {shown}") from error
     if not magic:
         raise BadData(f"{shown} is empty")
-    return _MAGIC.get(magic) or _SUFFIXES.get(os.path.splitext(path)[1].lower(), "safetensors")
+    suffix = os.path.splitext(shown)[1].lower()
+    # A torch.save is a zip, as .npz is.
+    if suffix in _FOREIGN and _MAGIC.get(magic, "npz") == "npz":
+        array = _FOREIGN[suffix].format(shown)
+        raise BadData(
+            f"{shown}: not HDF5, .npy, .npz or safetensors",
+            f"convert it in Python: numpy.save('scores.npy', {array})",
+        )
+    return _MAGIC.get(magic) or _SUFFIXES.get(suffix, "safetensors")
 
 
 def _open_hdf5(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
@@ -244,8 +261,11 @@ def _only(path: str, names: list[str]) -> str:
         return names[0]
     if not names:
         raise BadData(f"{path}: there is no 2-D array of numbers in it")
+    # Without `--` it would be taken for options.
+    last = "at the end of the line: -- " if path == "-" else ""
     raise BadData(
-        f"{path} holds several arrays ({', '.join(names[:5])})", f"name one: {path}::{names[0]}"
+        f"{path} holds several arrays ({', '.join(names[:5])})",
+        f"name one: {last}{path}::{names[0]}",
     )
 
 

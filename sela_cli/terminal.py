@@ -11,7 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sela_cli.images.batches import Images
 
 Progress = Callable[[int, int, str], None]
 _PLAIN_SECONDS = 30.0
@@ -35,6 +38,14 @@ class Terminal:
         """A message, to stderr."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
+
+    def left_out(self, images: Images, limit: int | None) -> dict[str, int]:
+        """Say how many of the images asked for --skip-bad has left out; for the result too."""
+        asked = min(limit or len(images.source), len(images.source))
+        count = asked - len(images)
+        if count:
+            self.say(f"warning: {images.spec}: {count} of {asked} images can't be read, left out")
+        return {"left_out": count}
 
     def result(self, values: Mapping[str, Any], text: str = "") -> None:
         """The command's result: `values` as JSON with --json, else `text`."""

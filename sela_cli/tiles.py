@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sela_cli.spread import spread
+
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -156,12 +158,22 @@ class Resident:
 
 def less_maximum(tile_nK: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows less their maximum, as `dtype`."""
-    # What float32 holds exactly needs no float64 before its maximum is taken off.
-    exact = tile_nK.dtype in (torch.float16, torch.float32)
-    wide_nK = tile_nK.to(dtype if exact else torch.float64)
-    maximum_n1 = wide_nK.amax(1, keepdim=True)
+    wide_nK = widened(tile_nK, dtype)
+    return less(wide_nK, wide_nK.amax(1, keepdim=True), tile_nK, dtype)
+
+
+def widened(stored_nK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as `dtype`, or as float64 where float32 would not hold them exactly."""
+    if stored_nK.dtype not in (torch.float16, torch.float32):
+        return stored_nK.double()
+    # By way of single precision: torch takes half to double one by one, at six times the price.
+    return stored_nK.float().to(dtype)
+
+
+def less(wide_nK: Tensor, maximum_n1: Tensor, stored_nK: Tensor, dtype: torch.dtype) -> Tensor:
+    """What was widened from stored rows less its maximum, as `dtype`."""
     # In place where that spoils no stored rows: a large new tile costs more than the sum.
-    ours = wide_nK is not tile_nK
+    ours = wide_nK is not stored_nK
     return (wide_nK.sub_(maximum_n1) if ours else wide_nK.sub(maximum_n1)).to(dtype)
 
 
@@ -208,9 +220,7 @@ class Some(_Chosen):
 
 def evenly(rows: Rows, most: int) -> Some:
     """So many of the rows, evenly spread; all where they are fewer."""
-    count = rows.shape[0]
-    chosen_n = np.linspace(0, count - 1, min(count, most)).astype(np.int64)
-    return Some(rows, np.unique(chosen_n))
+    return Some(rows, spread(rows.shape[0], most))
 
 
 def map_spans(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sela_cli.errors import BadData, UsageError
 from sela_cli.images.sources import Source, open_source
+from sela_cli.spread import spread
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -50,7 +51,7 @@ def open_voc(
         raise UsageError(f"{spec} has no boxes", "fine-tuning takes voc2007:ROOT")
     source = open_source(spec, download)
     if limit is not None and limit < len(source):
-        source = source.part(np.linspace(0, len(source) - 1, limit).round().astype(np.int64))
+        source = source.part(spread(len(source), limit))
     split = source.keys[0].partition("/")[0]
     folder = Path(root.removesuffix(f"@{split}"), "VOCdevkit", "VOC2007", "Annotations")
     return source, [_objects(folder / f"{Path(key).stem}.xml") for key in source.keys]

@@ -11,6 +11,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import h5py
 import torch
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def import_stage(
     The heads stay as they are. Returns how many tensors were taken and the names of those
     that were left out. Raises BadData naming what the trunk lacks.
     """
-    formats.check_output(output, force)
+    formats.check_output(output, force, path)
     ours, unused = fitted(read_weights(path), network, path)
     network.trunk.load_state_dict(ours)
     state = Checkpoint(
@@ -75,13 +76,18 @@ def read_weights(path: str) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise BadData(f"{path}: not readable safetensors ({error})") from error
+    if h5py.is_hdf5(path):
+        raise BadData(
+            f"{path} is HDF5; if it is a sela checkpoint, --checkpoint takes it as it is",
+            "for fresh heads import what `sela export` makes of it",
+        )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        # torch's message is a page on how to load it all the same.
         raise BadData(
-            f"{path}: not a file of tensors alone ({reason})",
-            "save its state_dict() with safetensors, where you trust it",
+            f"{path}: not a file of tensors alone",
+            "where you trust it, save its state_dict() as .safetensors",
         ) from error
     while isinstance(saved, Mapping):
         inner = next((saved[name] for name in _WRAPPERS if name in saved), None)

@@ -97,6 +97,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for number in range(PHOTOS):
             photo(Path(f"photos/class{number % 2}/{number}.png"), number)
             photo(Path(f"spoilt/{number}.png"), number)
+            photo(Path(f"stray/class{number % 2}/{number}.png"), number)
+        photo(Path("stray/loose.png"), 0)
         Path("spoilt/broken.png").write_bytes(b"\x89PNG no more")
         Path("empty").mkdir()
         Path("notes.md").write_text("no images here")
@@ -119,6 +121,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         Path("weights.txt").write_text("1 2")
         with h5py.File("foreign.h5", "w") as file:
             file["vector"] = np.arange(5.0)
+        np.savez("two.npz", a=matrix, b=matrix)
+        for ending in ("csv", "tsv", "parquet"):
+            Path(f"foreign.{ending}").write_text("1,2")
+        torch.save(torch.from_numpy(matrix), "foreign.pt")
+        torch.save(torch.nn.Linear(2, 2), "module.pth")
         Path("empty.npy").touch()
         Path("bad.tar").write_bytes(b"no tar")
         Path("taken").write_text("precious")
@@ -189,9 +196,21 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("label wide.npy -o new.h5", 65, ["wide.npy", "12 clusters", "3 images"]),
     ("label wide.npy -o new.h5 --assign random", 65, ["wide.npy", "12 clusters"]),
     ("label labels.h5 -o new.h5", 65, ["labels.h5", "logits are needed"]),
+    *[
+        (f"label foreign.{ending} -o new.h5", 65, [f"numpy.save('scores.npy', {array})"])
+        for ending, array in (
+            ("csv", "numpy.loadtxt('foreign.csv', delimiter=',')"),
+            ("tsv", "numpy.loadtxt('foreign.tsv')"),
+            ("parquet", "pandas.read_parquet('foreign.parquet').to_numpy()"),
+            ("pt", "torch.load('foreign.pt').numpy()"),
+        )
+    ],
+    ("label two.npz -o new.h5", 65, ["name one: two.npz::a"]),
     ("label photos -o new.h5", 65, ["photos", "folder"]),
     ("label logits.h5 -o new.h5 --marginal weights.txt", 65, ["weights.txt", "2 weights"]),
     ("label logits.h5 -o new.h5 --marginal notes.md", 65, ["notes.md"]),
+    ("info scores.npy", 65, ["scores.npy is a NumPy array", "sela label"]),
+    ("label scores.npy -o new.h5 --init scores.npy", 65, ["scores.npy is a NumPy array"]),
     ("label logits.h5 -o new.h5 --marginal nan.npy", 65, ["nan.npy"]),
     ("label logits.h5 -o new.h5 --marginal empty.npy", 65, ["empty.npy"]),
     ("metrics labels.h5 --truth empty.npy", 65, ["empty.npy"]),
@@ -208,11 +227,16 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     (f"{TRAIN} -l logits.h5", 65, ["logits.h5", "labels is needed"]),
     (f"{RETRAIN} -l labels.h5", 65, ["labels.h5", "photos"]),
     (PROBE, 65, ["tiny.h5"]),
+    ("metrics photo-labels.h5 --truth stray", 65, ["'loose.png' lies in none", "move or remove"]),
+    ("metrics photo-labels.h5 --truth spoilt", 65, ["no true classes", "one subfolder a class"]),
     ("metrics labels.h5 --truth photos", 65, ["photos", "labels.h5"]),
     ("metrics labels.h5 --truth scores.npy", 65, ["scores.npy", "labels.h5"]),
     ("metrics labels.h5 --truth scores.npz", 65, ["scores.npz"]),
     ("metrics labels.h5 --truth logits.h5", 65, ["logits.h5"]),
     ("run --data empty --out new", 65, ["empty"]),
+    ("import tiny.h5 --arch alexnet-small --heads 2 -o new.h5", 65, ["tiny.h5", "sela export"]),
+    ("import module.pth --arch alexnet-small --heads 2 -o new.h5", 65, ["of tensors alone; where"]),
+    ("import scores.npy --arch alexnet-small --heads 2 -o new.h5", 65, ["of tensors alone; where"]),
     # 66: not there
     ("label absent.h5 -o new.h5", 66, ["absent.h5"]),
     ("label scores.npy -o new.h5 --init absent.h5", 66, ["absent.h5"]),
@@ -239,8 +263,8 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     (f"{TRAIN} -l labels.h5 -o taken", 73, ["taken", "--force"]),
     (f"{RETRAIN} -l labels.h5 -o taken", 73, ["taken", "--force"]),
     (f"{PROBE} -o taken", 73, ["taken", "--force"]),
-    (f"{RUN} --out run", 73, ["run", "other files"]),
-    (f"{RUN} --out run --force", 73, ["run", "other files"]),
+    (f"{RUN} --out run", 73, ["run holds labels.h5 and no run"]),
+    (f"{RUN} --out run --force", 73, ["run holds labels.h5 and no run"]),
     (f"{RUN} --out taken", 73, ["taken"]),
     ("label logits.h5 -o nowhere/new.h5", 73, ["nowhere/new.h5", "no such folder"]),
     ("label logits.h5 -o new.h5 --csv nowhere/new.csv", 73, ["nowhere/new.csv"]),
@@ -285,11 +309,35 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("embed --data photos -c tiny.h5 --heads 7 -o new.h5", 2, ["--heads"]),
     ("label logits.h5 -o new.h5 --csv new.h5", 2, ["--csv"]),
     ("label logits.h5 -o - --csv -", 2, ["--csv"]),
+    *[
+        (f"{line} --force", 2, ["would take the place of what is read", named])
+        for line, named in (
+            ("label logits.h5 -o logits.h5", "logits.h5"),
+            ("label scores.h5::/deep/scores -o ./scores.h5", "scores.h5"),
+            ("label logits.h5 -o new.h5 --csv logits.h5", "logits.h5"),
+            ("label logits.h5 -o logits.h5 --head 0 --init labels.h5", "logits.h5"),
+            (f"{EMBED} --data foreign.h5::/vector -o foreign.h5", "foreign.h5"),
+            ("embed --data photos -c tiny.h5 -o tiny.h5", "tiny.h5"),
+            (f"{TRAIN} -l photo-labels.h5 -o photo-labels.h5", "photo-labels.h5"),
+            (f"{RETRAIN} -l photo-labels.h5 -o photo-labels.h5", "photo-labels.h5"),
+            (f"{PROBE} -o tiny.h5", "tiny.h5"),
+            ("finetune --task classification --data voc2007:x -c tiny.h5 -o tiny.h5", "tiny.h5"),
+            ("pack bad.tar -o bad.tar", "bad.tar"),
+            ("export-logits logits.h5 -o logits.h5", "logits.h5"),
+            ("export-labels labels.h5 -o labels.h5", "labels.h5"),
+            ("export tiny.h5 -o tiny.h5", "tiny.h5"),
+            (
+                "import scores.safetensors --arch alexnet-small --heads 2 -o scores.safetensors",
+                "scores.safetensors",
+            ),
+            ("info labels.h5 --plot labels.h5", "labels.h5"),
+        )
+    ],
     ("schedule --epochs inf --opts 3", 2, ["--epochs"]),
     ("schedule --epochs nan --opts 3", 2, ["--epochs"]),
     (f"{RUN} --heads many", 2, ["many"]),
     (f"{EMBED} --data photos --device abacus", 2, ["--device abacus"]),
-    (f"{EMBED} --data photos --device meta", 2, ["--device meta", "cuda:N"]),
+    (f"{EMBED} --data photos --device meta", 2, ["--device meta", "cuda:N; use auto"]),
     (f"{RUN} --aug blur", 2, ["blur"]),
 ]
 
@@ -304,6 +352,38 @@ def test_refusal_is_one_line_and_leaves_nothing(
     assert done.err.startswith("sela: ") and done.err.count("\n") == 1, done.err
     for word in named:
         assert word in done.err
+    assert snapshot(world) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "wide.npy",
+        "logits.h5 --marginal weights.txt",
+        "logits.h5 --marginal zipf:steep",
+        "logits.h5 --min-size 5",
+        "logits.h5 --max-size 3",
+        "logits.h5 --max-memory 100",
+        "logits.h5 --fixed",
+        "logits.h5 --fixed --init random.h5",
+        "logits.h5 --init absent.h5",
+        "scores.npy --init labels.h5",
+        "logits.h5 --head 0",
+        "logits.h5 --head 2 --init labels.h5",
+        "photos.h5 --head 0 --init labels.h5",
+        "logits.h5 --head 0 --init labels.h5 --csv new.csv",
+        "logits.h5 --head 0 --init labels.h5 --method kmeans",
+        "logits.h5 --method kmeans --clusters 3",
+        "scores.npy --method kmeans --clusters 13",
+        "scores.npy --method kmeans --init labels.h5",
+    ],
+)
+def test_dry_run_refuses_what_label_does(world: Path, options: str) -> None:
+    good(*words("label logits.h5 --assign random -o random.h5 -q"))
+    before = snapshot(world)
+    line = ["label", *words(options), "-o", "new.h5"]
+    real, dry = sela(*line), sela(*line, "--dry-run")
+    assert real.code in (2, 65, 66) and (dry.code, dry.err) == (real.code, real.err)
     assert snapshot(world) == before
 
 
@@ -387,12 +467,46 @@ def test_bad_source_date_is_refused(
 def test_skip_bad_leaves_the_unreadable_image_out(tmp_path: Path) -> None:
     output = str(tmp_path / "logits.h5")
     done = good(*words(EMBED), "--data", "spoilt", "--skip-bad", "-o", output, "--json")
-    assert json.loads(done.out)["images"] == PHOTOS
+    shown = json.loads(done.out)
+    assert (shown["images"], shown["left_out"]) == (PHOTOS, 1)
+    assert done.err == "warning: spoilt: 1 of 5 images can't be read, left out\n"
     with formats.open_file(output, "logits") as (file, _):
         keys, index_N = formats.read_images(output, file)
     # The broken one comes after 0.png..3.png in the order of names.
     assert keys == [f"{number}.png" for number in range(PHOTOS)]
     assert index_N.tolist() == list(range(PHOTOS))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{RUN} --image-size 16",
+        f"{RETRAIN} -l spoilt-labels.h5",
+        f"{TRAIN} -l spoilt-labels.h5",
+        "pack photos -o new.h5",
+    ],
+)
+def test_what_skip_bad_leaves_out_is_told(line: str) -> None:
+    keys = [f"{number}.png" for number in range(PHOTOS)]
+    write_logits("spoilt.h5", np.eye(PHOTOS)[:, :2], keys=keys)
+    good(*words("label spoilt.h5 -o spoilt-labels.h5 --assign random -q"))
+    done = good(*words(line.replace("photos", "spoilt")), *words("--skip-bad --dry-run --json"))
+    assert json.loads(done.out)["left_out"] == 1
+    assert "1 of 5 images can't be read" in done.err
+
+
+def test_probabilities_that_are_taken_for_logits_are_hinted_at(tmp_path: Path) -> None:
+    shares = np.random.default_rng(0).dirichlet(np.ones(3), 12)
+    np.save(tmp_path / "shares.npy", shares.astype(np.float16))
+    np.save(tmp_path / "signed.npy", shares - [[1, 0, -1]])
+    for name, more, told in (
+        ("shares", "", True),
+        ("shares", "--input-kind probabilities", False),
+        ("shares", "--quiet", False),
+        ("signed", "", False),
+    ):
+        line = f"label {tmp_path}/{name}.npy -o {tmp_path}/labels.h5 --force {more}"
+        assert ("--input-kind probabilities" in good(*words(line)).err) == told
 
 
 def test_unconverged_labels_are_written_and_exit_75(tmp_path: Path) -> None:
@@ -427,6 +541,15 @@ def test_label_through_pipes_is_label_of_files(tmp_path: Path, path: str, name: 
     with h5py.File(piped) as file:
         assert formats.payload_digest(file) == file.attrs["digest"]
     assert "Traceback" not in done.err
+
+
+def test_the_array_of_a_pipe_is_named_as_it_has_to_be_typed(tmp_path: Path) -> None:
+    line = ("label", "-o", str(tmp_path / "labels.h5"))
+    stdin = Path("two.npz").read_bytes()
+    done = sela(*line, "-", stdin=stdin)
+    assert done.code == 65
+    named = done.err.split("at the end of the line: ")[1].split()
+    good(*line, *named, stdin=stdin)
 
 
 def test_piped_file_is_the_file_byte_for_byte(
@@ -754,7 +877,8 @@ def test_what_another_command_has_left_does_not_stand_in_the_way(
 ) -> None:
     lines = {
         "train": f"{TRAIN_TWICE} --epochs 1 --batch-size 2 --precision {arithmetic}",
-        "embed": f"{EMBED} --data photos --batch-size 2 --device cpu --force",
+        "embed": f"{EMBED} --data photos --batch-size 2 --device cpu --precision {arithmetic}"
+        " --force",
     }
     output = tmp_path / "out.h5"
     # The first question comes while images are decoded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from sela_cli import collapse, tiles
+from sela_cli import collapse, interrupt, tiles
+from sela_cli.errors import StoppedEarly
 from sela_cli.scores import Matrix, Which
 
 WriteLogits = Callable[..., str]
@@ -28,6 +30,19 @@ def test_predictions_are_the_entropies_of_the_softmax(write_logits: WriteLogits)
     assert got["entropy"] == pytest.approx(entropy(p_NK, axis=1, base=6).mean(), rel=1e-5)
     assert got["spread"] == pytest.approx(entropy(p_NK.mean(0), base=6), rel=1e-5)
     assert got["unwanted"] == np.isin(range(6), p_NK.argmax(1), invert=True).mean()
+
+
+def test_a_signal_stops_the_reading_of_predictions(
+    write_logits: WriteLogits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_logits(np.eye(23)[:, :4])
+    monkeypatch.setattr(tiles, "_TILE_ELEMENTS", 12)
+    monkeypatch.setattr(tiles, "_SPAN_ELEMENTS", 20)
+    polls = itertools.count(1)
+    monkeypatch.setattr(interrupt, "requested", lambda: next(polls) == 2)
+    with pytest.raises(StoppedEarly, match=path):
+        collapse.predictions(path)
+    assert next(polls) == 3
 
 
 def test_predictions_do_not_depend_on_tiles(

@@ -107,3 +107,9 @@ def test_what_does_not_fit_is_bad_data(cluster: Callable[..., Labels]) -> None:
     rows_ND[7, 2] = np.nan
     with pytest.raises(BadData, match="row 7 "):
         cluster(rows_ND)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_that_are_all_the_same_are_one_cluster(cluster: Callable[..., Labels]) -> None:
+    (head,) = cluster(np.ones((12, 3)), clusters=[2]).heads
+    assert sorted(head.usage_K.tolist()) == [0, 12]

@@ -18,8 +18,8 @@ from scipy.special import log_softmax
 
 from sela_cli import assignment, formats, labels, tiles
 from sela_cli.assignment import Bounds
-from sela_cli.errors import UsageError
-from sela_cli.labels import LabelSettings, ScoreRows, label_stage, summary, warning
+from sela_cli.errors import BadData, UsageError
+from sela_cli.labels import LabelSettings, ScoreRows, label_stage, marginal, summary, warning
 from sela_cli.relabel import relabel_stage
 from sela_cli.scores import Features, open_scores
 
@@ -280,9 +280,16 @@ def test_output_never_takes_the_place_of_the_scores(matrix: Path, tmp_path: Path
     (tmp_path / "link.npy").symlink_to(matrix)
     for output, table in ((same, None), (labels, str(matrix)), (labels, f"{tmp_path}/./labels.h5")):
         for spec in (str(matrix), str(tmp_path / "link.npy")):
-            with pytest.raises(UsageError, match=r"name another file|name two files"):
+            with pytest.raises(UsageError, match=r"name another output|name two files"):
                 label_stage(spec, output, LabelSettings(), csv_path=table, force=True)
     assert matrix.read_bytes() == before
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_marginal_of_no_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.txt").touch()
+    with pytest.raises(BadData, match="0 weights for 3 clusters"):
+        marginal(str(tmp_path / "weights.txt"), 3)
 
 
 def test_clusters_that_nobody_wants_stay_empty_within_bounds(tmp_path: Path) -> None:

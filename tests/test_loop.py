@@ -198,11 +198,11 @@ def test_killed_between_stages_it_ends_with_the_same_digests(
     assert {name: kept[name] for name in digests(tmp_path / "whole")} == digests(tmp_path / "whole")
 
 
-def test_rounds_are_described_when_they_are_made_and_without_ami(
+def test_rounds_are_described_when_they_are_made_and_nothing_waits_for_ami(
     images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """AMI takes minutes a head at ImageNet's size: it is for the result alone."""
-    calls: dict[str, int] = {"nmi_and_ari": 0, "expected_mutual_information": 0}
+    """It takes minutes a head at ImageNet's size: `sela metrics` has it."""
+    calls: dict[str, int] = {"agreement_but_ami": 0, "expected_mutual_information": 0}
     for name in calls:
 
         def counted(*arguments: Any, name: str = name, real: Any = getattr(metrics, name)) -> Any:
@@ -210,9 +210,12 @@ def test_rounds_are_described_when_they_are_made_and_without_ami(
             return real(*arguments)
 
         monkeypatch.setattr(metrics, name, counted)
-    loop.run(images, tmp_path / "run", settings, SILENT)
+    summary = loop.run(images, tmp_path / "run", settings, SILENT)
     heads, rounds = len(settings.heads), len(settings.positions) + 1
-    assert calls == {"nmi_and_ari": heads * rounds, "expected_mutual_information": heads}
+    # Once more for the result.
+    assert calls["agreement_but_ami"] == heads * (rounds + 1)
+    assert calls["expected_mutual_information"] == 0
+    assert {"nmi", "ari", "accuracy", "purity"} <= set(summary["heads"][0])
 
 
 def test_rows_that_were_not_kept_are_made_from_the_files(
@@ -245,8 +248,8 @@ def test_a_folder_in_use_or_of_another_run_is_refused(
     with pytest.raises(CannotCreate, match="other settings"):
         loop.run(images, folder, replace(settings, opts=2), SILENT)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "precious.h5").write_bytes(b"")
-    with pytest.raises(CannotCreate, match="other files"):
+    (tmp_path / "other" / "rounds.csv").write_bytes(b"")
+    with pytest.raises(CannotCreate, match="and no run"):
         loop.run(images, tmp_path / "other", settings, SILENT)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -257,15 +260,27 @@ def test_a_folder_in_use_or_of_another_run_is_refused(
     assert digests(folder) == whole
 
 
-@pytest.mark.parametrize("name", ["photos.h5", "table.csv", "labels.h5", "notes.txt"])
-def test_a_folder_of_other_files_is_refused_even_by_force(
+@pytest.mark.parametrize("name", ["labels.h5", "rounds.csv", "checkpoint-007.h5"])
+def test_files_that_a_run_would_replace_are_refused_even_by_force(
     name: str, images: Images, settings: RunSettings, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text("mine")
     for force in (False, True):
-        with pytest.raises(CannotCreate, match="other files and no run"):
+        with pytest.raises(CannotCreate, match=f"{name} and no run"):
             loop.run(images, tmp_path, settings, SILENT, force=force)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+
+
+def test_a_run_begins_beside_other_files_and_leaves_them(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    """A job's log is there before its run is."""
+    others = ("log", "photos.h5", "table.csv", "labels-old.h5", "notes.unfinished")
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    loop.run(images, tmp_path, replace(settings, opts=0), SILENT)
+    assert {(tmp_path / name).read_text() for name in others} == {"mine"}
+    assert (tmp_path / "rounds.csv").exists()
 
 
 def test_a_run_removes_its_own_files_and_no_others(

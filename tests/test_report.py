@@ -33,6 +33,7 @@ from sela_cli.loop import Watcher, settings_of
 from sela_cli.report import contents as contents_of
 from sela_cli.report import figures, page
 from sela_cli.report.contents import Contents
+from sela_cli.spread import spread
 
 IMAGES, HEADS, ROUNDS = 60, (5, 8), 3
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -162,7 +163,7 @@ def rng() -> np.random.Generator:
 
 @given(st.integers(1, 10_000), st.integers(2, 200))
 def test_a_spread_has_both_ends_and_even_steps(count: int, limit: int) -> None:
-    chosen = contents_of.spread(count, limit)
+    chosen = spread(count, limit)
     assert len(chosen) == min(count, limit)
     assert chosen[0] == 0 and chosen[-1] == count - 1
     steps = np.diff(chosen)

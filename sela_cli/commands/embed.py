@@ -85,7 +85,7 @@ def embed(
         raise UsageError("--arch needs --heads, for instance --heads 128x10")
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, data, checkpoint)
     state = formats.read_checkpoint(checkpoint) if checkpoint else None
     with terminal.progress("decode", "images") as progress:
         images, size = open_images(
@@ -104,6 +104,7 @@ def embed(
     options: dict[str, Any] = {"precision": recipe.precision}
     options |= given(store=store, dtype=dtype, precision=precision, batch_size=batch_size)
     shown = plan(images, network, options.get("store", "logits"), options.get("dtype", "float32"))
+    shown |= terminal.left_out(images, limit)
     if not dry_run:
         where = device_name(device)
         if not state:

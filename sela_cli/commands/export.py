@@ -38,7 +38,7 @@ def export(
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
 
-    formats.check_output(output, force)
+    formats.check_output(output, force, checkpoint)
     state = formats.read_checkpoint(checkpoint)
     facts = export_stage(network_of(state, checkpoint), state, output, force)
     Terminal(as_json=as_json).result(

@@ -46,6 +46,8 @@ def export_labels(
         raise UsageError("give -o FILE or --links DIR")
     if (links is None) != (data is None):
         raise UsageError("--links and --data go together")
+    if output:
+        formats.check_output(output, force, labels)
     if output and output.endswith(".parquet"):
         extras.require("parquet")
     from sela_cli import exports

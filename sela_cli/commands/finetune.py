@@ -84,7 +84,7 @@ def finetune(
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, checkpoint)
     recipe = FinetuneRecipe(
         task=task.value,
         part=train.value,

@@ -29,13 +29,14 @@ def info(
 ) -> None:
     """Show what a file holds: its kind, digest, origin, datasets and attributes."""
     from sela_cli import extras
-    from sela_cli.formats import describe
+    from sela_cli.formats import check_output, describe
     from sela_cli.terminal import Terminal
 
     if plot:
         if file == "-":
             raise UsageError("--plot needs a file, not a pipe")
         extras.require("report")
+        check_output(plot, force, file)
         from sela_cli.report.figures import write_trace
 
         write_trace(file, plot, force)

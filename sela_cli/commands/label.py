@@ -155,20 +155,20 @@ def label(
         )
     )
     terminal = Terminal(quiet, as_json, stdout_taken="-" in (output, csv))
-    if dry_run:
-        shown = plan(logits, settings)
-        terminal.result(
-            shown, f"would label {shown['rows']} rows, heads {shown['heads']}, to {output}"
-        )
-        return
     if head is not None and init is None:
         raise UsageError("--head labels one head; the others need --init FILE")
     if head is not None and csv:
         raise UsageError("--head writes no --csv", "sela export-labels writes one")
+    if dry_run:
+        shown = plan(logits, settings, init, head)
+        terminal.result(
+            shown, f"would label {shown['rows']} rows, heads {shown['heads']}, to {output}"
+        )
+        return
     where = device_name(device)
     with terminal.progress("label") as progress:
         if head is not None and init is not None:
-            formats.check_output(output, force)
+            formats.check_output(output, force, logits)
             labels = relabel_stage(
                 logits, output, settings, head, init, device=where, progress=progress
             )
@@ -182,6 +182,7 @@ def label(
                 force=force,
                 device=where,
                 progress=progress,
+                say=terminal.say,
             )
     values, text = summary(labels, output)
     terminal.result(values, text)

@@ -54,11 +54,11 @@ def pack(
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, data)
     images, _ = open_images(
         data, None, download=download, skip_bad=skip_bad, limit=limit, side=size, hold=False
     )
-    shown = plan(images)
+    shown = plan(images) | terminal.left_out(images, limit)
     if not dry_run:
         provenance = formats.Provenance("pack", {"data": data, "size": images.side})
         with terminal.progress("pack", "images") as progress:

@@ -141,14 +141,16 @@ def probe(
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, data, test, checkpoint)
     state = formats.read_checkpoint(checkpoint)
     network = network_of(state, checkpoint)
     opening: dict[str, Any] = {"download": download, "skip_bad": skip_bad, "limit": limit}
     with terminal.progress("decode", "images") as progress:
         train, _ = open_images(data, state.image_size, progress=progress, **opening)
+        left_out = terminal.left_out(train, limit)
         if test:
             tested, _ = open_images(test, state.image_size, progress=progress, **opening)
+            left_out["left_out"] += terminal.left_out(tested, limit)["left_out"]
             split = "test"
         else:
             train, tested = probes.holdout(train, holdout, seed)
@@ -173,7 +175,7 @@ def probe(
     linear, knn = probes.recipes(options | {"seed": seed})
     if dry_run:
         plan = probes.plan(network, options["method"], options["layers"], linear, knn)
-        plan = {"train": len(train), "test": len(tested)} | plan
+        plan = {"train": len(train), "test": len(tested)} | left_out | plan
         terminal.result(plan, f"would probe with {len(train)} images, test on {len(tested)}")
         return
     parameters = {"data": data, "test": test, "holdout": holdout, "seed": seed} | options
@@ -209,7 +211,7 @@ def probe(
         f"top5 {row['top5']:.4f} ({row['split']}, n = {row['n']})"
         for row in rows
     ]
-    terminal.result({"output": output, "results": rows}, "\n".join(lines))
+    terminal.result({"output": output, **left_out, "results": rows}, "\n".join(lines))
 
 
 def _setting(row: dict[str, Any]) -> str:

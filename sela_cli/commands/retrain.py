@@ -99,7 +99,7 @@ def retrain(
         rotation=rotation,
     )
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, data, labels)
     with terminal.progress("decode", "images") as progress:
         training = prepare(
             "retrain",
@@ -115,7 +115,7 @@ def retrain(
             force=force,
             progress=progress,
         )
-    shown = training.plan()
+    shown = training.plan() | terminal.left_out(training.images, limit)
     if dry_run:
         settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
         terminal.result(

@@ -60,7 +60,10 @@ def run(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", metavar="DIR", help="Folder of the run: new, empty or a run's."
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder of the run, new or a run's; other files in it are left alone.",
         ),
     ],
     preset: Annotated[
@@ -182,10 +185,11 @@ def run(
             limit=limit,
             progress=progress,
         )
+    left_out = terminal.left_out(images, limit)
     settings = settings.at(size)
     if dry_run:
         shown, text = plan(images, settings)
-        terminal.result(shown, text)
+        terminal.result(shown | left_out, text)
         return
     where = device_name(device)
     watcher = Watcher(lambda title: terminal.progress(title, "images"), terminal.say)
@@ -193,4 +197,4 @@ def run(
         if tensorboard and job.number() == 0:
             watcher = replace(watcher, record=events.record)
         summary = run(images, out, settings, watcher, where, force, resume)
-    terminal.result(summary, text_of(summary))
+    terminal.result(summary | left_out, text_of(summary))

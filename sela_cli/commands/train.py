@@ -99,7 +99,7 @@ def train(
         seed=seed,
     )
     if not dry_run:
-        formats.check_output(output, force)
+        formats.check_output(output, force, data, labels)
     with terminal.progress("decode", "images") as progress:
         training = prepare(
             "train",
@@ -117,7 +117,7 @@ def train(
             force=force,
             progress=progress,
         )
-    shown = training.plan()
+    shown = training.plan() | terminal.left_out(training.images, limit)
     steps = f"steps {shown['from_step']}..{shown['to_step']} of {training.network.arch}"
     if dry_run:
         settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())

@@ -91,6 +91,20 @@ def open_source(spec: str, download: bool = False) -> Source:
     return source
 
 
+def no_classes(spec: str, keys: list[str]) -> BadData:
+    """What to raise where classes are needed and the images have none."""
+    loose = [key for key in keys if "/" not in key]
+    if 0 < len(loose) < len(keys):
+        return BadData(
+            f"{spec} has no true classes: '{loose[0]}' lies in none of its subfolders",
+            "move or remove it" if len(loose) == 1 else f"move or remove the {len(loose)} such",
+        )
+    return BadData(
+        f"{spec} has no true classes",
+        "use a folder with one subfolder a class, or a list with a class a line",
+    )
+
+
 def _open(spec: str, download: bool) -> Source:
     if spec == "digits":
         return _digits()

@@ -22,6 +22,7 @@ from sela_cli.formats import Checkpoint, Labels
 from sela_cli.images.batches import square
 from sela_cli.images.sources import Source, open_source
 from sela_cli.scores import open_scores
+from sela_cli.spread import spread
 
 Trace = dict[str, np.ndarray]
 _TILE_ROWS = 4096
@@ -163,13 +164,6 @@ class Cluster:
     purity: float | None
     name: str | None
     rows: list[int]
-
-
-def spread(count: int, limit: int) -> np.ndarray:
-    """At most `limit` of the positions 0..count-1, evenly spread, both ends among them."""
-    if count <= limit:
-        return np.arange(count)
-    return np.linspace(0, count - 1, limit).round().astype(np.int64)
 
 
 def clusters_of(contents: Contents, head: int, limit: int, images: int) -> list[Cluster]:
