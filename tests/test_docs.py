@@ -120,12 +120,13 @@ def test_the_commands_of_the_readme_run(block: str, world: Path) -> None:
         assert (world / "runs" / "demo" / "labels.h5").exists()
 
 
-def test_the_cifar_example_is_understood(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
+def test_the_cifar_example_is_understood(on: str, world: Path, tmp_path: Path) -> None:
     """By its plan: training takes an hour."""
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", str(ROOT / "examples" / "cifar10.sh"), "--dry-run"],
-        env={**os.environ, "PATH": tools, "DATA": "photos", "OUT": str(tmp_path / "run")},
+        env={**os.environ, "PATH": tools, "ON": on, "DATA": "photos", "OUT": str(tmp_path / "run")},
         cwd=world,
         capture_output=True,
         text=True,
