@@ -108,6 +108,38 @@ def passes(rows: Resident, kernel: bool, repeats: int) -> list[str]:
     return lines
 
 
+# Rows at a time, threads in 32s, programs for each processor.
+VARIANTS = {
+    torch.float32: [(1, 8, 4), (2, 8, 2), (1, 16, 2), (2, 16, 2), (4, 16, 1)],
+    torch.float64: [(1, 8, 4), (1, 16, 2), (2, 16, 1)],
+}
+
+
+def variants(rows: Resident, repeats: int) -> list[str]:
+    """The table of the kernel's shapes."""
+    from sela_cli import fused
+
+    clusters = rows.shape[1]
+    a_K = torch.linspace(-1, 1, clusters, dtype=torch.float64)
+    block = 1 << (clusters - 1).bit_length()
+    lines = ["| precision | rows, warps, programs | ms | |", "|---|---|---|---|"]
+    for dtype, shapes in VARIANTS.items():
+        chosen, programs = fused._rows_and_warps, fused._PROGRAMS
+        usual = (*chosen(block, dtype), programs)
+        for shape in dict.fromkeys([*shapes, usual]):
+            fused._rows_and_warps = lambda block, dtype, shape=shape: shape[:2]
+            fused._PROGRAMS = shape[2]
+            took = seconds(
+                lambda dtype=dtype: fused.column_sums(rows.stored_NK, LAMB, a_K, dtype),
+                rows.device,
+                repeats,
+            )
+            name, mark = str(dtype).removeprefix("torch."), "usual" if shape == usual else ""
+            lines.append(f"| {name} | {', '.join(map(str, shape))} | {took * 1e3:.2f} | {mark} |")
+        fused._rows_and_warps, fused._PROGRAMS = chosen, programs
+    return lines
+
+
 def solve(rows: Resident, tol: float) -> list[str]:
     """The table of a solve from nothing, and of its labels."""
     count, clusters = rows.shape
@@ -127,6 +159,9 @@ def solve(rows: Resident, tol: float) -> list[str]:
         "|---|---|---|---|---|---|",
         f"| {count:,} x {clusters:,} | {solved - start:.2f} | {len(solution.trace)} "
         f"| {solution.residual:.1e} | {balanced - solved:.2f} | {gap / objective:.1e} |",
+        "",
+        "Seconds at the end of each pass: "
+        + ", ".join(f"{step.seconds:.2f}" for step in solution.trace),
     ]
 
 
@@ -150,6 +185,8 @@ def main() -> None:
         f"kernel {'there' if kernel else 'missing'}, N x K = {rows.shape}.\n"
     )
     print("\n".join(passes(rows, kernel, options.repeats)), "\n", sep="\n", flush=True)
+    if kernel:
+        print("\n".join(variants(rows, options.repeats)), "\n", sep="\n", flush=True)
     semidual._kernel = chosen
     print("\n".join(solve(rows, options.tol)))
 

@@ -184,7 +184,9 @@ def run_cifar10(arguments: argparse.Namespace) -> None:
 
 def run_whole(arguments: argparse.Namespace) -> None:
     """A fresh and a self-labelled ResNet-18 of all images."""
-    for name, epochs, opts in (("sela", arguments.epochs, arguments.opts), ("fresh", 0, 0)):
+    lengths = {"sela": (arguments.epochs, arguments.opts), "fresh": (0, 0)}
+    for name in arguments.names:
+        epochs, opts = lengths[name]
         part = Experiment(arguments.out / f"whole-{name}", arguments.train, arguments.test)
         if not part.done:
             part.sela(
@@ -419,6 +421,7 @@ def main() -> None:
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--epochs", type=int, default=24, help="of cifar10 and whole")
     run.add_argument("--opts", type=int, default=26, help="of whole")
+    run.add_argument("--names", nargs="+", default=("sela", "fresh"), help="of whole")
     run.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     page = commands.add_parser("write")
     page.add_argument("--out", type=Path, required=True)

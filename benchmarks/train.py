@@ -287,6 +287,7 @@ def measure(case: str, options: argparse.Namespace) -> list[list[str]]:
                 spread = f"{min(values):.0f}..{max(values):.0f}"
                 median = f"{statistics.median(values):.0f}"
                 rows.append([case, stage, title, median, spread, f"{times:.2f}"])
+                print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
         return rows
 
 

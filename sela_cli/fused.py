@@ -22,8 +22,8 @@ _LONGEST = 8192
 _BLOCK = 2048
 # Programs for each processor of the GPU.
 _PROGRAMS = 4
-# Numbers of the rows at hand that a thread holds, in single precision.
-_HELD = 32
+# Numbers of the rows at hand that a thread holds, in single precision; and rows at most.
+_HELD, _MOST_ROWS = 32, 64
 # Rows that are added up in the precision of the softmax before float64 takes over.
 _GROUP = tl.constexpr(16)
 
@@ -68,7 +68,8 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
 def _rows_and_warps(block: int, dtype: torch.dtype) -> tuple[int, int]:
     """How many rows a program takes at a time, and in how many threads, in 32s."""
     warps = min(max(block // 256, 4), 16)
-    return max(1, 32 * warps * _HELD * 4 // dtype.itemsize // block), warps
+    held = 32 * warps * _HELD * 4 // dtype.itemsize
+    return min(max(1, held // block), _MOST_ROWS), warps
 
 
 def _processors(device: torch.device) -> int:
