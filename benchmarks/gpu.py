@@ -1,6 +1,6 @@
 """The label solve on a GPU: a pass beside its floor, and a whole solve at ImageNet's size.
 
-    python benchmarks/gpu.py
+    python benchmarks/gpu.py > docs/benchmarks-gpu.md
 
 Needs one GPU with room for the scores (7.7 GB of float16), and a C compiler for Triton.
 Everything is printed, as markdown. Small sizes try the script out without a GPU:
@@ -23,6 +23,14 @@ from sela_cli import assignment, newton, semidual
 from sela_cli.labels import marginal
 from sela_cli.semidual import Problem, soft_sizes
 from sela_cli.tiles import Resident
+
+HEADING = """# The label solve on a GPU
+
+Written by `python benchmarks/gpu.py`: float16 scores of features near prototypes, of uneven
+popularity, in the memory of the GPU. *pass*: one read of all scores, by torch's operations and
+by the fused kernel, median of 5; the floor is the time to read them at the rate of a copy. The
+second table is the kernel in other shapes, called once for all rows.
+"""
 
 LAMB = 25.0
 # Rows made at a time.
@@ -180,6 +188,7 @@ def main() -> None:
     chosen = semidual._kernel
     kernel = chosen(device) is not None or "TRITON_INTERPRET" in os.environ
     where = torch.cuda.get_device_name(device) if on_gpu else "no GPU"
+    print(HEADING)
     print(
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {where}, torch {torch.__version__}, "
         f"kernel {'there' if kernel else 'missing'}, N x K = {rows.shape}.\n"

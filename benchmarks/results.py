@@ -3,7 +3,7 @@
     python benchmarks/results.py run cifar10 --train CIFAR/train --test CIFAR/test --out runs/r
     python benchmarks/results.py run ablations --train CIFAR/train --test CIFAR/test --out runs/r
     python benchmarks/results.py run whole --train CIFAR/train --test CIFAR/test --out runs/r \
-        --epochs 160 --opts 26                                # all 50,000 images: on a GPU
+        --epochs 130 --opts 22                                # all 50,000 images: on a GPU
     python benchmarks/results.py write --out runs/r
 
 Folders of CIFAR-10 with a subfolder for each class. Every experiment has a folder of its
@@ -420,7 +420,7 @@ def main() -> None:
     run.add_argument("--test", type=Path, required=True)
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--epochs", type=int, default=24, help="of cifar10 and whole")
-    run.add_argument("--opts", type=int, default=26, help="of whole")
+    run.add_argument("--opts", type=int, default=22, help="of whole")
     run.add_argument("--names", nargs="+", default=("sela", "fresh"), help="of whole")
     run.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     page = commands.add_parser("write")

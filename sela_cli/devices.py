@@ -52,8 +52,9 @@ class Graphed:
         if self._graph is None:
             self._inputs = [tensor.clone() for tensor in inputs]
             self._graph = torch.cuda.CUDAGraph()
-            # Says what is to be done, and does nothing yet.
-            with torch.cuda.graph(self._graph):
+            # Says what is to be done, and does nothing yet; other threads may go on, such as
+            # one that pins batches.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._result = self._step(*self._inputs)
         for kept, given in zip(self._inputs, inputs, strict=True):
             kept.copy_(given)

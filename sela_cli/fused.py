@@ -17,13 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sela_cli.devices import sent
+
 # Longer rows do not fit into the registers of a program, and are read three times.
 _LONGEST = 8192
 _BLOCK = 2048
 # Programs for each processor of the GPU.
 _PROGRAMS = 4
-# Numbers of the rows at hand that a thread holds, in single precision; and rows at most.
-_HELD, _MOST_ROWS = 32, 64
+# Bytes of the rows at hand that a thread holds, and rows at most.
+_HELD, _MOST_ROWS = 64, 64
 # Rows that are added up in the precision of the softmax before float64 takes over.
 _GROUP = tl.constexpr(16)
 
@@ -36,9 +38,9 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
     """
     count, clusters = scores_nK.shape
     scores_nK, device = scores_nK.contiguous(), scores_nK.device
-    a_K = a_K.to(device, dtype)
+    a_K = sent(a_K.to(dtype), device)
     # A number among a kernel's arguments would be rounded to single precision.
-    lamb_1 = torch.tensor([lamb], dtype=dtype).to(device)
+    lamb_1 = sent(torch.tensor([lamb], dtype=dtype), device)
     programs = max(1, min(count, _PROGRAMS * _processors(device)))
     each = triton.cdiv(count, programs)
     sums_PK = torch.empty(programs, clusters, dtype=torch.float64, device=device)
@@ -66,10 +68,10 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
 
 
 def _rows_and_warps(block: int, dtype: torch.dtype) -> tuple[int, int]:
-    """How many rows a program takes at a time, and in how many threads, in 32s."""
-    warps = min(max(block // 256, 4), 16)
-    held = 32 * warps * _HELD * 4 // dtype.itemsize
-    return min(max(1, held // block), _MOST_ROWS), warps
+    """How many rows a program takes at a time, and in how many threads, in 32s: the fastest
+    of those in docs/benchmarks-gpu.md, as many numbers a thread for shorter rows."""
+    warps = 8 if dtype == torch.float32 else 16
+    return min(max(1, 32 * warps * _HELD // dtype.itemsize // block), _MOST_ROWS), warps
 
 
 def _processors(device: torch.device) -> int:

@@ -33,7 +33,7 @@ _TILE_ELEMENTS = 1 << 17
 _SPAN_ELEMENTS = 1 << 21
 # On a GPU: enough to keep it busy, little enough that the copies an operation makes fit;
 # and of rows that are there and need no copy. It is waited for once a span.
-_DEVICE_TILE, _DEVICE_VIEW = 1 << 23, 1 << 28
+_DEVICE_TILE, _DEVICE_VIEW = 1 << 23, 1 << 32
 _DEVICE_TILES = 8
 # Threads that read tiles for it, and so the spans that are in its memory.
 _DEVICE_WORKERS = 4
