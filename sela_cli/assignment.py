@@ -23,24 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli.semidual import Problem, Solution, plan
-from sela_cli.tiles import Resident, Rows, Some, evenly, map_rows, map_spans
+from sela_cli import parallel
+from sela_cli.semidual import Problem, Solution, plan_of_some
+from sela_cli.tiles import CPU, Resident, Rows, Some, map_rows, map_spans
 
 # `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
 _EXCESS = 0.01
 _LOOSE = 0.002
 _LOOSE_ITER = 20
 _SHARPENINGS = 8
+# Where rows have so large a largest share, in the mean, and sizes came no nearer, they won't.
+_SHARP = 0.5
 # `balanced`: clusters looked at beyond twice those that lead to the nearest one with room.
 _FURTHER = 32
-# Of the mean row's largest share: from there on the next solve brings sizes no nearer.
-_SHARP, _SOME = 0.5, 512
 # Rows looked at: for each that has to move and for each cluster at least, and so many times
 # as many again where these do not do.
 _PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 8
-# Bytes of them that are kept: a cluster's are read anew for every path through it.
-_KEPT = 1 << 25
-
 # `nearest_marginal`: the rows of a cluster that has none.
 _NO_ROW = 1e-9
 
@@ -194,13 +192,15 @@ def balanced(
     bounds: Bounds,
     slack: float = 0.0,
     progress: Callable[[int], None] = lambda left: None,
+    memory: int = 1 << 28,
 ) -> tuple[np.ndarray, Tensor]:
     """Labels whose cluster sizes lie within `bounds`, of least objective.
 
     The sizes are fixed first, by the prices; for them the labels are optimal where
     `slack` is 0. Otherwise a moved row may lose up to `slack` nats more than the one that
     minds least, which moves many rows at a time. Returns labels_N and the prices that go
-    with them. `progress` is told how many rows are still too many.
+    with them. `progress` is told how many rows are still too many; `memory`: bytes that may
+    be kept of the rows that are looked at.
 
     Only rows of small margins are looked at. No other loses less than `margin` by going
     anywhere, so that a path is the cheapest as long as all its arcs cost less than that;
@@ -219,9 +219,10 @@ def balanced(
             margin = float(np.partition(margin_N, wanted)[wanted])
         chosen_n = np.flatnonzero(margin_N <= margin)
         movable: Rows = Some(rows, chosen_n)
-        if len(chosen_n) * clusters * 8 <= _KEPT:
-            kept = list(map_rows(rows, chosen_n, lambda block_nK: block_nK.cpu()))
-            movable = Resident(torch.cat(kept))
+        # A cluster's rows are read for every path through it.
+        size = movable.tile(0, 0, None).element_size()
+        if len(chosen_n) * clusters * size <= memory:
+            movable = Resident.of(movable, CPU)
         flow = _Flow(movable, labels_N[chosen_n], prices, margin)
         while surplus_K.any() and flow.advance(surplus_K, slack):
             progress(int(surplus_K.clip(0).sum()))
@@ -403,18 +404,13 @@ def sharpen(
         labels_N = argmax(rows, prices_K, torch.float32)
         sizes_K = np.bincount(labels_N, minlength=rows.shape[1])
         excess = int((sizes_K - bounds.high_K).clip(0).sum())
-        if excess <= _EXCESS * rows.shape[0]:
+        if excess <= _EXCESS * rows.shape[0] or parallel.any_of(problem.stop()):
             break
-        if excess > before / 2 and _largest_share(rows, lamb, prices_K) > _SHARP:
+        q_nK = plan_of_some(rows, lamb, prices_K * lamb, torch.float32)
+        if excess > before / 2 and float(q_nK.amax(1).mean()) > _SHARP:
             break
         before = excess
         lamb *= 4
         sharper = problem.at(problem.rows, lamb, _LOOSE, _LOOSE_ITER)
         prices_K = refine(sharper, prices_K * lamb).potentials_K / lamb
     return prices_K
-
-
-def _largest_share(rows: Rows, lamb: float, prices_K: Tensor) -> float:
-    """Of a row's plan, mean over some rows, evenly spread."""
-    q_nK = plan(evenly(rows, _SOME).tile(0, _SOME, torch.float32), lamb, prices_K * lamb)
-    return float(q_nK.amax(1).mean())

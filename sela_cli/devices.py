@@ -6,7 +6,8 @@ was said. A plain copy to the GPU waits until all that was said before is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,13 +33,14 @@ def has_graphs(device: torch.device | str) -> bool:
 class Graphed:
     """`step` of tensors on a GPU, as one CUDA graph: its operations are launched all at once.
 
-    One by one they cost the processor more time than the GPU. The first calls are plain
-    ones, and so are those with other shapes than the graph is made for. The next call
-    overwrites what this one has returned.
+    One by one they cost the processor more time than the GPU. Calls with other shapes than
+    the first has are plain ones, and so are the first few. The next call overwrites what
+    this one has returned.
     """
 
     def __init__(self, step: Callable[..., Tensor]) -> None:
         self._step, self._calls = step, 0
+        self._shapes: list[torch.Size] = []
         self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
@@ -46,30 +48,44 @@ class Graphed:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What `step` makes of them."""
+        shapes = [tensor.shape for tensor in inputs]
+        self._shapes = self._shapes or shapes
+        if shapes != self._shapes:
+            return self._step(*inputs)
         self._calls += 1
-        if self._calls <= _FIRST or (self._graph and not self._fit(inputs)):
+        if self._calls <= _FIRST:
             return self._plainly(*inputs)
         if self._graph is None:
-            self._inputs = [tensor.clone() for tensor in inputs]
-            self._graph = torch.cuda.CUDAGraph()
-            # Says what is to be done, and does nothing yet; other threads may go on, such as
-            # one that pins batches.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._result = self._step(*self._inputs)
+            self._capture(*inputs)
+        assert self._graph is not None
         for kept, given in zip(self._inputs, inputs, strict=True):
             kept.copy_(given)
         self._graph.replay()
         return self._result
 
-    def _fit(self, inputs: Sequence[Tensor]) -> bool:
-        return all(
-            kept.shape == given.shape for kept, given in zip(self._inputs, inputs, strict=True)
-        )
-
     def _plainly(self, *inputs: Tensor) -> Tensor:
-        """Beside the stream that all else is in, as a capture will be."""
+        """Beside the stream that all else is in, as the capture will be."""
         self._aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._aside):
+        with torch.cuda.stream(self._aside), _searching():
             result = self._step(*inputs)
         torch.cuda.current_stream().wait_stream(self._aside)
         return result
+
+    def _capture(self, *inputs: Tensor) -> None:
+        """Say what is to be done, and do nothing yet."""
+        self._inputs = [tensor.clone() for tensor in inputs]
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may go on, such as one that pins batches.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), _searching():
+            self._result = self._step(*self._inputs)
+
+
+@contextmanager
+def _searching() -> Iterator[None]:
+    """Of cuDNN's convolutions the fastest: worth a search where shapes stay what they are."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

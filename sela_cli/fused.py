@@ -26,7 +26,7 @@ _BLOCK = 2048
 _PROGRAMS = 4
 # Bytes of the rows at hand that a thread holds, and rows at most.
 _HELD, _MOST_ROWS = 64, 64
-# Rows that are added up in the precision of the softmax before float64 takes over.
+# Times R rows are added up in the precision of the softmax before float64 takes over.
 _GROUP = tl.constexpr(16)
 
 

@@ -142,7 +142,7 @@ class ScoreRows:
         rows = slice(start, stop)
         return self._scores(self.matrix.tensor(rows, self.device), rows, dtype)
 
-    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
         return self._scores(self.matrix.tensor(rows_n, self.device), rows_n, dtype)
 
@@ -613,8 +613,11 @@ def _solve_head(
             if parallel.any_of(interrupt.requested()):
                 raise InterruptedError
 
+        # What plans took is free again, and where rows are not kept so is all that they would.
+        unkept = not isinstance(part, InMemory)
+        free = _unused(rows.shape[1], settings) - taken if unkept else problem.memory
         with suppress(InterruptedError):
-            result = _balanced(whole, problem, solution, sizes, refine, moving)
+            result = _balanced(whole, problem, solution, sizes, refine, moving, free)
     assign = "argmax" if result is None else "balanced"
     if result is None:
         result = assignment.certified(whole, solution.potentials_K / settings.lamb, sizes.allowed)
@@ -645,11 +648,14 @@ def _balanced(
     sizes: _Sizes,
     refine: Callable[[Problem, Tensor], Solution],
     progress: Callable[[int], None],
+    memory: int,
 ) -> assignment.Certified:
     """Labels of the wanted sizes, from potentials that are nearly right."""
     sharp_K = assignment.sharpen(rows, problem, solution.potentials_K, refine)
     slack = _SLACK * assignment.certified(evenly(rows, _SOME), sharp_K, None).objective
-    labels_N, prices_K = assignment.balanced(rows, sharp_K, sizes.given, slack, progress=progress)
+    labels_N, prices_K = assignment.balanced(
+        rows, sharp_K, sizes.given, slack, progress=progress, memory=memory
+    )
     return assignment.certified(rows, prices_K, sizes.allowed, labels_N)
 
 

@@ -335,6 +335,4 @@ def device_name(device: str) -> str:
     if found.type == "cuda":
         # Pinned memory takes some of the current GPU, which else is the first in every process.
         torch.cuda.set_device(found)
-        # Batches are all of one shape: the fastest convolutions are worth a search.
-        torch.backends.cudnn.benchmark = True
     return device

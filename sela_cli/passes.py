@@ -1,16 +1,41 @@
-"""A pass over all images in order, batch by batch, dealt out to the processes of a job."""
+"""Images batch by batch: all in order, dealt out to the processes of a job, or at random."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import tee
 
 import torch
 from torch import Tensor
 
 from sela_cli import job, parallel
 from sela_cli.devices import sent
-from sela_cli.images.augment import DrawOf, Draws, drawn_view, ten_views
+from sela_cli.images.augment import AUGMENTATIONS, DrawOf, Draws, draw, drawn_view, ten_views
 from sela_cli.images.batches import Images
+from sela_cli.seeds import batches, generator_of
+
+
+def at_random(
+    images: Images,
+    size: int,
+    aug: str,
+    seed: int,
+    steps: range,
+    batch_size: int,
+    device: str,
+    purpose: str = "",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's part of the batches `steps`: rows (n,), and views of `size` pixels.
+
+    Order and views are drawn for whole batches, by the seed, the step and the `purpose`.
+    """
+    mine = job.share(batch_size)
+    order = batches(seed, f"{purpose}order", len(images), batch_size, steps.start, steps.stop)
+    rows, ahead = tee(rows_n[mine] for rows_n in order)
+    for step, rows_n, batch in zip(steps, rows, images.stream(ahead), strict=True):
+        generator = generator_of(seed, f"{purpose}view", step)
+        draws = draw(batch_size, images.side, AUGMENTATIONS[aug], generator).of(mine)
+        yield rows_n, drawn_view(sent(batch, device), size, draws.on(device))
 
 
 @torch.no_grad()
@@ -40,7 +65,7 @@ def in_order(
             augment(batch_size, images.side)
     counts = [min(batch_size, len(images) - start) for start in starts]
     own = range(rank, len(starts), processes)
-    batches = images.stream(torch.arange(starts[n], starts[n] + counts[n]) for n in own)
+    stream = images.stream(torch.arange(starts[n], starts[n] + counts[n]) for n in own)
     for first in range(0, len(starts), processes):
         group = counts[first : first + processes]
         outputs: Sequence[Tensor | None] = [None] * len(columns)
@@ -48,7 +73,7 @@ def in_order(
             # Drawn for every batch, so that the views do not depend on who computes them.
             draws = augment(count, images.side) if augment else Draws()
             if owner == rank:
-                view = view_of(sent(next(batches), device), size, draws.on(device))
+                view = view_of(sent(next(stream), device), size, draws.on(device))
                 view = view.contiguous(memory_format=torch.channels_last)
                 values = compute(view).float().cpu()
                 outputs = [part.contiguous() for part in torch.split(values, list(columns), 1)]

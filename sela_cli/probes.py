@@ -11,7 +11,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,12 @@ from sela_cli.batchwide import BatchNorm2d
 from sela_cli.devices import sent
 from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, Provenance
-from sela_cli.images.augment import AUGMENTATIONS, draw, drawn_view
+from sela_cli.images.augment import AUGMENTATIONS
 from sela_cli.images.batches import Images
 from sela_cli.images.sources import no_classes
 from sela_cli.logits import forward
 from sela_cli.networks import Network, arrays_of, load_arrays
 from sela_cli.precision import autocast
-from sela_cli.seeds import batches, generator_of
 from sela_cli.unfinished import Unfinished, momentum_of, restore_momentum
 
 METHODS = ("linear", "knn", "both")
@@ -500,19 +498,17 @@ class LinearProbe:
         weight = (mine.stop - mine.start) / batch_size
         rates = dict.fromkeys(layers, recipe.lrs)
         self.inputs.train()
-        order = batches(recipe.seed, "probe order", len(images), batch_size, self.step, last)
-        rows, ahead = tee(rows_n[mine] for rows_n in order)
-        for rows_n, batch in zip(rows, images.stream(ahead), strict=True):
+        rest = range(self.step, last)
+        for rows_n, view in passes.at_random(
+            images, self.network.image_size, recipe.aug, recipe.seed, rest, batch_size,
+            self.device, purpose="probe ",
+        ):  # fmt: skip
             epoch, place = divmod(self.step, steps)
             if place == 0:
                 self.totals.zero_()
             fallen = 0.1 ** sum(milestone <= epoch for milestone in milestones)
             for group, (_, lr) in zip(self.optimizer.param_groups, each, strict=True):
                 group["lr"] = lr * fallen
-            generator = generator_of(recipe.seed, "probe view", self.step)
-            draws = draw(batch_size, images.side, AUGMENTATIONS[recipe.aug], generator).of(mine)
-            batch, draws = sent(batch, self.device), draws.on(self.device)
-            view = drawn_view(batch, self.network.image_size, draws)
             truth_n = sent(truth_N[rows_n], self.device)
             logits = self._logits(view, rates)
             # No two share a parameter: the gradient of the sum is each one's own.

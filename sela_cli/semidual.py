@@ -133,9 +133,8 @@ class Problem:
 
         More than of all rows, where errors of different rows cancel.
         """
-        some = evenly(self.rows, _SOME)
         coarse_nK, fine_nK = (
-            plan(some.tile(0, _SOME, dtype), self.lamb, a_K).double()
+            plan_of_some(self.rows, self.lamb, a_K, dtype).double()
             for dtype in (torch.float32, torch.float64)
         )
         return 0.5 * float(parallel.mean_of((coarse_nK - fine_nK).cpu()).abs().sum())
@@ -221,7 +220,7 @@ def soft_sizes(
             if kernel:
                 s_K += kernel(tile_nK, lamb, a_K, dtype)
                 continue
-            q_nK = plan(tile_nK, lamb, a_K)
+            q_nK = _plan(tile_nK, lamb, a_K)
             s_K += q_nK.sum(0).to(s_K)
             if take:
                 entries.add(q_nK[-first % take.every :: take.every].numpy(), take.least)
@@ -257,7 +256,12 @@ def _kernel(device: torch.device) -> Callable[[Tensor, float, Tensor, torch.dtyp
     return column_sums
 
 
-def plan(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
+def plan_of_some(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype) -> Tensor:
+    """The plan of some rows, evenly spread, (n, K)."""
+    return _plan(evenly(rows, _SOME).tile(0, _SOME, dtype), lamb, a_K)
+
+
+def _plan(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
     """softmax_k(lambda score_ik + a_k) of a tile."""
     return torch.softmax(torch.add(a_K.to(tile_nK), tile_nK, alpha=lamb), 1)
 
@@ -291,7 +295,7 @@ def laplacian(rows: Rows, lamb: float, a_K: Tensor, sparse: bool) -> Tensor:
     overlap_KK = torch.zeros(clusters, clusters, dtype=torch.float64)
 
     def overlap(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
-        return gram(torch.cat([plan(tile_nK, lamb, a_K) for _, tile_nK in tiles]))
+        return gram(torch.cat([_plan(tile_nK, lamb, a_K) for _, tile_nK in tiles]))
 
     for part_KK in map_spans(rows, overlap, torch.float32, square=2, workers=SQUARE_WORKERS):
         overlap_KK += part_KK
@@ -305,7 +309,7 @@ def _laplacian_on_device(rows: Rows, lamb: float, a_K: Tensor) -> Tensor:
     def overlap(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
         gram_KK = torch.zeros(clusters, clusters, device=rows.device)
         for _, tile_nK in tiles:
-            q_nK = plan(tile_nK, lamb, a_K).bfloat16()
+            q_nK = _plan(tile_nK, lamb, a_K).bfloat16()
             gram_KK += q_nK.T @ q_nK
         return gram_KK
 
@@ -320,6 +324,6 @@ def breadth(rows: Rows, lamb: float, a_K: Tensor, least: Sequence[float]) -> lis
 
     Of some rows, evenly spread.
     """
-    q_nK = plan(evenly(rows, _SOME).tile(0, _SOME, torch.float32), lamb, a_K)
+    q_nK = plan_of_some(rows, lamb, a_K, torch.float32)
     squares = [(q_nK > share).sum(1).double().square() for share in least]
     return parallel.mean_of(torch.stack(squares, 1).cpu()).sqrt().tolist()

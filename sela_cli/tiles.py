@@ -63,7 +63,7 @@ class Rows(Protocol):
         """Rows start..stop-1, (n, K)."""
         ...
 
-    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """The named rows, (n, K); `rows_n` is ascending."""
         ...
 
@@ -105,12 +105,12 @@ class InMemory(_Chosen):
         return len(self.scores_NK), self.scores_NK.shape[1]
 
     def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
-        """Rows start..stop-1, (n, K)."""
+        """Rows start..stop-1, (n, K). As they are kept, where `dtype` is None."""
         if dtype in (torch.float32, None):
             return self.scores_NK[start:stop]
         return self.source.take(self.rows_N[start:stop], dtype)
 
-    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
         if dtype == torch.float32:
             return self.scores_NK[torch.from_numpy(rows_n)]
@@ -124,10 +124,10 @@ class Resident:
     stored_NK: Tensor
 
     @classmethod
-    def of(cls, source: Rows) -> Resident:
-        """All the rows, read once."""
+    def of(cls, source: Rows, device: torch.device | None = None) -> Resident:
+        """All the rows, read once; on the device that they are on, or another."""
         dtype = source.tile(0, 0, None).dtype
-        stored_NK = torch.empty(source.shape, dtype=dtype, device=source.device)
+        stored_NK = torch.empty(source.shape, dtype=dtype, device=device or source.device)
 
         def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
             for start, tile_nK in tiles:
@@ -151,9 +151,10 @@ class Resident:
         tile_nK = self.stored_NK[start:stop]
         return tile_nK if dtype is None else less_maximum(tile_nK, dtype)
 
-    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
-        return less_maximum(self.stored_NK[torch.from_numpy(rows_n)], dtype)
+        stored_nK = self.stored_NK[torch.from_numpy(rows_n)]
+        return stored_nK if dtype is None else less_maximum(stored_nK, dtype)
 
 
 def less_maximum(tile_nK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,7 +194,7 @@ class Part(_Chosen):
         """Rows start..stop-1, (n, K)."""
         return self.source.tile(self.start + start, self.start + stop, dtype)
 
-    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
         return self.source.take(self.start + rows_n, dtype)
 
@@ -211,9 +212,9 @@ class Some(_Chosen):
 
     def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """Rows start..stop-1, (n, K)."""
-        return self.source.take(self.rows_N[start:stop], dtype or torch.float64)
+        return self.source.take(self.rows_N[start:stop], dtype)
 
-    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
         return self.source.take(self.rows_N[rows_n], dtype)
 

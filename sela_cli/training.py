@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,9 @@ from sela_cli.formats import Checkpoint, Labels, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw, drawn_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build
+from sela_cli.passes import at_random
 from sela_cli.precision import autocast, decided
-from sela_cli.seeds import batches, generator_of, seed_of
+from sela_cli.seeds import generator_of, seed_of
 from sela_cli.unfinished import Unfinished, began_in, momentum_of, restore_momentum
 
 PRECISIONS = ("float32", "bfloat16", "auto")
@@ -197,13 +197,18 @@ class Trainer:
 
         step = Graphed(update) if self._graphed else update
         self.network.train()
-        ready = self._batches(images, labels_TN, batch_size, mine, to_step)
+        steps = range(self.step, to_step)
+        ready = at_random(
+            images, self.network.image_size, recipe.aug, recipe.seed, steps, batch_size, self.device
+        )
         batch = next(ready, None)
         while batch is not None:
+            rows_n, view = batch
+            labels_Tn = torch.stack([labels_N[rows_n] for labels_N in labels_TN])
             # Dropout draws from the global generator.
             torch.manual_seed(seed_of(recipe.seed, "dropout", self.step))
             self._set_rate(recipe.lr_at(self.step, count))
-            loss = step(*batch)
+            loss = step(view, sent(labels_Tn, self.device))
             # Made while a GPU is at work on this step, which the loss has to wait for.
             batch = next(ready, None)
             part = loss.float().cpu() / parallel.size()
@@ -214,27 +219,6 @@ class Trainer:
                 )
             self.step += 1
             after()
-
-    def _batches(
-        self,
-        images: Images,
-        labels_TN: Sequence[Tensor],
-        batch_size: int,
-        mine: slice,
-        to_step: int,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's views and labels (T, n) of every batch up to `to_step`, on the device."""
-        recipe, first = self.recipe, self.step
-        order = batches(recipe.seed, "order", len(images), batch_size, first, to_step)
-        rows, ahead = tee(rows_n[mine] for rows_n in order)
-        steps = zip(range(first, to_step), rows, images.stream(ahead), strict=True)
-        for step, rows_n, batch in steps:
-            generator = generator_of(recipe.seed, "view", step)
-            draws = draw(batch_size, images.side, AUGMENTATIONS[recipe.aug], generator).of(mine)
-            batch, draws = sent(batch, self.device), draws.on(self.device)
-            view = drawn_view(batch, self.network.image_size, draws)
-            labels_Tn = torch.stack([labels_N[rows_n] for labels_N in labels_TN])
-            yield view, sent(labels_Tn, self.device)
 
     def _set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -10,8 +10,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sela_cli import assignment, newton, semidual, tiles
+from sela_cli.devices import Graphed
 from sela_cli.formats import HeadLabels
 from sela_cli.labels import LabelSettings, ScoreRows, label, label_stage, marginal
 from sela_cli.scores import Features, Matrix, Product, Scores
@@ -185,21 +188,56 @@ def test_a_gpu_finds_what_the_processor_finds(tmp_path: Path, clusters: int) -> 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int16])
 def test_stored_rows_are_solved_and_balanced_to_the_same_bits(dtype: type) -> None:
+    """Also where the rows that are looked at are kept apart."""
     rows = rows_of((3 * scores(6000, 20)).astype(dtype))
     found = []
-    for kept in (rows, Resident.of(rows)):
+    ways = [(rows, 0), (rows, 1 << 28), (InMemory.of(rows), 1 << 28), (Resident.of(rows), 0)]
+    for kept, memory in ways:
         problem = Problem(kept, marginal("uniform", 20), 5.0, 1e-6, 200)
         potentials_K = newton.solve(problem).potentials_K
         bounds = assignment.size_bounds(6000, problem.marginal_K.numpy())
-        labels_N, prices_K = assignment.balanced(kept, potentials_K / 5, bounds)
+        labels_N, prices_K = assignment.balanced(kept, potentials_K / 5, bounds, memory=memory)
         found.append((potentials_K, prices_K, torch.from_numpy(labels_N)))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
 
 
 def test_stored_probabilities_keep_their_zeros() -> None:
     array = np.eye(4)[np.arange(40) % 4]
     rows = rows_of(array, "probabilities")
     assert torch.equal(Resident.of(rows).tile(0, 40), rows.tile(0, 40))
+
+
+# ---- one graph of many operations ------------------------------------------------
+
+
+class Replayed:
+    """A CUDA graph that only counts."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        Replayed.replays += 1
+
+
+def test_a_graph_is_made_of_the_first_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short batch may come when the graph is due, and cuDNN has never seen it."""
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+    done: list[int] = []
+
+    def step(tensor: Tensor) -> Tensor:
+        done.append(len(tensor))
+        return 2 * tensor
+
+    graphed = Graphed(step)
+    sizes = [5, 5, 5, 3, 5, 3, 5]
+    assert [len(graphed(torch.ones(size))) for size in sizes] == sizes
+    # Three plain calls, the short ones and the capture.
+    assert done == [5, 5, 5, 3, 5, 3] and Replayed.replays == 2
 
 
 # ---- a GPU that is none ---------------------------------------------------------
@@ -316,8 +354,16 @@ def same(one: HeadLabels, other: HeadLabels) -> bool:
 
 @pytest.mark.parametrize("solver", ["newton", "lbfgs", "sinkhorn"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_the_label_solve_mixes_no_devices(claimed_gpu: None, solver: str, dtype: type) -> None:
-    """Annealed, sharpened and balanced, on a GPU by its own account."""
+@pytest.mark.parametrize("memory", [0, 1 << 28])
+def test_the_label_solve_mixes_no_devices(
+    claimed_gpu: None, solver: str, dtype: type, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Annealed, sharpened and balanced, on a GPU by its own account: where the rows that are
+    looked at stay there, and where they are kept in memory."""
+    balanced = assignment.balanced
+    monkeypatch.setattr(
+        assignment, "balanced", lambda *given, **how: balanced(*given, **how | {"memory": memory})
+    )
     array = scores(1000, 8).astype(dtype)
     options = {"solver": solver, "tol": 1e-6, "lamb": 5.0}
     on_gpu, on_cpu = (head_by(device, array, **options) for device in ("cuda", "cpu"))

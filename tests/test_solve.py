@@ -52,11 +52,13 @@ class ArrayRows:
         self.shape = scores_NK.shape
         self.device = torch.device("cpu")
 
-    def tile(self, start: int, stop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
         return self.take(np.arange(start, stop), dtype)
 
-    def take(self, rows_n: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
+    def take(self, rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
         scores_nK = torch.from_numpy(self.scores_NK[rows_n].astype(np.float64))
+        if dtype is None:
+            return scores_nK
         return (scores_nK - scores_nK.amax(1, keepdim=True)).to(dtype)
 
 
@@ -348,14 +350,17 @@ def cost_of_optimal_matching(scores_NK: np.ndarray, sizes_K: np.ndarray) -> floa
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (6, 6), (40, 4), (60, 12), (200, 8)])
 @pytest.mark.parametrize("start", ["solved", "zero"])
-def test_balanced_labels_are_optimal_and_proved_so(shape: tuple[int, int], start: str) -> None:
+@pytest.mark.parametrize("memory", [0, 1 << 28])
+def test_balanced_labels_are_optimal_and_proved_so(
+    shape: tuple[int, int], start: str, memory: int
+) -> None:
     rows = ArrayRows(logits(*shape, scale=3.0))
     count, clusters = shape
     bounds = assignment.size_bounds(count, uniform(clusters).numpy())
     prices_K = torch.zeros(clusters, dtype=torch.float64)
     if start == "solved":
         prices_K = by_newton(rows, uniform(clusters), 10.0, 1e-6, 100).potentials_K / 10
-    labels_N, prices_K = assignment.balanced(rows, prices_K, bounds)
+    labels_N, prices_K = assignment.balanced(rows, prices_K, bounds, memory=memory)
     sizes_K = np.bincount(labels_N, minlength=clusters)
     assert (sizes_K >= bounds.low_K).all() and (sizes_K <= bounds.high_K).all()
     _, objective, bound = assignment.certified(rows, prices_K, bounds, labels_N)
@@ -478,6 +483,14 @@ def test_sharper_prices_leave_fewer_rows_to_move(scale: float) -> None:
     problem = Problem(rows, uniform(40), 10.0, 1e-6, 100)
     sharp_K = assignment.sharpen(rows, problem, potentials_K, newton.refine)
     assert excess(sharp_K) <= 0.01 * 4000 < excess(potentials_K / 10)
+
+
+def test_a_stop_ends_the_sharpening() -> None:
+    rows = ArrayRows(logits(4000, 40, scale=0.002))
+    potentials_K = by_newton(rows, uniform(40), 10.0, 1e-6, 100).potentials_K
+    problem = Problem(rows, uniform(40), 10.0, 1e-6, 100, stop=lambda: True)
+    sharp_K = assignment.sharpen(rows, problem, potentials_K, newton.refine)
+    assert not problem.trace and torch.equal(sharp_K, potentials_K / 10)
 
 
 @pytest.mark.parametrize(("count", "clusters"), [(10, 3), (1797, 10), (7, 7), (5, 1)])
