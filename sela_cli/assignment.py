@@ -38,7 +38,7 @@ _SHARP = 0.5
 _FURTHER = 32
 # Rows looked at: for each that has to move and for each cluster at least, and so many times
 # as many again where these do not do.
-_PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 8
+_PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 2
 # `nearest_marginal`: the rows of a cluster that has none.
 _NO_ROW = 1e-9
 
