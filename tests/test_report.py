@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given
@@ -91,6 +92,24 @@ class Elements(HTMLParser):
 
 def data_of(text: str) -> dict[str, Any]:
     return json.loads(Elements(text).scripts[0])
+
+
+def test_files_beside_a_run_are_passed_over(
+    run_folder: Path, contents: Contents, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    shutil.copy(folder / "probe.h5", folder / "probe-mine.h5")
+    shutil.copy(folder / "labels.h5", folder / "probe-labels.h5")
+    (folder / "probe-notes.h5").write_text("no HDF5")
+    with h5py.File(folder / "photos.h5", "w") as file:
+        file["photos"] = np.zeros(3)
+    found = contents_of.read(folder)
+    assert found.digests.keys() - contents.digests.keys() == {"probe-mine.h5"}
+    assert [name for name, _ in found.probes] == ["probe-000.h5", "probe-mine.h5", "probe.h5"]
+    (folder / "probe.h5").write_text("no HDF5")
+    with pytest.raises(BadData, match=r"probe\.h5"):
+        contents_of.read(folder)
 
 
 def test_warnings_are_shown_by_round(run_folder: Path, tmp_path: Path) -> None:
