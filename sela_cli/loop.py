@@ -261,12 +261,13 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
     told = identity | {"data": images.spec}
     if not path.exists():
         # Hidden ones may be a run's that was killed before it had its run.json.
-        if found := own_files(folder, "[!.]*"):
-            raise CannotCreate(f"{folder} holds {found[0].name} and no run", "choose another --out")
+        if found := [*own_files(folder, "[!.]*"), *_events(folder)]:
+            name = found[0].relative_to(folder)
+            raise CannotCreate(f"{folder} holds {name} and no run", "choose another --out")
     elif force:
         # From here on no run goes on with what is left of the old one.
         _write_json(path, {})
-        for leftover in [*own_files(folder, "*"), *folder.glob("tensorboard/events.*")]:
+        for leftover in [*own_files(folder, "*"), *_events(folder)]:
             if leftover != path:
                 leftover.unlink()
     else:
@@ -288,6 +289,10 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
 def own_files(folder: Path, pattern: str) -> list[Path]:
     """The files in a run's folder that are the run's, of those that match `pattern`."""
     return [path for path in folder.glob(pattern) if _OWN.fullmatch(path.name)]
+
+
+def _events(folder: Path) -> list[Path]:
+    return list(folder.glob("tensorboard/events.*"))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
