@@ -119,6 +119,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         np.save("wide.npy", matrix.T)
         np.save("truth.npy", np.arange(12) % 3)
         Path("weights.txt").write_text("1 2")
+        Path("thirds.txt").write_text("1 1 1")
         with h5py.File("foreign.h5", "w") as file:
             file["vector"] = np.arange(5.0)
         np.savez("two.npz", a=matrix, b=matrix)
@@ -316,6 +317,14 @@ REFUSED: list[tuple[str, int, list[str]]] = [
             ("label scores.h5::/deep/scores -o ./scores.h5", "scores.h5"),
             ("label logits.h5 -o new.h5 --csv logits.h5", "logits.h5"),
             ("label logits.h5 -o logits.h5 --head 0 --init labels.h5", "logits.h5"),
+            ("label logits.h5 -o new.h5 --init labels.h5 --csv labels.h5", "labels.h5"),
+            ("label scores.npy -o thirds.txt --marginal thirds.txt", "thirds.txt"),
+            ("label scores.npy -o new.h5 --marginal thirds.txt --csv thirds.txt", "thirds.txt"),
+            (
+                "label scores.npy -o thirds.txt --marginal thirds.txt --head 0 --init labels.h5",
+                "thirds.txt",
+            ),
+            ("report run -o run/labels.h5", "labels.h5"),
             (f"{EMBED} --data foreign.h5::/vector -o foreign.h5", "foreign.h5"),
             ("embed --data photos -c tiny.h5 -o tiny.h5", "tiny.h5"),
             (f"{TRAIN} -l photo-labels.h5 -o photo-labels.h5", "photo-labels.h5"),
@@ -376,12 +385,15 @@ def test_refusal_is_one_line_and_leaves_nothing(
         "logits.h5 --method kmeans --clusters 3",
         "scores.npy --method kmeans --clusters 13",
         "scores.npy --method kmeans --init labels.h5",
+        "scores.npy --csv new.h5",
+        "scores.npy -o scores.npy --force",
+        "scores.npy --marginal thirds.txt --csv thirds.txt --force",
     ],
 )
 def test_dry_run_refuses_what_label_does(world: Path, options: str) -> None:
     good(*words("label logits.h5 --assign random -o random.h5 -q"))
     before = snapshot(world)
-    line = ["label", *words(options), "-o", "new.h5"]
+    line = ["label", "-o", "new.h5", *words(options)]
     real, dry = sela(*line), sela(*line, "--dry-run")
     assert real.code in (2, 65, 66) and (dry.code, dry.err) == (real.code, real.err)
     assert snapshot(world) == before

@@ -26,7 +26,7 @@ from PIL import Image
 from scipy.special import softmax
 
 from sela_cli import formats, loop, networks
-from sela_cli.errors import BadData, CannotCreate, NoInput
+from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
 from sela_cli.formats import HeadLabels, Labels
 from sela_cli.images.batches import open_images
 from sela_cli.images.sources import open_source
@@ -110,6 +110,20 @@ def test_files_beside_a_run_are_passed_over(
     (folder / "probe.h5").write_text("no HDF5")
     with pytest.raises(BadData, match=r"probe\.h5"):
         contents_of.read(folder)
+
+
+def test_a_report_never_takes_the_place_of_what_it_reads(
+    run_folder: Path, contents: Contents, tmp_path: Path
+) -> None:
+    packed = tmp_path / "digits.h5"
+    with h5py.File(packed, "w") as file:
+        file["images"] = np.zeros((len(contents.source), 8, 8), np.uint8)
+        file["keys"] = np.array(contents.source.keys, dtype="S")
+    for path in (run_folder / "checkpoint.h5", run_folder / "rounds.csv", packed):
+        before = path.read_bytes()
+        with pytest.raises(UsageError, match=path.name):
+            page.report_stage(run_folder, str(path), data=str(packed), force=True)
+        assert path.read_bytes() == before
 
 
 def test_warnings_are_shown_by_round(run_folder: Path, tmp_path: Path) -> None:

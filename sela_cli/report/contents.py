@@ -116,6 +116,11 @@ def read(folder: Path, data: str | None = None) -> Contents:
     )
 
 
+def read_files(folder: Path) -> list[Path]:
+    """What a report reads of a run's folder, or might."""
+    return [*own_files(folder, "*"), *folder.glob("probe*.h5")]
+
+
 def _is_probe(path: Path) -> bool:
     try:
         return formats.read_header(str(path)).kind == "probe"
