@@ -197,13 +197,13 @@ def marginal(spec: str, clusters: int) -> Tensor:
         weights_K = np.ones(clusters)
     else:
         try:
-            spread = float(parameter)
+            by = float(parameter)
         except ValueError:
             raise UsageError(f"--marginal {spec}: '{parameter}' is not a number") from None
         if name == "zipf":
-            weights_K = (k + 1.0) ** -spread
+            weights_K = (k + 1.0) ** -by
         else:
-            weights_K = np.maximum(1 + spread * norm.ppf((k + 0.5) / clusters), 0.01)
+            weights_K = np.maximum(1 + by * norm.ppf((k + 0.5) / clusters), 0.01)
     if not (np.isfinite(weights_K).all() and (weights_K > 0).all()):
         raise BadData(f"--marginal {spec}: weights must be positive and finite")
     return torch.from_numpy(weights_K / weights_K.sum())
