@@ -470,7 +470,9 @@ def test_images_load_and_filters_work_in_a_browser(
     command = [BROWSER, *options, *sandbox, f"--user-data-dir={tmp_path / 'profile'}"]
     # The browser's own time may be over before a busy machine has decoded the images.
     for _ in range(3):
-        done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [*command, path.as_uri()], capture_output=True, text=True, timeout=120
+        )
         match = re.search(r'<pre id="results">(.*?)</pre>', done.stdout, re.DOTALL)
         if match:
             break
