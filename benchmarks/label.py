@@ -180,7 +180,7 @@ def small(names: list[str], inputs: Path, log: Path) -> list[str]:
 
 
 def write_large(path: Path, count: int, clusters: int, dtype: str) -> None:
-    """Logits with the structure of `peaked:N:K`, which are drawn in one piece."""
+    """Logits as `peaked:N:K` has them, in pieces; those are drawn in one."""
     array = np.lib.format.open_memmap(path, "w+", dtype, (count, clusters))
     for start, piece_nK in gpu.peaked(count, clusters, torch.device("cpu")):
         array[start : start + len(piece_nK)] = piece_nK.numpy()

@@ -3,7 +3,7 @@
     python benchmarks/train.py                        # writes docs/benchmarks-train.md
     python benchmarks/train.py --seconds 1 --cases alexnet@32 --output -      # a short try
     python benchmarks/train.py --device cuda --batch-size 256 --images 4096 --workers 16 \
-        --cases resnet18@32,alexnet@224 --output docs/benchmarks-train-gpu.md
+        --cases resnet18@32,alexnet@224               # writes docs/benchmarks-train-gpu.md
 
 The plain loop is what one writes first: a DataLoader over JPEG files, torchvision's
 transforms image by image, float32, contiguous tensors, the ordinary optimizer; the same
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batch-size", type=int, help="another than the case's")
-    parser.add_argument("--output", default="docs/benchmarks-train.md", help="page, or -")
+    parser.add_argument("--output", help="page, or -; default: that of the device in docs/")
     options = parser.parse_args()
     # For the plain loop: ours searches by itself.
     torch.backends.cudnn.benchmark = True
@@ -358,10 +358,12 @@ def main() -> None:
     for case in options.cases.split(","):
         rows += measure(case, options)
     text = page(rows, torch.get_num_threads(), options.workers, options.device)
-    if options.output == "-":
+    suffix = "" if options.device == "cpu" else "-gpu"
+    output = options.output or f"docs/benchmarks-train{suffix}.md"
+    if output == "-":
         print(text)
     else:
-        Path(options.output).write_text(text)
+        Path(output).write_text(text)
 
 
 if __name__ == "__main__":

@@ -189,24 +189,28 @@ def marginal(spec: str, clusters: int) -> Tensor:
     """
     name, _, parameter = spec.partition(":")
     k = np.arange(clusters)
-    if name in ("zipf", "gaussian"):
-        try:
-            spread = float(parameter)
-        except ValueError:
-            raise UsageError(f"--marginal {spec}: '{parameter}' is not a number") from None
-        if name == "zipf":
-            weights_K = (k + 1.0) ** -spread
-        else:
-            weights_K = np.maximum(1 + spread * norm.ppf((k + 0.5) / clusters), 0.01)
-    elif spec == "uniform":
-        weights_K = np.ones(clusters)
-    else:
+    if _is_path(spec):
         weights_K = _weights_of_file(spec)
         if weights_K.shape != (clusters,):
             raise BadData(f"{spec}: {weights_K.size} weights for {clusters} clusters")
+    elif spec == "uniform":
+        weights_K = np.ones(clusters)
+    else:
+        try:
+            by = float(parameter)
+        except ValueError:
+            raise UsageError(f"--marginal {spec}: '{parameter}' is not a number") from None
+        if name == "zipf":
+            weights_K = (k + 1.0) ** -by
+        else:
+            weights_K = np.maximum(1 + by * norm.ppf((k + 0.5) / clusters), 0.01)
     if not (np.isfinite(weights_K).all() and (weights_K > 0).all()):
         raise BadData(f"--marginal {spec}: weights must be positive and finite")
     return torch.from_numpy(weights_K / weights_K.sum())
+
+
+def _is_path(spec: str) -> bool:
+    return spec != "uniform" and spec.partition(":")[0] not in ("zipf", "gaussian")
 
 
 def _weights_of_file(path: str) -> np.ndarray:
@@ -242,11 +246,7 @@ def label_stage(
     look like probabilities.
     """
     settings.check()
-    if csv_path and formats.same_file(csv_path, output):
-        raise UsageError(f"--output and --csv are both {output}", "name two files")
-    for path in (output, csv_path):
-        if path:
-            formats.check_output(path, force, spec)
+    check_outputs(spec, output, settings, init, csv_path, force)
     with open_scores(spec) as scores:
         start = formats.read_labels(init) if init else None
         provenance = provenance_of(scores, spec, asdict(settings), start)
@@ -277,6 +277,26 @@ def label_stage(
 
     job.once(write)
     return labels
+
+
+def check_outputs(
+    spec: str,
+    output: str,
+    settings: LabelSettings,
+    init: str | None,
+    csv_path: str | None,
+    force: bool,
+) -> None:
+    """Refuse, before any row is read, outputs that can't be written or are inputs.
+
+    Labels may take the place of `init`. Raises UsageError and CannotCreate.
+    """
+    if csv_path and formats.same_file(csv_path, output):
+        raise UsageError(f"--output and --csv are both {output}", "name two files")
+    weights = settings.marginal if _is_path(settings.marginal) else None
+    formats.check_output(output, force, spec, weights)
+    if csv_path:
+        formats.check_output(csv_path, force, spec, weights, init)
 
 
 def _seem_shares(matrix: Matrix) -> bool:

@@ -261,12 +261,13 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
     told = identity | {"data": images.spec}
     if not path.exists():
         # Hidden ones may be a run's that was killed before it had its run.json.
-        if found := _own(folder, "[!.]*"):
-            raise CannotCreate(f"{folder} holds {found[0].name} and no run", "choose another --out")
+        if found := [*own_files(folder, "[!.]*"), *_events(folder)]:
+            name = found[0].relative_to(folder)
+            raise CannotCreate(f"{folder} holds {name} and no run", "choose another --out")
     elif force:
         # From here on no run goes on with what is left of the old one.
         _write_json(path, {})
-        for leftover in [*_own(folder, "*"), *folder.glob("tensorboard/events.*")]:
+        for leftover in [*own_files(folder, "*"), *_events(folder)]:
             if leftover != path:
                 leftover.unlink()
     else:
@@ -285,8 +286,13 @@ def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, res
     _write_json(path, told)
 
 
-def _own(folder: Path, pattern: str) -> list[Path]:
+def own_files(folder: Path, pattern: str) -> list[Path]:
+    """The files in a run's folder that are the run's, of those that match `pattern`."""
     return [path for path in folder.glob(pattern) if _OWN.fullmatch(path.name)]
+
+
+def _events(folder: Path) -> list[Path]:
+    return list(folder.glob("tensorboard/events.*"))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -313,7 +319,7 @@ class _Run:
         positions = self.settings.positions
         if not (self.folder / "labels-000.h5").exists():
             self._begin(self._fresh())
-        if not _own(self.folder, "checkpoint*.h5"):
+        if not own_files(self.folder, "checkpoint*.h5"):
             self._train(self._fresh(), None, 0, "checkpoint-000.h5", 0.0)
         if self.images.truth_N is not None:
             self._knn("probe-000.h5", "checkpoint-000.h5")
@@ -339,7 +345,7 @@ class _Run:
     def _finish(self, rounds: list[dict[str, Any]]) -> None:
         # The run's own lock is `.lock`; of others a killed process may have left.
         for pattern in ("checkpoint-*.h5", "*.unfinished", "*.lock", "*.partial"):
-            for leftover in _own(self.folder, pattern):
+            for leftover in own_files(self.folder, pattern):
                 leftover.unlink()
         # A folder that has it is not gone on with; without it the predictions are needed.
         _write_rounds(self.path("rounds.csv"), rounds)

@@ -173,7 +173,7 @@ def _truth(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
     else:
         source = open_source(truth)
         if source.truth_N is None:
-            raise no_classes(truth, source.keys)
+            raise no_classes(truth, source.keys, ", or give a .npy of one class a row")
         classes = dict(zip(source.keys, source.truth_N.tolist(), strict=True))
     return _of_keys(labels, labels_path, classes, truth)
 

@@ -203,7 +203,7 @@ def _kind_of(path: str, shown: str) -> str:
         raise BadData(f"{shown} is empty")
     suffix = os.path.splitext(shown)[1].lower()
     # A torch.save is a zip, as .npz is.
-    if suffix in _FOREIGN and _MAGIC.get(magic, "npz") == "npz":
+    if suffix in _FOREIGN and _MAGIC.get(magic) in (None, "npz"):
         array = _FOREIGN[suffix].format(shown)
         raise BadData(
             f"{shown}: not HDF5, .npy, .npz or safetensors",

@@ -119,6 +119,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         np.save("wide.npy", matrix.T)
         np.save("truth.npy", np.arange(12) % 3)
         Path("weights.txt").write_text("1 2")
+        Path("thirds.txt").write_text("1 1 1")
         with h5py.File("foreign.h5", "w") as file:
             file["vector"] = np.arange(5.0)
         np.savez("two.npz", a=matrix, b=matrix)
@@ -227,8 +228,8 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     (f"{TRAIN} -l logits.h5", 65, ["logits.h5", "labels is needed"]),
     (f"{RETRAIN} -l labels.h5", 65, ["labels.h5", "photos"]),
     (PROBE, 65, ["tiny.h5"]),
-    ("metrics photo-labels.h5 --truth stray", 65, ["'loose.png' lies in none", "move or remove"]),
-    ("metrics photo-labels.h5 --truth spoilt", 65, ["no true classes", "one subfolder a class"]),
+    ("metrics photo-labels.h5 --truth stray", 65, ["'loose.png' lies in no", "move or remove"]),
+    ("metrics photo-labels.h5 --truth spoilt", 65, ["one subfolder a class", ".npy"]),
     ("metrics labels.h5 --truth photos", 65, ["photos", "labels.h5"]),
     ("metrics labels.h5 --truth scores.npy", 65, ["scores.npy", "labels.h5"]),
     ("metrics labels.h5 --truth scores.npz", 65, ["scores.npz"]),
@@ -316,6 +317,14 @@ REFUSED: list[tuple[str, int, list[str]]] = [
             ("label scores.h5::/deep/scores -o ./scores.h5", "scores.h5"),
             ("label logits.h5 -o new.h5 --csv logits.h5", "logits.h5"),
             ("label logits.h5 -o logits.h5 --head 0 --init labels.h5", "logits.h5"),
+            ("label logits.h5 -o new.h5 --init labels.h5 --csv labels.h5", "labels.h5"),
+            ("label scores.npy -o thirds.txt --marginal thirds.txt", "thirds.txt"),
+            ("label scores.npy -o new.h5 --marginal thirds.txt --csv thirds.txt", "thirds.txt"),
+            (
+                "label scores.npy -o thirds.txt --marginal thirds.txt --head 0 --init labels.h5",
+                "thirds.txt",
+            ),
+            ("report run -o run/labels.h5", "labels.h5"),
             (f"{EMBED} --data foreign.h5::/vector -o foreign.h5", "foreign.h5"),
             ("embed --data photos -c tiny.h5 -o tiny.h5", "tiny.h5"),
             (f"{TRAIN} -l photo-labels.h5 -o photo-labels.h5", "photo-labels.h5"),
@@ -376,12 +385,15 @@ def test_refusal_is_one_line_and_leaves_nothing(
         "logits.h5 --method kmeans --clusters 3",
         "scores.npy --method kmeans --clusters 13",
         "scores.npy --method kmeans --init labels.h5",
+        "scores.npy --csv new.h5",
+        "scores.npy -o scores.npy --force",
+        "scores.npy --marginal thirds.txt --csv thirds.txt --force",
     ],
 )
 def test_dry_run_refuses_what_label_does(world: Path, options: str) -> None:
     good(*words("label logits.h5 --assign random -o random.h5 -q"))
     before = snapshot(world)
-    line = ["label", *words(options), "-o", "new.h5"]
+    line = ["label", "-o", "new.h5", *words(options)]
     real, dry = sela(*line), sela(*line, "--dry-run")
     assert real.code in (2, 65, 66) and (dry.code, dry.err) == (real.code, real.err)
     assert snapshot(world) == before

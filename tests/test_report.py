@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ from PIL import Image
 from scipy.special import softmax
 
 from sela_cli import formats, loop, networks
-from sela_cli.errors import BadData, CannotCreate, NoInput
+from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
 from sela_cli.formats import HeadLabels, Labels
 from sela_cli.images.batches import open_images
 from sela_cli.images.sources import open_source
@@ -91,6 +92,38 @@ class Elements(HTMLParser):
 
 def data_of(text: str) -> dict[str, Any]:
     return json.loads(Elements(text).scripts[0])
+
+
+def test_files_beside_a_run_are_passed_over(
+    run_folder: Path, contents: Contents, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    shutil.copy(folder / "probe.h5", folder / "probe-mine.h5")
+    shutil.copy(folder / "labels.h5", folder / "probe-labels.h5")
+    (folder / "probe-notes.h5").write_text("no HDF5")
+    with h5py.File(folder / "photos.h5", "w") as file:
+        file["photos"] = np.zeros(3)
+    found = contents_of.read(folder)
+    assert found.digests.keys() - contents.digests.keys() == {"probe-mine.h5"}
+    assert [name for name, _ in found.probes] == ["probe-000.h5", "probe-mine.h5", "probe.h5"]
+    (folder / "probe.h5").write_text("no HDF5")
+    with pytest.raises(BadData, match=r"probe\.h5"):
+        contents_of.read(folder)
+
+
+def test_a_report_never_takes_the_place_of_what_it_reads(
+    run_folder: Path, contents: Contents, tmp_path: Path
+) -> None:
+    packed = tmp_path / "digits.h5"
+    with h5py.File(packed, "w") as file:
+        file["images"] = np.zeros((len(contents.source), 8, 8), np.uint8)
+        file["keys"] = np.array(contents.source.keys, dtype="S")
+    for path in (run_folder / "checkpoint.h5", run_folder / "rounds.csv", packed):
+        before = path.read_bytes()
+        with pytest.raises(UsageError, match=path.name):
+            page.report_stage(run_folder, str(path), data=str(packed), force=True)
+        assert path.read_bytes() == before
 
 
 def test_warnings_are_shown_by_round(run_folder: Path, tmp_path: Path) -> None:

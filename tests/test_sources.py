@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from sela_cli.errors import BadData, NoInput, UsageError
 from sela_cli.images import batches, sources
 from sela_cli.images.batches import Images, open_images, square, stored_side
-from sela_cli.images.sources import Source, open_source
+from sela_cli.images.sources import Source, no_classes, open_source
 
 NAMES = [f"{number:02d}.png" for number in range(5)]
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 9, 7, 3), dtype=np.uint8)
@@ -139,6 +139,19 @@ def test_subfolders_are_classes(form: str, write: Callable[..., str], tmp_path: 
 )
 def test_no_classes_without_several_folders_for_all(names: list[str], tmp_path: Path) -> None:
     assert open_source(write_folder(tmp_path, names)).truth_N is None
+
+
+@pytest.mark.parametrize("write", [write_folder, write_tar])
+def test_the_image_that_lies_in_no_class_is_named(
+    write: Callable[..., str], tmp_path: Path
+) -> None:
+    """Below the folders that all share; a list is not mended by moving files."""
+    names = ["p/c0/a.png", "p/c0/b.png", "p/c1/c.png", "p/c2/d.png", "p/loose.png"]
+    spec = write(tmp_path / "a.tar", names)
+    assert "'p/loose.png' lies in no" in str(no_classes(spec, open_source(spec).keys))
+    for others in (write_list(tmp_path / "list", names), "photos.h5"):
+        assert "with a class a line" in str(no_classes(others, names))
+    assert "one subfolder a class" in str(no_classes(spec, ["p/a.png", "p/b.png"]))
 
 
 def test_list_may_carry_classes(tmp_path: Path) -> None:

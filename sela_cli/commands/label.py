@@ -128,9 +128,8 @@ def label(
     Every row gets one of K clusters so that all clusters have the same size and the
     scores of the chosen cells are as high as they can be.
     """
-    from sela_cli import formats
     from sela_cli.errors import UsageError
-    from sela_cli.labels import LabelSettings, label_stage, plan, summary, warning
+    from sela_cli.labels import LabelSettings, check_outputs, label_stage, plan, summary, warning
     from sela_cli.networks import parse_heads
     from sela_cli.relabel import relabel_stage
     from sela_cli.terminal import Terminal
@@ -159,6 +158,7 @@ def label(
         raise UsageError("--head labels one head; the others need --init FILE")
     if head is not None and csv:
         raise UsageError("--head writes no --csv", "sela export-labels writes one")
+    check_outputs(logits, output, settings, init, csv, force or dry_run)
     if dry_run:
         shown = plan(logits, settings, init, head)
         terminal.result(
@@ -168,7 +168,6 @@ def label(
     where = device_name(device)
     with terminal.progress("label") as progress:
         if head is not None and init is not None:
-            formats.check_output(output, force, logits)
             labels = relabel_stage(
                 logits, output, settings, head, init, device=where, progress=progress
             )

@@ -20,6 +20,7 @@ from torch import Tensor
 from sela_cli import formats, interrupt
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.images.sources import Source, open_source
+from sela_cli.spread import spread
 
 # Images that the side of a collection's is taken from.
 _SIDES = 15
@@ -172,15 +173,13 @@ def open_images(
     `hold`: decode now what fits into memory.
     """
     source = open_source(spec, download)
-    rows = np.arange(len(source))
-    if limit is not None and limit < len(rows):
-        rows = np.linspace(0, len(rows) - 1, limit).round().astype(np.int64)
+    rows = spread(len(source), len(source) if limit is None else limit)
     if skip_bad:
         rows = np.array([row for row in rows if _readable(source, int(row))], dtype=np.int64)
         if not len(rows):
             raise BadData(f"{spec}: none of its images can be read")
     # Not of the first alone: a collection of photographs may begin with an icon.
-    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), _SIDES)).astype(np.int64)]
+    some = rows[spread(len(rows), _SIDES)]
     native = int(np.median([min(source.image(int(row)).shape[:2]) for row in some]))
     if image_size is None:
         image_size = 32 if native <= SMALL else 224

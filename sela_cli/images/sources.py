@@ -91,18 +91,18 @@ def open_source(spec: str, download: bool = False) -> Source:
     return source
 
 
-def no_classes(spec: str, keys: list[str]) -> BadData:
-    """What to raise where classes are needed and the images have none."""
-    loose = [key for key in keys if "/" not in key]
-    if 0 < len(loose) < len(keys):
-        return BadData(
-            f"{spec} has no true classes: '{loose[0]}' lies in none of its subfolders",
-            "move or remove it" if len(loose) == 1 else f"move or remove the {len(loose)} such",
-        )
-    return BadData(
-        f"{spec} has no true classes",
-        "use a folder with one subfolder a class, or a list with a class a line",
-    )
+def no_classes(spec: str, keys: list[str], otherwise: str = "") -> BadData:
+    """What to raise where classes are needed and the images have none.
+
+    `otherwise` ends the advice.
+    """
+    told = f"{spec} has no true classes"
+    mend = "use a folder with one subfolder a class, or a list with a class a line"
+    names, loose = _folder_classes(keys)
+    if names and loose and (os.path.isdir(spec) or spec.lower().endswith(_TAR_SUFFIXES)):
+        told += f": '{loose[0]}' lies in no class's subfolder"
+        mend = "move or remove it" if len(loose) == 1 else f"move or remove the {len(loose)} such"
+    return BadData(told, mend + otherwise)
 
 
 def _open(spec: str, download: bool) -> Source:
@@ -155,15 +155,21 @@ def _classes_of(names: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _with_folder_classes(source: Source) -> Source:
-    """The first folder of each key is its class, if every key has one and there are several."""
-    parts = [PurePosixPath(key).parts for key in source.keys]
+    names, loose = _folder_classes(source.keys)
+    if loose or not names:
+        return source
+    truth_N, classes = _classes_of(names)
+    return replace(source, truth_N=truth_N, classes=classes)
+
+
+def _folder_classes(keys: list[str]) -> tuple[list[str], list[str]]:
+    """The first folder of each key below those that all share, and the keys without one."""
+    parts = [PurePosixPath(key).parts for key in keys]
     depth = 0
     while parts and all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
         depth += 1
-    if not parts or any(len(p) <= depth + 1 for p in parts):
-        return source
-    truth_N, classes = _classes_of([p[depth] for p in parts])
-    return replace(source, truth_N=truth_N, classes=classes)
+    loose = [key for key, p in zip(keys, parts, strict=True) if len(p) <= depth + 1]
+    return [p[depth] for p in parts if len(p) > depth + 1], loose
 
 
 def _digits() -> Source:

@@ -17,10 +17,11 @@ import numpy as np
 from scipy.special import logsumexp
 
 from sela_cli import formats, metrics
-from sela_cli.errors import BadData, NoInput
+from sela_cli.errors import BadData, NoInput, SelaError
 from sela_cli.formats import Checkpoint, Labels
 from sela_cli.images.batches import square
 from sela_cli.images.sources import Source, open_source
+from sela_cli.loop import own_files
 from sela_cli.scores import open_scores
 from sela_cli.spread import spread
 
@@ -94,7 +95,9 @@ def read(folder: Path, data: str | None = None) -> Contents:
         for problem in filter(None, row.pop("problems", "").split("; ")):
             problems.setdefault(problem, []).append(number)
     rounds = [{name: float(cell) for name, cell in row.items()} for row in rows]
-    files = sorted(folder.glob("*.h5"))
+    # Other files may lie beside a run's; probes of its networks belong to it.
+    own = own_files(folder, "[!.]*.h5")
+    probes = [path for path in folder.glob("probe*.h5") if path in own or _is_probe(path)]
     return Contents(
         folder=folder,
         settings=run["settings"],
@@ -102,15 +105,27 @@ def read(folder: Path, data: str | None = None) -> Contents:
         labels=labels,
         traces=[_traces(str(folder / f"labels-{number:03d}.h5")) for number in range(len(rounds))],
         checkpoint=formats.read_checkpoint(str(folder / "checkpoint.h5")),
-        probes=[
-            (path.name, formats.read_probe(str(path))) for path in sorted(folder.glob("probe*.h5"))
-        ],
+        probes=[(path.name, formats.read_probe(str(path))) for path in sorted(probes)],
         source=source,
         truth_N=None if source.truth_N is None else source.truth_N[labels.index_N],
         confidence_TN=confidences(str(folder / "logits.h5"), labels),
-        digests={path.name: formats.read_header(str(path)).digest for path in files},
+        digests={
+            path.name: formats.read_header(str(path)).digest for path in sorted({*own, *probes})
+        },
         problems=problems,
     )
+
+
+def read_files(folder: Path) -> list[Path]:
+    """What a report reads of a run's folder, or might."""
+    return [*own_files(folder, "*"), *folder.glob("probe*.h5")]
+
+
+def _is_probe(path: Path) -> bool:
+    try:
+        return formats.read_header(str(path)).kind == "probe"
+    except SelaError:
+        return False
 
 
 def _check_images(source: Source, labels: Labels) -> None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from sela_cli import __version__, formats
 from sela_cli.report import figures
-from sela_cli.report.contents import Contents, gallery, read
+from sela_cli.report.contents import Contents, gallery, read, read_files
 
 # The probes that every run with classes writes.
 _NETWORKS = {"probe-000.h5": "fresh", "probe.h5": "trained"}
@@ -33,8 +33,9 @@ def report_stage(
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the page of the run in `folder`, and its figures into `png`; returns what was shown."""
-    formats.check_output(output, force)
+    formats.check_output(output, force, *map(str, read_files(folder)))
     contents = read(folder, data)
+    formats.check_output(output, force, contents.source.spec)
     drawn = figures.draw(contents)
     if png:
         png.mkdir(parents=True, exist_ok=True)
