@@ -227,6 +227,8 @@ def balanced(
         while surplus_K.any() and flow.advance(surplus_K, slack):
             progress(int(surplus_K.clip(0).sum()))
         labels_N[chosen_n] = flow.labels_N
+        # Before others are kept: there is no memory for both.
+        del flow, movable
         if surplus_K.any():
             wanted *= _WIDER
             margin_N = preferences(rows, torch.from_numpy(prices), labels_N).margin_N
