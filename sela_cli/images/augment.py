@@ -117,21 +117,16 @@ class Draws:
 
     def of(self, rows: slice) -> Draws:
         """Those of some of the images."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        part: dict[str, Any] = {
-            n: v[rows] if isinstance(v, Tensor) else v for n, v in values.items()
-        }
-        return Draws(**part)
+        return self._changed(lambda values_n: values_n[rows])
 
     def on(self, device: str) -> Draws:
         """The same on a device, but for what decides there which images are worked on."""
+        return replace(self._changed(lambda values_n: sent(values_n, device)), sigma_n=self.sigma_n)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Draws:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: sent(value, device)
-            for name, value in values.items()
-            if isinstance(value, Tensor) and name != "sigma_n"
-        }
-        return replace(self, **moved)
+        changed: dict[str, Any] = {n: change(v) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
 
 
 # Draws the views of the next so many images, of so many pixels.
