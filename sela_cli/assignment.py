@@ -408,9 +408,10 @@ def sharpen(
         excess = int((sizes_K - bounds.high_K).clip(0).sum())
         if excess <= _EXCESS * rows.shape[0] or parallel.any_of(problem.stop()):
             break
-        q_nK = plan_of_some(rows, lamb, prices_K * lamb, torch.float32)
-        if excess > before / 2 and float(q_nK.amax(1).mean()) > _SHARP:
-            break
+        if excess > before / 2:
+            q_nK = plan_of_some(rows, lamb, prices_K * lamb, torch.float32)
+            if float(q_nK.amax(1).mean()) > _SHARP:
+                break
         before = excess
         lamb *= 4
         sharper = problem.at(problem.rows, lamb, _LOOSE, _LOOSE_ITER)
