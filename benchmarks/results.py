@@ -313,9 +313,9 @@ def heading(title: str, records: dict[str, Any], images: str = SOME) -> list[str
 def when_and_where(records: dict[str, Any]) -> str:
     """Dates, machine, versions and commits."""
     # Records of before it was noted are of a machine like this one.
-    here = f"{processor()}, Python {platform.python_version()}"
+    noted = [{"machine": machine()} | record for record in records.values()]
     dates, machines, threads, versions, commits = (
-        ", ".join(sorted({record.get(key, here) for record in records.values()}))
+        ", ".join(sorted({record[key] for record in noted}))
         for key in ("date", "machine", "threads", "torch", "commit")
     )
     return f"{dates}, {machines}, threads: {threads}, torch {versions}, commit {commits}."
