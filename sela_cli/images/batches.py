@@ -31,11 +31,16 @@ _MEMORY_BYTES = 4 << 30
 _AHEAD = 2
 
 
-@cache
-def _decoders() -> ThreadPoolExecutor:
-    """One for all images, with what a batch system or a container allows of the processors."""
+def _processors() -> int:
+    """What a batch system or a container allows of them."""
     allowed = getattr(os, "sched_getaffinity", None)
-    return ThreadPoolExecutor(len(allowed(0)) if allowed else os.cpu_count())
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+@cache
+def _decoders(threads: int) -> ThreadPoolExecutor:
+    """One for all images that want so many."""
+    return ThreadPoolExecutor(threads)
 
 
 # A forked child has the pool but none of its threads, and would wait for them forever.
@@ -45,9 +50,11 @@ os.register_at_fork(after_in_child=_decoders.cache_clear)
 class Images:
     """Square uint8 images, each known by its key. Batches are (n, 3, S, S), uint8."""
 
-    def __init__(self, source: Source, side: int, rows: np.ndarray) -> None:
+    def __init__(self, source: Source, side: int, rows: np.ndarray, decoders: int = 0) -> None:
+        """`decoders`: threads that decode; 0: as many as there are processors."""
         self.source = source
         self.side = side
+        self._threads = decoders or _processors()
         self.index_N = rows
         self.keys = [source.keys[row] for row in rows]
         self.truth_N = None if source.truth_N is None else source.truth_N[rows]
@@ -78,7 +85,7 @@ class Images:
         if self._stored is not None or self._held is not None:
             yield from map(self.batch, rows)
             return
-        waiting: deque[list[Future[np.ndarray]]] = deque()
+        waiting: deque[list[Future[list[np.ndarray]]]] = deque()
         try:
             for rows_n in rows:
                 waiting.append(self._decoding(rows_n))
@@ -93,7 +100,7 @@ class Images:
 
     def subset(self, rows: np.ndarray) -> Images:
         """Some of the images, in the given order."""
-        part = Images(self.source, self.side, self.index_N[rows])
+        part = Images(self.source, self.side, self.index_N[rows], self._threads)
         part._held = None if self._held is None else self._held[torch.from_numpy(rows)]
         return part
 
@@ -115,15 +122,16 @@ class Images:
         rows = (torch.arange(s, min(s + batch_size, len(self))) for s in starts)
         return zip(starts, self.stream(rows), strict=True)
 
-    def _decoding(self, rows_n: Tensor) -> list[Future[np.ndarray]]:
-        return [_decoders().submit(self._square, row) for row in self.index_N[rows_n.numpy()]]
+    def _decoding(self, rows_n: Tensor) -> list[Future[list[np.ndarray]]]:
+        parts = np.array_split(self.index_N[rows_n.numpy()], self._threads)
+        return [_decoders(self._threads).submit(self._squares, part) for part in parts]
 
-    def _square(self, number: int) -> np.ndarray:
-        return square(self.source.image(number, self.side), self.side)
+    def _squares(self, numbers: np.ndarray) -> list[np.ndarray]:
+        return [square(self.source.image(int(row), self.side), self.side) for row in numbers]
 
 
-def _stacked(squares: list[Future[np.ndarray]]) -> Tensor:
-    stack = np.stack([future.result() for future in squares])
+def _stacked(parts: list[Future[list[np.ndarray]]]) -> Tensor:
+    stack = np.stack([image for part in parts for image in part.result()])
     return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
 
 
@@ -183,7 +191,9 @@ def open_images(
     native = int(np.median([min(source.image(int(row)).shape[:2]) for row in some]))
     if image_size is None:
         image_size = 32 if native <= SMALL else 224
-    images = Images(source, side or stored_side(native, image_size), rows)
+    # Threads would wait for each other longer than a decoder takes for a small image.
+    decoders = 1 if native <= SMALL else 0
+    images = Images(source, side or stored_side(native, image_size), rows, decoders)
     if hold:
         images.hold(progress)
     return images, image_size
