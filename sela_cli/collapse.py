@@ -31,7 +31,7 @@ _LEARNED, _SPREAD, _UNWANTED, _CHURN = 0.02, 0.5, 0.5, 0.9
 _START = 0.1
 
 
-def predictions(spec: str) -> dict[str, float]:
+def predictions(spec: str, device: str = "cpu") -> dict[str, float]:
     """How sure and how varied the predictions in the logits `spec` are, mean over the heads.
 
     `entropy`: mean of H(p(y|x)) / ln K, 1 where nothing is told apart. `spread`:
@@ -41,7 +41,8 @@ def predictions(spec: str) -> dict[str, float]:
     after a signal.
     """
     with open_scores(spec) as scores:
-        rows = [_of_head(ScoreRows(matrix, spec)) for matrix in scores.heads]
+        where = torch.device(device)
+        rows = [_of_head(ScoreRows(matrix, spec, device=where)) for matrix in scores.heads]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
@@ -52,14 +53,15 @@ def _of_head(rows: ScoreRows) -> dict[str, float]:
     entropy, mean_K, wanted_K = 0.0, np.zeros(clusters), np.zeros(clusters, np.int64)
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> tuple[float, np.ndarray, np.ndarray]:
-        total, sum_K, chosen_K = 0.0, torch.zeros(clusters).double(), torch.zeros(clusters).long()
+        total, sum_K = 0.0, torch.zeros(clusters, dtype=torch.float64, device=rows.device)
+        chosen_K = torch.zeros(clusters, dtype=torch.long, device=rows.device)
         for _, tile_nK in tiles:
             log_p_nK = tile_nK.log_softmax(1)
             p_nK = log_p_nK.exp()
             sum_K += p_nK.sum(0, dtype=torch.float64)
             chosen_K += tile_nK.argmax(1).bincount(minlength=clusters)
             total -= float(log_p_nK.mul_(p_nK).sum(dtype=torch.float64))
-        return total, sum_K.numpy(), chosen_K.numpy()
+        return total, sum_K.cpu().numpy(), chosen_K.cpu().numpy()
 
     for total, sum_K, chosen_K in map_spans(some, work, torch.float32):
         if interrupt.requested():

@@ -529,8 +529,9 @@ def _spare(clusters: int, settings: LabelSettings, device: torch.device) -> int:
         unused = _unused(clusters, settings)
         return unused - unused // _PLANS
     # What a training before this has left to torch is free too.
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0] - _DEVICE_BASE - _DEVICE_MATRICES * clusters**2
+    left = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + left
+    return free - _DEVICE_BASE - _DEVICE_MATRICES * clusters**2
 
 
 def _unused(clusters: int, settings: LabelSettings) -> int:

@@ -578,7 +578,7 @@ class _Run:
 
     def _predictions(self) -> dict[str, Any]:
         """What logits.h5 says, which the next round replaces."""
-        return collapse.predictions(self.path("logits.h5"))
+        return collapse.predictions(self.path("logits.h5"), self.device)
 
     def _kept(self) -> dict[str, dict[str, Any]]:
         path = self.folder / _PREDICTIONS

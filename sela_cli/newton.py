@@ -406,11 +406,15 @@ class _Descent:
 
 
 class _Curvature:
-    """A Hessian by its factor, and by what the steps since it was taken say of it (BFGS)."""
+    """A Hessian by its factor, and by what the steps since it was taken say of it (BFGS).
+
+    It stays on the device that the Hessian is on.
+    """
 
     def __init__(self, hessian_KK: Tensor, s_K: Tensor) -> None:
         """Takes the Hessian over."""
-        self._weights_K = s_K.clamp(min=_LEAST_SHARE / len(s_K) ** 2)
+        self.device = hessian_KK.device
+        self._weights_K = s_K.to(self.device).clamp(min=_LEAST_SHARE / len(s_K) ** 2)
         # F does not change along (1, ..., 1): the constant makes the system regular there.
         # Clusters that hardly any row is undecided about leave it singular to rounding.
         self._system_KK = hessian_KK.add_(1 / len(s_K) ** 2)
@@ -439,7 +443,7 @@ class _Curvature:
         """It is to explain how the gradient turned in a step."""
         across = float(moved_K @ turned_K)
         if across > _TURN * float(moved_K.norm() * turned_K.norm()):
-            self._steps.append((moved_K, turned_K, across))
+            self._steps.append((moved_K.to(self.device), turned_K.to(self.device), across))
 
 
 def _box_step(curvature: _Curvature, gradient_K: Tensor, box: float) -> Tensor:
@@ -449,16 +453,16 @@ def _box_step(curvature: _Curvature, gradient_K: Tensor, box: float) -> Tensor:
     Coordinates that leave the box are held at its side, and the others follow: by one
     factor for all rounds.
     """
-    clusters = len(gradient_K)
+    clusters, gradient_K = len(gradient_K), gradient_K.to(curvature.device)
     free_K = curvature.solve(-gradient_K[:, None])[:, 0]
     free_K -= free_K.median()
-    change_K, held = free_K, torch.zeros(clusters, dtype=torch.bool)
+    change_K, held = free_K, torch.zeros_like(free_K, dtype=torch.bool)
     for _ in range(_BOX_ROUNDS):
         outside = change_K.abs() > box * (1 + 1e-9)
         held |= outside
         if not outside.any() or int(held.sum()) > max(clusters / 2, _MANY_HELD):
             break
-        answers = curvature.solve(torch.eye(clusters, dtype=gradient_K.dtype)[:, held])
+        answers = curvature.solve(torch.eye(clusters).to(gradient_K)[:, held])
         excess = free_K[held] - change_K[held].clamp(-box, box)
         change_K = free_K - answers @ torch.linalg.solve(answers[held], excess)
     change_K = change_K.clamp(-box, box)
@@ -473,4 +477,4 @@ def _box_step(curvature: _Curvature, gradient_K: Tensor, box: float) -> Tensor:
         change_K = curvature.damped(damping).solve(-gradient_K[:, None])[:, 0]
         change_K -= change_K.mean()
         change_K *= min(1.0, box / float(change_K.abs().max()))
-    return change_K
+    return change_K.cpu()

@@ -280,8 +280,8 @@ def _log_sizes(rows: Rows, lamb: float, a_K: Tensor, columns: Tensor) -> Tensor:
 
 
 def laplacian(rows: Rows, lamb: float, a_K: Tensor, sparse: bool) -> Tensor:
-    """The Hessian of F over `rows`, (K, K) float64, from products in float32, or in
-    bfloat16 where that is faster: it only decides the direction of a step.
+    """The Hessian of F over `rows`, (K, K) float64 where they are, from products in float32,
+    or in bfloat16 where that is faster: it only decides the direction of a step.
 
     `sparse` leaves out what is negligible; what is left is still positive semidefinite.
     """
@@ -316,7 +316,7 @@ def _laplacian_on_device(rows: Rows, lamb: float, a_K: Tensor) -> Tensor:
     overlap_KK = torch.zeros(clusters, clusters, dtype=torch.float64, device=rows.device)
     for part_KK in map_spans(rows, overlap, torch.float32):
         overlap_KK += part_KK
-    return hessian_of(overlap_KK.cpu(), rows.shape[0])
+    return hessian_of(overlap_KK, rows.shape[0])
 
 
 def breadth(rows: Rows, lamb: float, a_K: Tensor, least: Sequence[float]) -> list[float]:
