@@ -1,7 +1,6 @@
 """What the method learns, in small: runs, ablations and probes, to docs/results-*.md.
 
     python benchmarks/results.py run cifar10 --train CIFAR/train --test CIFAR/test --out runs/r
-    python benchmarks/results.py run ablations --train CIFAR/train --test CIFAR/test --out runs/r
     python benchmarks/results.py run whole --train CIFAR/train --test CIFAR/test --out runs/r \
         --epochs 130 --opts 22                                # all 50,000 images: on a GPU
     python benchmarks/results.py write --out runs/r
@@ -23,7 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,32 +39,31 @@ from sela_cli.machine import processor
 
 SEEDS = (0, 1, 2)
 LIMIT = 10_000
-# The long runs: examples/cifar10.sh and, beside it, true labels instead of found ones.
-LONG = "--arch resnet18 --image-size 32 --precision bfloat16 --batch-size 64 --lr 0.05"
-LONG += " --lr-schedule cosine --weight-decay 0.0005 --aug paper"
-# What is varied, with as many relabellings as epochs.
-LONG_VARIANTS = {
-    "sela": "--heads 128x10 --opts {}",
-    "opts0": "--heads 128x10 --opts 0",
-    "one-head": "--heads 128x1 --opts {}",
-    "argmax": "--heads 128x10 --opts {} --assign argmax",
+# examples/cifar10.sh, and beside it variants and controls of as many steps.
+NETWORK = "--arch resnet18 --image-size 32 --precision bfloat16 --lr-schedule cosine"
+NETWORK += " --weight-decay 0.0005 --aug paper"
+SELA = "--relabel linear --relabel-heads all"
+VARIANTS = {
+    "sela": "--heads 128x10 --opts {} --view random",
+    "argmax": "--heads 128x10 --opts {} --view random --assign argmax",
+    "centre": "--heads 128x10 --opts {} --view centre",
+    "one-head": "--heads 128x1 --opts {} --view random",
+    "opts0": "--heads 128x10 --opts 0 --view random",
 }
-LONG_NAMES = ("fresh", "sela", "supervised", "opts0", "one-head", "retrained", "argmax")
+# What follows another in a chain is made from its labels.
+CHAINS = (
+    ("sela", "retrained"), ("argmax",), ("one-head",), ("opts0",), ("centre",), ("supervised",),
+    ("fresh",),
+)  # fmt: skip
+NAMES = ("fresh", *VARIANTS, "retrained", "supervised")
+PAIRS = (
+    ("sela", "fresh"), ("sela", "argmax"), ("sela", "centre"), ("sela", "one-head"),
+    ("sela", "opts0"), ("retrained", "sela"), ("supervised", "sela"),
+)  # fmt: skip
 # All images, on a GPU: examples/cifar10.sh with ON=gpu.
 WHOLE = "--arch resnet18 --image-size 32 --precision bfloat16 --batch-size 256 --lr 0.1"
 WHOLE += " --lr-schedule cosine --relabel linear --relabel-heads all --assign argmax"
 WHOLE += " --store features --dtype float16"
-# The ablations: a network ten times as fast.
-SHORT = "--arch alexnet-small --image-size 32 --precision bfloat16 --batch-size 64 --lr 0.03"
-SHORT += " --lr-schedule cosine --weight-decay 0.0005 --aug paper"
-SHORT_EPOCHS = 10
-ABLATIONS = {
-    "balanced": "--heads 128x5 --opts 10",
-    "argmax": "--heads 128x5 --opts 10 --assign argmax",
-    "opts0": "--heads 128x5 --opts 0",
-    "one-head": "--heads 128x1 --opts 10",
-}
-CONTROLS = ("retrained", "supervised")
 SOME = f"{LIMIT:,} training images evenly spread"
 PROBE = "--method both --epochs 10 --lr 0.01,0.03,0.1 --aug crop-flip --precision bfloat16"
 
@@ -95,11 +95,11 @@ class Experiment:
             command = command.replace(str(path), name)
         return command
 
-    def probe(self, checkpoint: Path, layers: str, seed: int, limit: int | None = LIMIT) -> None:
+    def probe(self, checkpoint: Path, seed: int, limit: int | None = None) -> None:
         some = f"--limit {limit} " if limit else ""
         self.sela(
             f"probe --data {self.data} --test {self.test} {some}-c {checkpoint} "
-            f"--layers {layers} {PROBE} --seed {seed} -o {self.folder}/test.h5 --force"
+            f"--layers layer4 {PROBE} --seed {seed} -o {self.folder}/test.h5 --force"
         )
 
     def finish(self) -> None:
@@ -139,53 +139,54 @@ def write_truth(spec: Path, image_size: int, output: Path) -> None:
     )
 
 
-def supervised(part: Experiment, options: str, epochs: int, seed: int) -> Path:
-    """A network trained on the true classes; its checkpoint."""
-    write_truth(part.data, 32, part.folder / "truth.h5")
-    output = part.folder / "checkpoint.h5"
-    part.sela(
-        f"retrain --data {part.data} --limit {LIMIT} --labels {part.folder}/truth.h5 {options} "
-        f"--epochs {epochs} --seed {seed} -o {output} --force"
-    )
-    return output
-
-
 def run_cifar10(arguments: argparse.Namespace) -> None:
-    """A fresh, a self-labelled and a supervised ResNet-18, and variants, of as many steps each."""
-    data, epochs = f"--data {arguments.train} --limit {LIMIT}", arguments.epochs
-    for name in LONG_NAMES:
-        folder = arguments.out / f"cifar10-{epochs}-{name}"
-        part = Experiment(folder, arguments.train, arguments.test)
-        if part.done:
-            continue
-        checkpoint = part.folder / "run/checkpoint.h5"
+    """The variants and controls of one run, several at a time, for every seed."""
+    chains = [(chain, seed) for chain in CHAINS for seed in arguments.seeds]
+
+    def run(chain: tuple[tuple[str, ...], int]) -> None:
+        for name in chain[0]:
+            if name in arguments.names:
+                run_variant(arguments, name, chain[1])
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        deque(pool.map(run, chains), 0)
+
+
+def run_variant(arguments: argparse.Namespace, name: str, seed: int) -> None:
+    """One network, and its probes."""
+    epochs, recipe = arguments.epochs, f"{NETWORK} {arguments.batch}"
+    data = f"--data {arguments.train} --limit {LIMIT}"
+    folder = arguments.out / f"cifar10-{epochs}-{name}-{seed}"
+    part = Experiment(folder, arguments.train, arguments.test)
+    if part.done:
+        return
+    checkpoint = part.folder / "run/checkpoint.h5"
+    if name in ("retrained", "supervised"):
+        labels = arguments.out / f"cifar10-{epochs}-sela-{seed}/run/labels.h5"
+        if name == "supervised":
+            labels = part.folder / "truth.h5"
+            write_truth(part.data, 32, labels)
+        checkpoint = part.folder / "checkpoint.h5"
+        part.sela(
+            f"retrain {data} --labels {labels} {recipe} "
+            f"--epochs {epochs} --seed {100 + seed} -o {checkpoint} --force"
+        )
+    else:
+        length, options = f"--epochs {epochs}", VARIANTS.get(name, "--heads 128x10 --opts 0")
         if name == "fresh":
-            part.sela(
-                f"run {data} --heads 128x10 {LONG} --epochs 0 --opts 0 --out {part.folder}/run"
-            )
-        elif name == "supervised":
-            checkpoint = supervised(part, LONG, epochs, 0)
-        elif name == "retrained":
-            checkpoint = part.folder / "checkpoint.h5"
-            labels = arguments.out / f"cifar10-{epochs}-sela/run/labels.h5"
-            part.sela(
-                f"retrain {data} {LONG} --labels {labels} "
-                f"--epochs {epochs} --seed 100 -o {checkpoint} --force"
-            )
-        else:
-            options = LONG_VARIANTS[name].format(epochs)
-            part.sela(
-                f"run {data} --preset cifar10 {LONG} --epochs {epochs} {options} --relabel linear "
-                f"--relabel-heads all --view random --out {part.folder}/run"
-            )
-        part.probe(checkpoint, "layer4", 0)
-        part.finish()
+            length = "--epochs 0"
+        part.sela(
+            f"run {data} --preset cifar10 {recipe} {length} {options.format(epochs)} {SELA} "
+            f"--seed {seed} --out {part.folder}/run"
+        )
+    part.probe(checkpoint, seed, LIMIT)
+    part.finish()
 
 
 def run_whole(arguments: argparse.Namespace) -> None:
     """A fresh and a self-labelled ResNet-18 of all images."""
     lengths = {"sela": (arguments.epochs, arguments.opts), "fresh": (0, 0)}
-    for name in arguments.names:
+    for name in lengths.keys() & set(arguments.names):
         epochs, opts = lengths[name]
         part = Experiment(arguments.out / f"whole-{name}", arguments.train, arguments.test)
         if not part.done:
@@ -193,36 +194,7 @@ def run_whole(arguments: argparse.Namespace) -> None:
                 f"run --data {part.data} --preset cifar10 {WHOLE} --epochs {epochs} "
                 f"--opts {opts} --out {part.folder}/run"
             )
-            part.probe(part.folder / "run/checkpoint.h5", "layer4", 0, limit=None)
-            part.finish()
-
-
-def run_ablations(arguments: argparse.Namespace) -> None:
-    """The variants of one short run, a fresh network, a retrained and a supervised one."""
-    out = arguments.out
-    data = f"--data {arguments.train} --limit {LIMIT}"
-    for seed in arguments.seeds:
-        for name in ("fresh", *ABLATIONS, *CONTROLS):
-            part = Experiment(out / f"{name}-{seed}", arguments.train, arguments.test)
-            if part.done:
-                continue
-            checkpoint = part.folder / "run/checkpoint.h5"
-            if name == "supervised":
-                checkpoint = supervised(part, SHORT, SHORT_EPOCHS, seed)
-            elif name == "retrained":
-                checkpoint = part.folder / "checkpoint.h5"
-                part.sela(
-                    f"retrain {data} {SHORT} --labels {out}/balanced-{seed}/run/labels.h5 "
-                    f"--epochs {SHORT_EPOCHS} --seed {seed + 100} -o {checkpoint} --force"
-                )
-            else:
-                options = ABLATIONS.get(name, "--heads 128x5 --opts 0")
-                part.sela(
-                    f"run {data} {SHORT} {options} --lamb 10 --relabel linear --view random "
-                    f"--epochs {0 if name == 'fresh' else SHORT_EPOCHS} --seed {seed} "
-                    f"--out {part.folder}/run"
-                )
-            part.probe(checkpoint, "conv5", seed)
+            part.probe(part.folder / "run/checkpoint.h5", 0)
             part.finish()
 
 
@@ -276,10 +248,7 @@ def write(arguments: argparse.Namespace) -> None:
     whole = {name: records.pop(name) for name in list(records) if name.startswith("whole-")}
     if whole:
         _write(arguments.folder / "results-cifar10-whole.md", whole_page(out, whole))
-    short = {name: part for name, part in records.items() if not name.startswith("cifar10-")}
-    if short:
-        _write(arguments.folder / "results-ablations.md", ablations_page(out, short))
-    for epochs in {int(name.split("-")[1]) for name in records.keys() - short.keys()}:
+    for epochs in {int(name.split("-")[1]) for name in records}:
         prefix = f"cifar10-{epochs}-"
         part = {name: record for name, record in records.items() if name.startswith(prefix)}
         lines = cifar10_page(out, part, epochs)
@@ -333,27 +302,40 @@ def commands(records: dict[str, Any], out: Path) -> list[str]:
 
 
 def cifar10_page(out: Path, records: dict[str, Any], epochs: int) -> list[str]:
-    """A fresh, a self-labelled and a supervised network."""
+    """Variants and controls, seed by seed."""
+    seeds: dict[str, list[int]] = {}
+    for name in NAMES:
+        found = [s for s in SEEDS if f"cifar10-{epochs}-{name}-{s}" in records]
+        if found:
+            seeds[name] = found
+    variants = {name: over_seeds(out, f"cifar10-{epochs}-{name}", seeds[name]) for name in seeds}
+    if "fresh" in variants:
+        # Its labels are random ones.
+        variants["fresh"]["nmi"] = [float("nan")] * len(seeds["fresh"])
     lines = [
-        *heading(f"CIFAR-10, {epochs} epochs on one core", records),
-        f"ResNet-18 with a stem for 32 pixels, {epochs} epochs, one seed. *sela*: ten heads of 128 "
-        "clusters and as many relabellings as epochs (the recipe of `examples/cifar10.sh`), "
-        "exactly balanced; *opts0*: random labels to the end; *one-head*: T = 1; *argmax*: labels "
-        "as the potentials have them; *retrained*: a fresh network on the final labels of *sela*; "
+        *heading(f"CIFAR-10, {epochs} epochs", records),
+        f"ResNet-18 with a stem for 32 pixels, {epochs} epochs; mean and, of several seeds, range. "
+        "*sela*: ten heads of 128 clusters and as many relabellings as epochs, exactly balanced, "
+        "by random views (the recipe of `examples/cifar10.sh`); *argmax*: labels as the "
+        "potentials have them; *centre*: labels by the centre view; *one-head*: T = 1; *opts0*: "
+        "random labels to the end; *retrained*: a fresh network on the final labels of *sela*; "
         "*supervised*: on the true classes.",
         "",
-        "| network | kNN | linear layer4 | NMI | minutes |",
-        "|---|---|---|---|---|",
+        "| network | seeds | kNN | linear layer4 | NMI | largest cluster | empty | minutes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name in LONG_NAMES:
-        if f"cifar10-{epochs}-{name}" in records:
-            row = measured(out / f"cifar10-{epochs}-{name}")
-            nmi = "" if name == "fresh" or np.isnan(row["nmi"]) else f"{row['nmi']:.3f}"
-            lines.append(
-                f"| {name} | {row['knn']:.1f} | {row['linear']:.1f} | {nmi} "
-                f"| {row['minutes']:.0f} |"
-            )
-    return lines + commands(records, out)
+    for name, row in variants.items():
+        sizes = " | "
+        if name in VARIANTS:
+            sizes = f"{max(row['largest']):.0f} | {max(row['empty']):.0f}"
+        lines.append(
+            f"| {name} | {', '.join(map(str, seeds[name]))} | {mean(row['knn'])} "
+            f"| {mean(row['linear'])} | {mean(row['nmi'], 3)} | {sizes} | {mean(row['minutes'])} |"
+        )
+    lines += ["", "Seed by seed:", ""]
+    lines += [difference(variants, *pair) for pair in PAIRS if set(pair) <= variants.keys()]
+    first = {f"cifar10-{epochs}-{name}-{seeds[name][0]}" for name in variants}
+    return lines + commands({name: records[name] for name in first}, out)
 
 
 def whole_page(out: Path, records: dict[str, Any]) -> list[str]:
@@ -378,57 +360,26 @@ def whole_page(out: Path, records: dict[str, Any]) -> list[str]:
     return lines + commands(records, out)
 
 
-def ablations_page(out: Path, records: dict[str, Any]) -> list[str]:
-    """The variants of one short run, seed by seed."""
-    names = ("fresh", *ABLATIONS, *CONTROLS)
-    seeds = {name: [seed for seed in SEEDS if f"{name}-{seed}" in records] for name in names}
-    variants = {name: over_seeds(out, name, seeds[name]) for name in names if seeds[name]}
-    lines = [
-        *heading("Ablations in small", records),
-        f"`alexnet-small` at 32 pixels, {SHORT_EPOCHS} epochs; mean and range over seeds. "
-        "*balanced*: five heads of 128 clusters, ten relabellings, exactly balanced labels; "
-        "*argmax*: labels as the potentials have them; *opts0*: random labels to the end; "
-        "*one-head*: T = 1; *retrained*: a fresh network on the final labels of *balanced*; "
-        "*supervised*: on the true classes, as many epochs.",
-        "",
-        "| variant | seeds | kNN | linear conv5 | NMI | largest cluster | empty | minutes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in variants.items():
-        sizes = ""
-        if name in ABLATIONS:
-            sizes = f"{max(row['largest']):.0f} | {max(row['empty']):.0f}"
-        nmi = mean(row["nmi"], 3) if name != "fresh" else ""
-        lines.append(
-            f"| {name} | {', '.join(map(str, seeds[name]))} | {mean(row['knn'])} "
-            f"| {mean(row['linear'])} | {nmi} | {sizes or ' | '} | {mean(row['minutes'])} |"
-        )
-    lines += ["", "Seed by seed:", ""]
-    pairs = [("balanced", "argmax"), ("balanced", "opts0"), ("balanced", "one-head")]
-    pairs += [("retrained", "balanced"), ("balanced", "fresh"), ("supervised", "fresh")]
-    lines += [difference(variants, *pair) for pair in pairs if set(pair) <= variants.keys()]
-    first = {f"{name}-{seeds[name][0]}" for name in variants}
-    return lines + commands({name: records[name] for name in first}, out)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run")
-    run.add_argument("part", choices=["cifar10", "ablations", "whole"])
+    run.add_argument("part", choices=["cifar10", "whole"])
     run.add_argument("--train", type=Path, required=True)
     run.add_argument("--test", type=Path, required=True)
     run.add_argument("--out", type=Path, required=True)
-    run.add_argument("--epochs", type=int, default=24, help="of cifar10 and whole")
+    run.add_argument("--epochs", type=int, default=24)
+    run.add_argument("--names", nargs="+", default=NAMES, choices=NAMES)
     run.add_argument("--opts", type=int, default=22, help="of whole")
-    run.add_argument("--names", nargs="+", default=("sela", "fresh"), help="of whole")
-    run.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    run.add_argument("--batch", default="--batch-size 64 --lr 0.05", help="of cifar10")
+    run.add_argument("--jobs", type=int, default=1, help="of cifar10: at a time")
+    run.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of cifar10")
     page = commands.add_parser("write")
     page.add_argument("--out", type=Path, required=True)
     page.add_argument("--folder", type=Path, default=Path("docs"))
     page.set_defaults(part="write")
     arguments = parser.parse_args()
-    parts = {"cifar10": run_cifar10, "ablations": run_ablations, "whole": run_whole, "write": write}
+    parts = {"cifar10": run_cifar10, "whole": run_whole, "write": write}
     parts[arguments.part](arguments)
 
 
