@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -29,7 +30,7 @@ HEADING = """# The label solve on a GPU
 Written by `python benchmarks/gpu.py`: float16 scores of features near prototypes, of uneven
 popularity, in the memory of the GPU. *pass*: one read of all scores, by torch's operations and
 by the fused kernel, median of 5; the floor is the time to read them at the rate of a copy. The
-second table is the kernel in other shapes, called once for all rows.
+second table is the kernel with other numbers of threads, called once for all rows.
 """
 
 LAMB = 25.0
@@ -79,8 +80,8 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
     return statistics.median(times[1:])
 
 
-def passes(rows: Resident, kernel: bool, repeats: int) -> list[str]:
-    """The table of passes."""
+def passes(rows: Resident, kernel: bool, repeats: int) -> tuple[str, float]:
+    """The table of passes, and the bytes a second of a copy."""
     stored_NK, device = rows.stored_NK, rows.device
     a_K = torch.linspace(-1, 1, rows.shape[1], dtype=torch.float64)
     # A tenth of the rows: the copy has to fit beside them. It reads and writes every byte.
@@ -113,39 +114,46 @@ def passes(rows: Resident, kernel: bool, repeats: int) -> list[str]:
                 f"| {name} | {str(dtype).removeprefix('torch.')} | {took * 1e3:.2f} "
                 f"| {took / floor:.1f} | {off:.1e} |"
             )
-    return lines
+    return "\n".join(lines), bandwidth
 
 
-# Rows at a time, threads in 32s, programs for each processor.
-VARIANTS = {
-    torch.float32: [(1, 8, 4), (2, 8, 2), (1, 16, 2), (2, 16, 2), (4, 16, 1)],
-    torch.float64: [(1, 8, 4), (1, 16, 2), (2, 16, 1)],
-}
+# Threads in 32s, and programs for each processor; those of the kernel's own choice first.
+SHAPES = ((1, 16), (2, 8), (4, 8), (8, 4), (16, 2))
+# Numbers of a row that a thread may hold.
+MOST_OF_A_THREAD = 32
 
 
-def variants(rows: Resident, repeats: int) -> list[str]:
-    """The table of the kernel's shapes."""
+def shapes(count: int, clusters: int, bandwidth: float, device: torch.device, repeats: int) -> str:
+    """The table of the kernel's shapes, for rows of several lengths: a third of the scores."""
     from sela_cli import fused
 
-    clusters = rows.shape[1]
-    a_K = torch.linspace(-1, 1, clusters, dtype=torch.float64)
-    block = 1 << (clusters - 1).bit_length()
-    lines = ["| precision | rows, warps, programs | ms | |", "|---|---|---|---|"]
-    for dtype, shapes in VARIANTS.items():
-        chosen, programs = fused._rows_and_warps, fused._PROGRAMS
-        usual = (*chosen(block, dtype), programs)
-        for shape in dict.fromkeys([*shapes, usual]):
-            fused._rows_and_warps = lambda block, dtype, shape=shape: shape[:2]
-            fused._PROGRAMS = shape[2]
-            took = seconds(
-                lambda dtype=dtype: fused.column_sums(rows.stored_NK, LAMB, a_K, dtype),
-                rows.device,
-                repeats,
-            )
-            name, mark = str(dtype).removeprefix("torch."), "usual" if shape == usual else ""
-            lines.append(f"| {name} | {', '.join(map(str, shape))} | {took * 1e3:.2f} | {mark} |")
-        fused._rows_and_warps, fused._PROGRAMS = chosen, programs
-    return lines
+    lines = [
+        "| N x K | precision | threads / 32, programs | ms | times the floor | |",
+        "|---|---|---|---|---|---|",
+    ]
+    chosen = fused._warps_and_programs
+    for columns in (128, 1000, clusters):
+        rows = max(1, count * clusters // 3 // columns)
+        scores_NK = torch.randn(rows, columns, dtype=torch.float16, device=device)
+        a_K = torch.linspace(-1, 1, columns, dtype=torch.float64)
+        for dtype in (torch.float32, torch.float64):
+            block = 1 << (columns - 1).bit_length()
+            usual = chosen(block, dtype)
+            work = partial(fused.column_sums, scores_NK, LAMB, a_K, dtype)
+            for shape in dict.fromkeys([usual, *SHAPES]):
+                # A thread has 255 registers.
+                if shape != usual and block > MOST_OF_A_THREAD * 32 * shape[0]:
+                    continue
+                fused._warps_and_programs = lambda block, dtype, shape=shape: shape
+                took = seconds(work, device, repeats)
+                lines.append(
+                    f"| {rows:,} x {columns:,} | {str(dtype).removeprefix('torch.')} "
+                    f"| {shape[0]}, {shape[1]} | {took * 1e3:.2f} "
+                    f"| {took * bandwidth / scores_NK.nbytes:.1f} "
+                    f"| {'usual' if shape == usual else ''} |"
+                )
+    fused._warps_and_programs = chosen
+    return "\n".join(lines)
 
 
 def solve(rows: Resident, tol: float) -> list[str]:
@@ -193,9 +201,11 @@ def main() -> None:
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {where}, torch {torch.__version__}, "
         f"kernel {'there' if kernel else 'missing'}, N x K = {rows.shape}.\n"
     )
-    print("\n".join(passes(rows, kernel, options.repeats)), "\n", sep="\n", flush=True)
+    table, bandwidth = passes(rows, kernel, options.repeats)
+    print(table, end="\n\n", flush=True)
     if kernel:
-        print("\n".join(variants(rows, options.repeats)), "\n", sep="\n", flush=True)
+        size = options.rows, options.clusters
+        print(shapes(*size, bandwidth, device, options.repeats), end="\n\n", flush=True)
     semidual._kernel = chosen
     print("\n".join(solve(rows, options.tol)))
 

@@ -25,6 +25,25 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
+def fetched(tensor: Tensor) -> Callable[[], Tensor]:
+    """The tensor on the processor, when it is called for; the copy begins at once.
+
+    What is said to a GPU after this may overwrite the tensor.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return wait
+
+
 def has_graphs(device: torch.device | str) -> bool:
     """Whether work there can be made one CUDA graph: exchanges between processes can't."""
     return torch.device(device).type == "cuda" and parallel.size() == 1

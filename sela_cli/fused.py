@@ -1,13 +1,13 @@
 """A pass over scores on a GPU as one Triton kernel: every row is read once.
 
-n rows of a tile, K columns (clusters), P programs of a launch, R rows at a time.
+n rows of a tile, K columns (clusters), P programs of a launch.
 
 The row's maximum, the exponentials, their sum and the column sums of the softmax are
 worked out where the row has been read, in registers; torch writes and reads the tile
-again for each. A program takes R rows at a time, since its threads wait for each other at
-every maximum and sum of them. Every program adds up rows of its own and the programs' sums
-are added in order, so that a pass gives the same bits each time. Sources: Milakov and
-Gimelshein 2018 (online normaliser for softmax).
+again for each. A program takes one row at a time, in as few threads as hold it: they wait
+for each other at every maximum and sum. Every program adds up rows of its own and the
+programs' sums are added in order, so that a pass gives the same bits each time. Sources:
+Milakov and Gimelshein 2018 (online normaliser for softmax).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sela_cli.devices import sent
 # Longer rows do not fit into the registers of a program, and are read three times.
 _LONGEST = 8192
 _BLOCK = 2048
-# Programs for each processor of the GPU.
-_PROGRAMS = 4
-# Bytes of the rows at hand that a thread holds, and rows at most.
-_HELD, _MOST_ROWS = 64, 64
-# Times R rows are added up in the precision of the softmax before float64 takes over.
+# Bytes of a row that are held by 32 threads, and threads of a program at most, in 32s.
+_HELD, _MOST_WARPS = 2048, 16
+# Programs for each processor of the GPU, by their threads: the fastest of those measured.
+_PROGRAMS = {1: 16, 2: 8, 4: 8, 8: 4, 16: 2}
+# Rows that are added up in the precision of the softmax before float64 takes over.
 _GROUP = tl.constexpr(16)
 
 
@@ -41,7 +41,9 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
     a_K = sent(a_K.to(dtype), device)
     # A number among a kernel's arguments would be rounded to single precision.
     lamb_1 = sent(torch.tensor([lamb], dtype=dtype), device)
-    programs = max(1, min(count, _PROGRAMS * _processors(device)))
+    block = triton.next_power_of_2(clusters)
+    warps, programs = _warps_and_programs(block, dtype)
+    programs = max(1, min(count, programs * _processors(device)))
     each = triton.cdiv(count, programs)
     sums_PK = torch.empty(programs, clusters, dtype=torch.float64, device=device)
     wide = tl.float64 if dtype == torch.float64 else tl.float32
@@ -49,12 +51,9 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
     # Triton launches on the current device.
     with torch.cuda.device_of(scores_nK):
         if clusters <= _LONGEST:
-            block = triton.next_power_of_2(clusters)
-            rows, warps = _rows_and_warps(block, dtype)
             _sums_of_rows[(programs,)](
-                scores_nK, a_K, lamb_1, sums_PK, *shape,
-                ROWS=rows, BLOCK=block, WIDE=wide, num_warps=warps,
-            )  # fmt: skip
+                scores_nK, a_K, lamb_1, sums_PK, *shape, BLOCK=block, WIDE=wide, num_warps=warps
+            )
         else:
             best_n = torch.empty(count, dtype=torch.float64, device=device)
             log_n = torch.empty(count, dtype=dtype, device=device)
@@ -67,11 +66,11 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
     return sums_PK.sum(0)
 
 
-def _rows_and_warps(block: int, dtype: torch.dtype) -> tuple[int, int]:
-    """How many rows a program takes at a time, and in how many threads, in 32s: the fastest
-    of those in docs/benchmarks-gpu.md, as many numbers a thread for shorter rows."""
-    warps = 8 if dtype == torch.float32 else 16
-    return min(max(1, 32 * warps * _HELD // dtype.itemsize // block), _MOST_ROWS), warps
+def _warps_and_programs(block: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The threads of a program, in 32s, and how many programs there are for each processor
+    of the GPU; see docs/benchmarks-gpu.md."""
+    warps = min(max(1, block * dtype.itemsize // _HELD), _MOST_WARPS)
+    return warps, _PROGRAMS[warps]
 
 
 def _processors(device: torch.device) -> int:
@@ -96,35 +95,27 @@ def _sums_of_rows(
     count,
     clusters: tl.constexpr,
     each,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     program = tl.program_id(0)
     k = tl.arange(0, BLOCK)
-    k_1K = k[None, :]
-    a_1K = tl.load(a + k_1K, mask=k_1K < clusters, other=-float("inf"))
+    there = k < clusters
+    a_K = tl.load(a + k, mask=there, other=-float("inf"))
     factor = tl.load(lamb)
     total_K = tl.zeros([BLOCK], tl.float64)
     first = program * each
     last = tl.minimum(first + each, count)
-    row_R1 = first + tl.arange(0, ROWS)[:, None]
-    # Some ahead: memory is waited for while the rows before are worked on.
-    ahead_RK = _read(scores, row_R1, k_1K, clusters, (k_1K < clusters) & (row_R1 < last), WIDE)
-    for start in range(first, last, _GROUP * ROWS):
+    # One ahead: memory is waited for while the row before is worked on.
+    ahead_K = _read(scores, first, k, clusters, there & (first < last), WIDE)
+    for start in range(first, last, _GROUP):
         group_K = tl.zeros([BLOCK], WIDE)
-        for _ in range(start, tl.minimum(start + _GROUP * ROWS, last), ROWS):
-            x_RK, real_R1 = ahead_RK, row_R1 < last
-            row_R1 += ROWS
-            there_RK = (k_1K < clusters) & (row_R1 < last)
-            ahead_RK = _read(scores, row_R1, k_1K, clusters, there_RK, WIDE)
-            # Beyond the last row all is -inf, and -inf less -inf would be no number.
-            top_R1 = tl.where(real_R1, tl.max(x_RK, 1, keep_dims=True), 0.0)
-            z_RK = factor * (x_RK - top_R1).to(WIDE) + a_1K
-            top_R1 = tl.where(real_R1, tl.max(z_RK, 1, keep_dims=True), 0.0)
-            e_RK = tl.exp(z_RK - top_R1)
-            sum_R1 = tl.where(real_R1, tl.sum(e_RK, 1, keep_dims=True), 1.0)
-            group_K += tl.sum(e_RK / sum_R1, 0)
+        for row in range(start, tl.minimum(start + _GROUP, last)):
+            x_K = ahead_K
+            ahead_K = _read(scores, row + 1, k, clusters, there & (row + 1 < last), WIDE)
+            z_K = factor * (x_K - tl.max(x_K, 0)).to(WIDE) + a_K
+            e_K = tl.exp(z_K - tl.max(z_K, 0))
+            group_K += e_K / tl.sum(e_K, 0)
         total_K += group_K.to(tl.float64)
     tl.store(sums + program.to(tl.int64) * clusters + k, total_K, mask=k < clusters)
 

@@ -311,6 +311,8 @@ class _Run:
     told: set[str] = field(default_factory=set)
     # When this call ended its first round, and at which position.
     mark: tuple[float, float] | None = None
+    # The path of the newest checkpoint, and what is there.
+    newest: tuple[str, Checkpoint, Network] | None = None
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
@@ -358,7 +360,7 @@ class _Run:
     def _begin(self, network: Network) -> None:
         """Round 0: random balanced labels; the logits of the fresh network name the images."""
         settings = self.settings
-        settle(network, self.images, settings.recipe)
+        settle(network, self.images, settings.recipe, self.device)
         provenance = Provenance("embed", {"arch": settings.arch})
         self._embed("embed, fresh network", network, provenance, None)
         self._keep(0, self._predictions)
@@ -392,9 +394,8 @@ class _Run:
         before = self.path(f"labels-{number - 1:03d}.h5")
         if not (self.folder / checkpoint).exists():
             self._go_on(number - 1, checkpoint, position)
-        state = formats.read_checkpoint(self.path(checkpoint))
+        state, network = self._state(checkpoint)
         assert state.header is not None
-        network = network_of(state, self.path(checkpoint))
         provenance = Provenance("embed", {"view": settings.view})
         self._embed(
             f"embed, round {number}",
@@ -489,9 +490,16 @@ class _Run:
             )
 
     def _go_on(self, source: int, output: str, to: float | None) -> None:
-        path = self.path(f"checkpoint-{source:03d}.h5")
-        start = formats.read_checkpoint(path)
-        self._train(network_of(start, path), start, source, output, to)
+        start, network = self._state(f"checkpoint-{source:03d}.h5")
+        self._train(network, start, source, output, to)
+
+    def _state(self, name: str) -> tuple[Checkpoint, Network]:
+        """A checkpoint and its network; kept, as the newest is embedded and then trained."""
+        path = self.path(name)
+        if self.newest is None or self.newest[0] != path:
+            state = formats.read_checkpoint(path)
+            self.newest = path, state, network_of(state, path)
+        return self.newest[1:]
 
     def _train(
         self,
@@ -533,7 +541,7 @@ class _Run:
     def _knn(self, output: str, checkpoint: str) -> None:
         if (self.folder / output).exists():
             return
-        state = formats.read_checkpoint(self.path(checkpoint))
+        state, network = self._state(checkpoint)
         assert state.header is not None
         bank, test = probes.holdout(self.images, HOLDOUT, self.settings.recipe.seed)
         parameters = {"method": "knn", "holdout": HOLDOUT, "seed": self.settings.recipe.seed}
@@ -541,7 +549,7 @@ class _Run:
             probes.probe_stage(
                 bank,
                 test,
-                network_of(state, self.path(checkpoint)),
+                network,
                 self.path(output),
                 Provenance("probe", parameters, dataset_id=self.images.dataset_id).reading(
                     "checkpoint", state.header

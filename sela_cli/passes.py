@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import tee
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sela_cli import job, parallel
-from sela_cli.devices import sent
+from sela_cli.devices import fetched, sent
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, Draws, draw, drawn_view, ten_views
 from sela_cli.images.batches import Images
 from sela_cli.seeds import batches, generator_of
@@ -66,22 +67,39 @@ def in_order(
     counts = [min(batch_size, len(images) - start) for start in starts]
     own = range(rank, len(starts), processes)
     stream = images.stream(torch.arange(starts[n], starts[n] + counts[n]) for n in own)
-    for first in range(0, len(starts), processes):
-        group = counts[first : first + processes]
-        outputs: Sequence[Tensor | None] = [None] * len(columns)
+
+    def begun(group: list[int]) -> Callable[[], Tensor] | None:
+        """This process's batch of one of each, if it has one there."""
+        mine = None
         for owner, count in enumerate(group):
             # Drawn for every batch, so that the views do not depend on who computes them.
             draws = augment(count, images.side) if augment else Draws()
             if owner == rank:
                 view = view_of(sent(next(stream), device), size, draws.on(device))
                 view = view.contiguous(memory_format=torch.channels_last)
-                values = compute(view).float().cpu()
-                outputs = [part.contiguous() for part in torch.split(values, list(columns), 1)]
+                mine = fetched(compute(view).float())
+        return mine
+
+    def ended(group: list[int], mine: Callable[[], Tensor] | None) -> Iterator[list[Tensor]]:
+        outputs: Sequence[Tensor | None] = [None] * len(columns)
+        if mine:
+            outputs = [part.contiguous() for part in torch.split(mine(), list(columns), 1)]
         for owner, count in enumerate(group):
             yield [
                 job.from_process(owner, output, (count, width))
                 for output, width in zip(outputs, columns, strict=True)
             ]
+
+    groups = [counts[first : first + processes] for first in range(0, len(starts), processes)]
+    # A GPU is at work on one batch while the next is made ready for it.
+    ahead = 1 if torch.device(device).type == "cuda" else 0
+    at_work: deque[Iterator[list[Tensor]]] = deque()
+    for group in groups:
+        at_work.append(ended(group, begun(group)))
+        if len(at_work) > ahead:
+            yield from at_work.popleft()
+    for last in at_work:
+        yield from last
 
 
 def over_ten_crops(

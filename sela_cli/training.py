@@ -263,7 +263,7 @@ def label_view(kind: str, recipe: Recipe, step: int) -> DrawOf | None:
 
 
 @torch.no_grad()
-def settle(network: Network, images: Images, recipe: Recipe) -> None:
+def settle(network: Network, images: Images, recipe: Recipe, device: str = "cpu") -> None:
     """Give a fresh network the BatchNorm statistics of some batches of its images.
 
     Without, a fresh network in eval mode normalises nothing, and its logits hardly differ
@@ -274,7 +274,7 @@ def settle(network: Network, images: Images, recipe: Recipe) -> None:
     for norm in norms:
         # None: the plain mean over the batches.
         norm.momentum = None
-    network.train()
+    network.train().to(device)
     augmentation = AUGMENTATIONS[recipe.aug]
     generator = generator_of(recipe.seed, "settle", 0)
     for _ in range(_SETTLING):
@@ -282,8 +282,8 @@ def settle(network: Network, images: Images, recipe: Recipe) -> None:
         draws = draw(len(rows), images.side, augmentation, generator)
         if len(rows) > 1:
             mine = job.share(len(rows))
-            batch = images.batch(rows[mine])
-            network.trunk(drawn_view(batch, network.image_size, draws.of(mine)))
+            batch = sent(images.batch(rows[mine]), device)
+            network.trunk(drawn_view(batch, network.image_size, draws.of(mine).on(device)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()
@@ -340,7 +340,7 @@ def train_stage(
     assert labels.header is not None
     job.meet()
     if start is None:
-        settle(network, images, recipe)
+        settle(network, images, recipe, device)
     trainer = Trainer(network, recipe, device)
     provenance = Provenance(command, asdict(recipe) | {"to": to}, dataset_id=images.dataset_id)
     provenance = provenance.reading("labels", labels.header)

@@ -172,6 +172,7 @@ def test_saved_state_of_another_network_or_device_is_not_taken_up(
 ) -> None:
     # Everything is computed on the CPU, whatever the stage is told.
     monkeypatch.setattr(training, "Trainer", lambda *stage: Trainer(*stage[:2]))
+    monkeypatch.setattr(training, "settle", lambda *stage: settle(*stage[:3]))
 
     def train(arch: str = "alexnet-small", image_size: int = 32, device: str = "cpu") -> int:
         steps: list[int] = []

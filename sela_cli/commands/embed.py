@@ -108,7 +108,7 @@ def embed(
     if not dry_run:
         where = device_name(device)
         if not state:
-            settle(network, images, recipe)
+            settle(network, images, recipe, where)
         options["precision"] = decided(
             options["precision"],
             partial(began_in, output),
