@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from sela_cli import batchwide, formats, job, parallel, schedule
-from sela_cli.devices import Graphed, has_graphs, sent
+from sela_cli.devices import Graphed, fetched, has_graphs, sent
 from sela_cli.errors import BadData, SelaError, UsageError
 from sela_cli.formats import Checkpoint, Labels, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw, drawn_view
@@ -208,10 +208,11 @@ class Trainer:
             # Dropout draws from the global generator.
             torch.manual_seed(seed_of(recipe.seed, "dropout", self.step))
             self._set_rate(recipe.lr_at(self.step, count))
-            loss = step(view, sent(labels_Tn, self.device))
-            # Made while a GPU is at work on this step, which the loss has to wait for.
+            loss = fetched(step(view, sent(labels_Tn, self.device)).float())
+            # Made while a GPU is at work on this step; what it still is at when the loss is
+            # there keeps it busy until the next.
             batch = next(ready, None)
-            part = loss.float().cpu() / parallel.size()
+            part = loss() / parallel.size()
             self.losses.append(float(parallel.sum_of(part)))
             if not math.isfinite(self.losses[-1]):
                 raise SelaError(
