@@ -39,6 +39,8 @@ _FURTHER = 32
 # Rows looked at: for each that has to move and for each cluster at least, and so many times
 # as many again where these do not do.
 _PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 2
+# Of losses, by which way they were worked out.
+_ROUNDING = 1e-9
 # `nearest_marginal`: the rows of a cluster that has none.
 _NO_ROW = 1e-9
 
@@ -243,6 +245,14 @@ class _Flow:
         self._margin, self._start_K = margin, prices_K.copy()
         on_cpu = rows.device.type == "cpu"
         self._loss_KK = (_least_losses if on_cpu else _least_losses_on_device)(rows, labels_N)
+        self._kept = None
+        if on_cpu and isinstance(rows, Resident):
+            maximum_N1 = rows.stored_NK.amax(1, keepdim=True).double()
+            self._kept = rows.stored_NK.numpy(), maximum_N1.numpy()
+        order = np.argsort(labels_N, kind="stable")
+        ends = np.cumsum(np.bincount(labels_N, minlength=len(prices_K)))
+        # Of each cluster, ascending.
+        self._members = np.split(order, ends[:-1])
 
     def advance(self, surplus_K: np.ndarray, slack: float) -> bool:
         """Move rows along the cheapest paths; false where rows of others might be cheaper."""
@@ -311,24 +321,47 @@ class _Flow:
         """Send as many rows along each arc as `slack` and `most` allow, the same number on
         all. Returns that number.
         """
-        arcs = list(pairwise(path))
         willing = []
-        for source, target in arcs:
-            members = np.flatnonzero(self.labels_N == source)
-            loss_n = _losses(self.rows, members, source, target)
-            order = np.argsort(loss_n, kind="stable")
-            worst = min(loss_n[order[0]] + slack, self._least_elsewhere(source)[target])
-            most = min(most, int(np.searchsorted(loss_n[order], worst, side="right")))
+        for source, target in pairwise(path):
+            members = self._members[source]
+            scores_m2 = self._scores(members, np.array([source, target]))
+            loss_m = scores_m2[:, 0] - scores_m2[:, 1]
+            order = np.argsort(loss_m, kind="stable")
+            worst = min(loss_m[order[0]] + slack, self._least_elsewhere(source)[target])
+            most = min(most, int(np.searchsorted(loss_m[order], worst, side="right")))
             willing.append(members[order])
-        for (_, target), members in zip(arcs, willing, strict=True):
-            self.labels_N[members[:most]] = target
-        for cluster in path[:-1]:
-            members = np.flatnonzero(self.labels_N == cluster)
-            self._loss_KK[cluster] = _least_loss(self.rows, members, cluster)
-        arrivals = np.sort(willing[-1][:most])
-        least_K = _least_loss(self.rows, arrivals, path[-1])
-        self._loss_KK[path[-1]] = np.minimum(self._loss_KK[path[-1]], least_K)
+        moving = [np.sort(members[:most]) for members in willing]
+        for (source, target), rows_m in zip(pairwise(path), moving, strict=True):
+            self.labels_N[rows_m] = target
+            self._members[source] = np.setdiff1d(self._members[source], rows_m, assume_unique=True)
+            self._members[target] = np.union1d(self._members[target], rows_m)
+        for (source, target), rows_m in zip(pairwise(path), moving, strict=True):
+            scores_mK = self._scores(rows_m)
+            self._forget(source, (scores_mK[:, [source]] - scores_mK).min(0))
+            arrived_K = (scores_mK[:, [target]] - scores_mK).min(0)
+            self._loss_KK[target] = np.minimum(self._loss_KK[target], arrived_K)
         return most
+
+    def _forget(self, cluster: int, least_K: np.ndarray) -> None:
+        """Rows have left a cluster that would lose at least so much by going elsewhere."""
+        members, loss_K = self._members[cluster], self._loss_KK[cluster]
+        if not len(members):
+            loss_K.fill(np.inf)
+            return
+        # Where theirs was the least loss, it is another row's now.
+        stale = np.flatnonzero(least_K <= loss_K + _ROUNDING * (1 + np.abs(loss_K)))
+        own_m1 = self._scores(members, np.array([cluster]))
+        loss_K[stale] = (own_m1 - self._scores(members, stale)).min(0)
+
+    def _scores(self, rows_n: np.ndarray, columns: np.ndarray | None = None) -> np.ndarray:
+        """Of some rows (ascending), in some columns or all."""
+        if self._kept is None:
+            blocks = map_rows(self.rows, rows_n, lambda block_nK: block_nK.cpu().numpy())
+            scores_nK = np.concatenate(list(blocks))
+            return scores_nK if columns is None else scores_nK[:, columns]
+        kept_NK, maximum_N1 = self._kept
+        chosen_nk = kept_NK[rows_n] if columns is None else kept_NK[rows_n[:, None], columns]
+        return chosen_nk.astype(np.float64) - maximum_N1[rows_n]
 
 
 def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
@@ -366,23 +399,6 @@ def _least_losses_on_device(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
         return loss_KK
 
     return reduce(torch.minimum, map_spans(rows, work)).cpu().numpy()
-
-
-def _losses(rows: Rows, members: np.ndarray, source: int, target: int) -> np.ndarray:
-    def work(block_nK: Tensor) -> np.ndarray:
-        return (block_nK[:, source] - block_nK[:, target]).cpu().numpy()
-
-    return np.concatenate(list(map_rows(rows, members, work)))
-
-
-def _least_loss(rows: Rows, members: np.ndarray, cluster: int) -> np.ndarray:
-    def work(block_nK: Tensor) -> np.ndarray:
-        return (block_nK[:, [cluster]] - block_nK).amin(0).cpu().numpy()
-
-    least_K = np.full(rows.shape[1], np.inf)
-    for part_K in map_rows(rows, members, work):
-        np.minimum(least_K, part_K, out=least_K)
-    return least_K
 
 
 def sharpen(
