@@ -164,9 +164,9 @@ def solve(rows: Resident, tol: float) -> list[str]:
     solution = newton.solve(problem)
     solved = time.perf_counter()
     bounds = assignment.size_bounds(count, problem.marginal_K.numpy())
-    sharp_K = assignment.sharpen(rows, problem, solution.potentials_K, newton.refine)
+    sharp_K, preferred = assignment.sharpen(rows, problem, solution.potentials_K, newton.refine)
     slack = 1e-4 * assignment.certified(rows, sharp_K, None).objective
-    labels_N, prices_K = assignment.balanced(rows, sharp_K, bounds, slack)
+    labels_N, prices_K = assignment.balanced(rows, sharp_K, bounds, slack, preferred=preferred)
     balanced = time.perf_counter()
     _, objective, bound = assignment.certified(rows, prices_K, bounds, labels_N)
     gap = objective - bound

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sela_cli import parallel
 from sela_cli.semidual import Problem, Solution, plan_of_some
-from sela_cli.tiles import CPU, Resident, Rows, Some, map_rows, map_spans
+from sela_cli.tiles import CPU, Resident, Rows, Some, in_order, map_rows, map_spans, spans_of
 
 # `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
 _EXCESS = 0.01
@@ -70,21 +70,6 @@ def size_bounds(count: int, marginal_K: np.ndarray) -> Bounds:
     return Bounds(np.floor(sizes_K).astype(np.int64), np.ceil(sizes_K).astype(np.int64))
 
 
-def argmax(rows: Rows, prices_K: Tensor, dtype: torch.dtype = torch.float64) -> np.ndarray:
-    """The cluster that each row prefers, argmax_k logp_ik + g_k. Returns labels_N, int64."""
-    # Written in place: small results among large tiles would keep the heap from shrinking.
-    labels_N = np.empty(rows.shape[0], np.int64)
-
-    def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
-        for start, tile_nK in tiles:
-            first_n = _first_choice(tile_nK + prices_K.to(tile_nK))
-            labels_N[start : start + len(tile_nK)] = first_n.cpu().numpy()
-
-    for _ in map_spans(rows, work, dtype):
-        pass
-    return labels_N
-
-
 def _first_choice(priced_nK: Tensor) -> Tensor:
     # NumPy's argmax takes a fifth of the time of torch's.
     if priced_nK.device.type == "cpu":
@@ -98,7 +83,7 @@ def nearest_marginal(rows: Rows, bounds: Bounds) -> Tensor:
     In relative entropy: r_k = c h_k cut to its bounds, with the c at which they sum to 1.
     """
     count, clusters = rows.shape
-    chosen_N = argmax(rows, torch.zeros(clusters, dtype=torch.float64))
+    chosen_N = preferences(rows, torch.zeros(clusters, dtype=torch.float64)).labels_N
     # A marginal is positive. What stands for no row is to be none after it has been scaled.
     h_K = np.maximum(np.bincount(chosen_N, minlength=clusters), _NO_ROW) / count
     low_K, high_K = np.maximum(bounds.low_K, _NO_ROW) / count, bounds.high_K / count
@@ -166,26 +151,23 @@ class Preferences(NamedTuple):
     margin_N: np.ndarray
 
 
-def preferences(rows: Rows, prices_K: Tensor, labels_N: np.ndarray | None = None) -> Preferences:
-    """What rows prefer, and their margins: of their own label, where those are given."""
-    count = rows.shape[0]
-    margin_N = np.empty(count)
-    chosen_N = np.empty(count, np.int64) if labels_N is None else labels_N
+def preferences(rows: Rows, prices_K: Tensor) -> Preferences:
+    """What rows prefer at prices, in one read."""
+    # Written in place: small results among large tiles would keep the heap from shrinking.
+    labels_N, margin_N = np.empty(rows.shape[0], np.int64), np.empty(rows.shape[0])
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
         for start, tile_nK in tiles:
             priced_nK = tile_nK + prices_K.to(tile_nK)
-            part_n = chosen_N[start : start + len(tile_nK)]
-            if labels_N is None:
-                part_n[:] = _first_choice(priced_nK).cpu().numpy()
-            own_n1 = torch.from_numpy(part_n[:, None]).to(rows.device)
-            own = priced_nK.gather(1, own_n1)[:, 0]
-            others = priced_nK.scatter_(1, own_n1, -torch.inf).amax(1)
-            margin_N[start : start + len(tile_nK)] = (own - others).cpu().numpy()
+            own_n1 = _first_choice(priced_nK)[:, None]
+            own_n = priced_nK.gather(1, own_n1)[:, 0]
+            others_n = priced_nK.scatter_(1, own_n1, -torch.inf).amax(1)
+            part = slice(start, start + len(tile_nK))
+            labels_N[part] = own_n1[:, 0].cpu().numpy()
+            margin_N[part] = (own_n - others_n).cpu().numpy()
 
-    for _ in map_spans(rows, work):
-        pass
-    return Preferences(chosen_N, margin_N)
+    deque(map_spans(rows, work), maxlen=0)
+    return Preferences(labels_N, margin_N)
 
 
 def balanced(
@@ -195,6 +177,7 @@ def balanced(
     slack: float = 0.0,
     progress: Callable[[int], None] = lambda left: None,
     memory: int = 1 << 28,
+    preferred: Preferences | None = None,
 ) -> tuple[np.ndarray, Tensor]:
     """Labels whose cluster sizes lie within `bounds`, of least objective.
 
@@ -202,7 +185,8 @@ def balanced(
     `slack` is 0. Otherwise a moved row may lose up to `slack` nats more than the one that
     minds least, which moves many rows at a time. Returns labels_N and the prices that go
     with them. `progress` is told how many rows are still too many; `memory`: bytes that may
-    be kept of the rows that are looked at.
+    be kept of the rows that are looked at; `preferred`: `preferences` at these prices, where
+    they are known, which it takes over.
 
     Only rows of small margins are looked at. No other loses less than `margin` by going
     anywhere, so that a path is the cheapest as long as all its arcs cost less than that;
@@ -210,7 +194,7 @@ def balanced(
     """
     count, clusters = rows.shape
     assert bounds.low_K.sum() <= count <= bounds.high_K.sum()
-    labels_N, margin_N = preferences(rows, prices_K)
+    labels_N, margin_N = preferred or preferences(rows, prices_K)
     surplus_K = np.bincount(labels_N, minlength=clusters)
     surplus_K -= _cheapest_sizes(count, prices_K, bounds)
     prices = prices_K.numpy().copy()
@@ -229,11 +213,12 @@ def balanced(
         while surplus_K.any() and flow.advance(surplus_K, slack):
             progress(int(surplus_K.clip(0).sum()))
         labels_N[chosen_n] = flow.labels_N
-        # Before others are kept: there is no memory for both.
+        # What others' margins are at least, at the new prices, and these are looked at again.
+        margin_N += flow.risen_K[labels_N] - flow.risen_K.max()
+        margin_N[chosen_n] = -np.inf
+        wanted *= _WIDER
+        # Before more are kept: there is no memory for both.
         del flow, movable
-        if surplus_K.any():
-            wanted *= _WIDER
-            margin_N = preferences(rows, torch.from_numpy(prices), labels_N).margin_N
     return labels_N, torch.from_numpy(prices)
 
 
@@ -243,16 +228,24 @@ class _Flow:
     def __init__(self, rows: Rows, labels_N: np.ndarray, prices_K: np.ndarray, margin: float):
         self.rows, self.labels_N, self.prices_K = rows, labels_N, prices_K
         self._margin, self._start_K = margin, prices_K.copy()
-        on_cpu = rows.device.type == "cpu"
-        self._loss_KK = (_least_losses if on_cpu else _least_losses_on_device)(rows, labels_N)
-        self._kept = None
-        if on_cpu and isinstance(rows, Resident):
-            maximum_N1 = rows.stored_NK.amax(1, keepdim=True).double()
-            self._kept = rows.stored_NK.numpy(), maximum_N1.numpy()
         order = np.argsort(labels_N, kind="stable")
         ends = np.cumsum(np.bincount(labels_N, minlength=len(prices_K)))
         # Of each cluster, ascending.
         self._members = np.split(order, ends[:-1])
+        self._kept = None
+        if rows.device.type != "cpu":
+            self._loss_KK = _least_losses_on_device(rows, labels_N)
+        elif isinstance(rows, Resident):
+            maximum_N1 = rows.stored_NK.amax(1, keepdim=True).double()
+            self._kept = rows.stored_NK.numpy(), maximum_N1.numpy()
+            self._loss_KK = _least_losses_of_kept(rows, self._members)
+        else:
+            self._loss_KK = _least_losses(rows, labels_N)
+
+    @property
+    def risen_K(self) -> np.ndarray:
+        """By how much prices are above those at the start."""
+        return self.prices_K - self._start_K
 
     def advance(self, surplus_K: np.ndarray, slack: float) -> bool:
         """Move rows along the cheapest paths; false where rows of others might be cheaper."""
@@ -385,6 +378,21 @@ def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
     return loss_KK
 
 
+def _least_losses_of_kept(rows: Resident, members: list[np.ndarray]) -> np.ndarray:
+    """The same by the cluster, for which no row is read twice: three times as fast."""
+    clusters = rows.shape[1]
+    loss_KK = np.full((clusters, clusters), np.inf)
+    parts = [(k, part_n) for k in range(clusters) for part_n in spans_of(members[k], clusters)]
+
+    def work(part: tuple[int, np.ndarray]) -> tuple[int, np.ndarray]:
+        scores_nK = rows.take(part[1])
+        return part[0], (scores_nK[:, part[0], None] - scores_nK).amin(0).numpy()
+
+    for k, least_K in in_order(work, parts, CPU):
+        np.minimum(loss_KK[k], least_K, out=loss_KK[k])
+    return loss_KK
+
+
 def _least_losses_on_device(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
     """The same on a GPU, which has no use for sorted rows."""
     clusters = rows.shape[1]
@@ -406,8 +414,9 @@ def sharpen(
     problem: Problem,
     potentials_K: Tensor,
     refine: Callable[[Problem, Tensor], Solution],
-) -> Tensor:
-    """Prices at which what rows prefer is closer to balance than at potentials / lambda.
+) -> tuple[Tensor, Preferences]:
+    """Prices at which what rows prefer is closer to balance than at potentials / lambda, and
+    what they prefer there.
 
     Entropic potentials balance the soft plan, not its argmax: with flat scores most rows
     would have to move. Solving again, loosely, at 4, 16, ... times lambda brings the
@@ -418,11 +427,11 @@ def sharpen(
     lamb = problem.lamb
     prices_K = potentials_K / lamb
     before = rows.shape[0]
-    for _ in range(_SHARPENINGS):
-        labels_N = argmax(rows, prices_K, torch.float32)
-        sizes_K = np.bincount(labels_N, minlength=rows.shape[1])
+    for left in range(_SHARPENINGS, -1, -1):
+        preferred = preferences(rows, prices_K)
+        sizes_K = np.bincount(preferred.labels_N, minlength=rows.shape[1])
         excess = int((sizes_K - bounds.high_K).clip(0).sum())
-        if excess <= _EXCESS * rows.shape[0] or parallel.any_of(problem.stop()):
+        if not left or excess <= _EXCESS * rows.shape[0] or parallel.any_of(problem.stop()):
             break
         if excess > before / 2:
             q_nK = plan_of_some(rows, lamb, prices_K * lamb, torch.float32)
@@ -432,4 +441,4 @@ def sharpen(
         lamb *= 4
         sharper = problem.at(problem.rows, lamb, _LOOSE, _LOOSE_ITER)
         prices_K = refine(sharper, prices_K * lamb).potentials_K / lamb
-    return prices_K
+    return prices_K, preferred

@@ -672,10 +672,16 @@ def _balanced(
     memory: int,
 ) -> assignment.Certified:
     """Labels of the wanted sizes, from potentials that are nearly right."""
-    sharp_K = assignment.sharpen(rows, problem, solution.potentials_K, refine)
+    sharp_K, preferred = assignment.sharpen(rows, problem, solution.potentials_K, refine)
     slack = _SLACK * assignment.certified(evenly(rows, _SOME), sharp_K, None).objective
     labels_N, prices_K = assignment.balanced(
-        rows, sharp_K, sizes.given, slack, progress=progress, memory=memory
+        rows,
+        sharp_K,
+        sizes.given,
+        slack,
+        progress=progress,
+        memory=memory,
+        preferred=preferred,
     )
     return assignment.certified(rows, prices_K, sizes.allowed, labels_N)
 

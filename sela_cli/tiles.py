@@ -260,9 +260,14 @@ def map_rows(
     dtype: torch.dtype = torch.float64,
 ) -> Iterator[T]:
     """`work` of the named rows (ascending), a span of them at a time, in order."""
-    size = max(1, _SPAN_ELEMENTS // rows.shape[1])
-    parts = [rows_n[at : at + size] for at in range(0, len(rows_n), size)]
+    parts = spans_of(rows_n, rows.shape[1])
     return in_order(lambda part_n: work(rows.take(part_n, dtype)), parts, rows.device)
+
+
+def spans_of(rows_n: np.ndarray, clusters: int) -> list[np.ndarray]:
+    """Named rows, a span of them at a time."""
+    size = max(1, _SPAN_ELEMENTS // clusters)
+    return [rows_n[at : at + size] for at in range(0, len(rows_n), size)]
 
 
 def in_order(

@@ -463,7 +463,11 @@ def test_first_choices_and_their_objective() -> None:
     rows = ArrayRows(logits(500, 7))
     prices_K = torch.linspace(-1, 1, 7, dtype=torch.float64)
     labels_N, objective, bound = assignment.certified(rows, prices_K, None)
-    np.testing.assert_array_equal(labels_N, assignment.argmax(rows, prices_K))
+    priced_NK = np.sort(rows.scores_NK + prices_K.numpy(), axis=1)
+    preferred = assignment.preferences(rows, prices_K)
+    np.testing.assert_array_equal(labels_N, preferred.labels_N)
+    np.testing.assert_array_equal(labels_N, (rows.scores_NK + prices_K.numpy()).argmax(1))
+    np.testing.assert_allclose(preferred.margin_N, priced_NK[:, -1] - priced_NK[:, -2], atol=1e-12)
     logp_NK = log_softmax(rows.scores_NK, axis=1)
     assert objective == pytest.approx(-logp_NK[np.arange(500), labels_N].mean(), abs=1e-12)
     assert np.isnan(bound)
@@ -477,19 +481,21 @@ def test_sharper_prices_leave_fewer_rows_to_move(scale: float) -> None:
     potentials_K = by_newton(rows, uniform(40), 10.0, 1e-6, 100).potentials_K
 
     def excess(prices_K: Tensor) -> int:
-        sizes_K = np.bincount(assignment.argmax(rows, prices_K), minlength=40)
+        sizes_K = np.bincount(assignment.preferences(rows, prices_K).labels_N, minlength=40)
         return int((sizes_K - bounds.high_K).clip(0).sum())
 
     problem = Problem(rows, uniform(40), 10.0, 1e-6, 100)
-    sharp_K = assignment.sharpen(rows, problem, potentials_K, newton.refine)
+    sharp_K, preferred = assignment.sharpen(rows, problem, potentials_K, newton.refine)
     assert excess(sharp_K) <= 0.01 * 4000 < excess(potentials_K / 10)
+    for found, wanted in zip(preferred, assignment.preferences(rows, sharp_K), strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_stop_ends_the_sharpening() -> None:
     rows = ArrayRows(logits(4000, 40, scale=0.002))
     potentials_K = by_newton(rows, uniform(40), 10.0, 1e-6, 100).potentials_K
     problem = Problem(rows, uniform(40), 10.0, 1e-6, 100, stop=lambda: True)
-    sharp_K = assignment.sharpen(rows, problem, potentials_K, newton.refine)
+    sharp_K, _ = assignment.sharpen(rows, problem, potentials_K, newton.refine)
     assert not problem.trace and torch.equal(sharp_K, potentials_K / 10)
 
 
