@@ -22,7 +22,11 @@ VERBS = ("run", "embed", "label", "train", "retrain", "probe")
 
 
 class FailedElsewhere(SelaError):
-    """Another process has failed, and said why."""
+    """Another process has failed, and said why; this one ends with the same exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the first process has failed")
+        self.exit_code = exit_code
 
 
 def number() -> int:
@@ -79,6 +83,8 @@ def once(work: Callable[[], None]) -> None:
 
     Raises what it raises there, and FailedElsewhere in the other processes.
     """
+    import torch
+
     from sela_cli import parallel
 
     meet()
@@ -88,8 +94,11 @@ def once(work: Callable[[], None]) -> None:
             work()
         except Exception as error:  # All must hear of it before one leaves.
             failure = error
-    if parallel.any_of(failure is not None):
-        raise failure or FailedElsewhere("the first process has failed")
+    code = failure.exit_code if isinstance(failure, SelaError) else int(failure is not None)
+    # Of all but the first it is zero.
+    code = int(parallel.sum_of(torch.tensor(code)))
+    if code:
+        raise failure or FailedElsewhere(code)
 
 
 def from_process(owner: int, value: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -158,7 +158,7 @@ def process(rank: int, folder: str) -> None:
     try:
         job.once(failing)
     except (BadData, job.FailedElsewhere) as error:
-        sums.append(type(error).__name__)
+        sums.append((type(error).__name__, error.exit_code))
     try:
         Trainer(build("alexnet-small", 32, [5], 0), Recipe(batch_size=1)).run(
             open_images("digits", 32, limit=4)[0], [torch.zeros(4, dtype=torch.long)], 1, print
@@ -236,7 +236,7 @@ def test_a_stopped_probe_goes_on_exactly(both: list[dict[str, Any]], alone: dict
 def test_a_job_agrees_and_fails_as_one(both: list[dict[str, Any]]) -> None:
     first, second = (part["sums"] for part in both)
     assert first[:3] == second[:3] == [True, False, PROCESSES]
-    assert (first[3], second[3]) == ("BadData", "FailedElsewhere")
+    assert (first[3], second[3]) == (("BadData", 65), ("FailedElsewhere", 65))
     assert "--batch-size" in first[4] and first[4] == second[4]
 
 
