@@ -2,7 +2,7 @@
 
     python benchmarks/train.py                        # writes docs/benchmarks-train.md
     python benchmarks/train.py --seconds 1 --cases alexnet@32 --output -      # a short try
-    python benchmarks/train.py --device cuda --batch-size 256 --images 4096 --workers 16 \
+    python benchmarks/train.py --device cuda --batch-size 256 --images 20000 --workers 16 \
         --cases resnet18@32,alexnet@224               # writes docs/benchmarks-train-gpu.md
 
 The plain loop is what one writes first: a DataLoader over JPEG files, torchvision's
