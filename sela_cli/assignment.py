@@ -4,8 +4,10 @@ N rows (images), K columns (clusters), n rows of one tile. Prices g_K = a_K / la
 in units of log-probability; a row prefers the cluster of the largest logp_ik + g_k.
 
 `balanced` starts from what rows prefer and moves as few of them as it can: a minimum-cost
-flow on the graph of clusters, where the arc k -> l costs what the row of k that minds
-least would lose by going to l. Prices prove how good the result is (`certified`).
+flow on the graph of P = K + 1 nodes, where the arc k -> l costs what the row of k that minds
+least would lose by going to l. The last node is the pool of room between the smallest and the
+largest sizes, from which clusters take it and give it back for nothing. Prices prove how
+good the result is (`certified`).
 Sources: successive shortest paths (Ahuja, Magnanti, Orlin, Network Flows, ch. 9);
 linear-programming duality of the transportation problem.
 """
@@ -39,8 +41,8 @@ _FURTHER = 32
 # Rows looked at: for each that has to move and for each cluster at least, and so many times
 # as many again where these do not do.
 _PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 2
-# Of losses, by which way they were worked out.
-_ROUNDING = 1e-9
+# Of losses, by which way they were worked out; and of sums of them.
+_ROUNDING, _TIE = 1e-9, 1e-12
 # `nearest_marginal`: the rows of a cluster that has none.
 _NO_ROW = 1e-9
 
@@ -144,6 +146,20 @@ def _cheapest_sizes(count: int, prices_K: Tensor, bounds: Bounds) -> np.ndarray:
     return sizes_K
 
 
+def _aims(sizes_K: np.ndarray, prices_K: np.ndarray, bounds: Bounds) -> tuple[np.ndarray, float]:
+    """Sizes to aim at first, and the price of room: clusters that cost less take all they may,
+    those that cost more none, and those of that price keep what they have."""
+    low_K, high_K = bounds
+    order = np.argsort(prices_K, kind="stable")
+    taken = np.cumsum((high_K - low_K)[order])
+    last = np.searchsorted(taken, sizes_K.sum() - low_K.sum())
+    price = float(prices_K[order[last]])
+    aims_K = np.clip(sizes_K, low_K, high_K)
+    aims_K[prices_K < price] = high_K[prices_K < price]
+    aims_K[prices_K > price] = low_K[prices_K > price]
+    return aims_K, price
+
+
 class Preferences(NamedTuple):
     """The cluster that each row prefers at some prices, and by how much, in nats."""
 
@@ -181,12 +197,11 @@ def balanced(
 ) -> tuple[np.ndarray, Tensor]:
     """Labels whose cluster sizes lie within `bounds`, of least objective.
 
-    The sizes are fixed first, by the prices; for them the labels are optimal where
-    `slack` is 0. Otherwise a moved row may lose up to `slack` nats more than the one that
-    minds least, which moves many rows at a time. Returns labels_N and the prices that go
-    with them. `progress` is told how many rows are still too many; `memory`: bytes that may
-    be kept of the rows that are looked at; `preferred`: `preferences` at these prices, where
-    they are known, which it takes over.
+    They are optimal where `slack` is 0. Otherwise a moved row may lose up to `slack` nats
+    more than the one that minds least, which moves many rows at a time. Returns labels_N and
+    the prices that go with them. `progress` is told how many rows are still too many;
+    `memory`: bytes that may be kept of the rows that are looked at; `preferred`:
+    `preferences` at these prices, where they are known, which it takes over.
 
     Only rows of small margins are looked at. No other loses less than `margin` by going
     anywhere, so that a path is the cheapest as long as all its arcs cost less than that;
@@ -195,11 +210,13 @@ def balanced(
     count, clusters = rows.shape
     assert bounds.low_K.sum() <= count <= bounds.high_K.sum()
     labels_N, margin_N = preferred or preferences(rows, prices_K)
-    surplus_K = np.bincount(labels_N, minlength=clusters)
-    surplus_K -= _cheapest_sizes(count, prices_K, bounds)
-    prices = prices_K.numpy().copy()
-    wanted = max(_PER_MOVE * int(surplus_K.clip(0).sum()), _PER_CLUSTER * clusters)
-    while surplus_K.any():
+    sizes_K = np.bincount(labels_N, minlength=clusters)
+    aims_K, price = _aims(sizes_K, prices_K.numpy(), bounds)
+    prices_P, surplus_K = np.append(prices_K.numpy(), price), sizes_K - aims_K
+    # What others take from the pool or give back to it.
+    surplus_P = np.append(surplus_K, -surplus_K.sum())
+    wanted = max(_PER_MOVE * int(surplus_P.clip(0).sum()), _PER_CLUSTER * clusters)
+    while surplus_P.any():
         margin = np.inf
         if wanted < count / 2:
             margin = float(np.partition(margin_N, wanted)[wanted])
@@ -209,9 +226,9 @@ def balanced(
         size = movable.tile(0, 0, None).element_size()
         if len(chosen_n) * clusters * size <= memory:
             movable = Resident.of(movable, CPU)
-        flow = _Flow(movable, labels_N[chosen_n], prices, margin)
-        while surplus_K.any() and flow.advance(surplus_K, slack):
-            progress(int(surplus_K.clip(0).sum()))
+        flow = _Flow(movable, labels_N[chosen_n], prices_P, margin, aims_K, bounds)
+        while surplus_P.any() and flow.advance(surplus_P, slack):
+            progress(int(surplus_P.clip(0).sum()))
         labels_N[chosen_n] = flow.labels_N
         # What others' margins are at least, at the new prices, and these are looked at again.
         margin_N += flow.risen_K[labels_N] - flow.risen_K.max()
@@ -219,17 +236,27 @@ def balanced(
         wanted *= _WIDER
         # Before more are kept: there is no memory for both.
         del flow, movable
-    return labels_N, torch.from_numpy(prices)
+    return labels_N, torch.from_numpy(prices_P[:-1])
 
 
 class _Flow:
-    """Rows on their way between clusters, and the prices, which it changes in place."""
+    """Rows on their way between clusters; the prices and the sizes that are aimed at, which it
+    changes in place."""
 
-    def __init__(self, rows: Rows, labels_N: np.ndarray, prices_K: np.ndarray, margin: float):
-        self.rows, self.labels_N, self.prices_K = rows, labels_N, prices_K
-        self._margin, self._start_K = margin, prices_K.copy()
+    def __init__(
+        self,
+        rows: Rows,
+        labels_N: np.ndarray,
+        prices_P: np.ndarray,
+        margin: float,
+        aims_K: np.ndarray,
+        bounds: Bounds,
+    ) -> None:
+        self.rows, self.labels_N, self.prices_P = rows, labels_N, prices_P
+        self._aims_K, self._bounds, self._pool = aims_K, bounds, len(aims_K)
+        self._margin, self._start_K = margin, prices_P[:-1].copy()
         order = np.argsort(labels_N, kind="stable")
-        ends = np.cumsum(np.bincount(labels_N, minlength=len(prices_K)))
+        ends = np.cumsum(np.bincount(labels_N, minlength=len(aims_K)))
         # Of each cluster, ascending.
         self._members = np.split(order, ends[:-1])
         self._kept = None
@@ -245,66 +272,83 @@ class _Flow:
     @property
     def risen_K(self) -> np.ndarray:
         """By how much prices are above those at the start."""
-        return self.prices_K - self._start_K
+        return self.prices_P[:-1] - self._start_K
 
-    def advance(self, surplus_K: np.ndarray, slack: float) -> bool:
+    def advance(self, surplus_P: np.ndarray, slack: float) -> bool:
         """Move rows along the cheapest paths; false where rows of others might be cheaper."""
-        paths = self._cheapest_paths(surplus_K > 0, surplus_K < 0)
+        paths = self._cheapest_paths(surplus_P)
         for path in paths:
-            most = min(surplus_K[path[0]], -surplus_K[path[-1]])
-            moved = self._move_along(path, most, slack)
-            surplus_K[path[0]] -= moved
-            surplus_K[path[-1]] += moved
+            # Several may begin or end at the pool.
+            most = min(surplus_P[path[0]], -surplus_P[path[-1]])
+            if most > 0:
+                moved = self._move_along(path, most, slack)
+                surplus_P[path[0]] -= moved
+                surplus_P[path[-1]] += moved
         return bool(paths)
 
-    def _cheapest_paths(self, over_K: np.ndarray, under_K: np.ndarray) -> list[list[int]]:
-        """Paths from overfull clusters to the nearest ones with room; updates the prices.
+    def _cheapest_paths(self, surplus_P: np.ndarray) -> list[list[int]]:
+        """Paths from nodes with a surplus to the nearest ones that lack; updates the prices.
 
-        Dijkstra from all overfull clusters, on past the first that has room for as long
-        again. At the new prices every arc of its trees costs nothing, so that paths without
-        a cluster in common can all be used.
+        Dijkstra from all of the former, on past the first of the latter for as long again.
+        At the new prices every arc of its trees costs nothing, so that paths without a
+        cluster in common can all be used.
         """
-        prices_K = self.prices_K
-        distance_K = np.where(over_K, 0.0, np.inf)
-        open_K = np.where(over_K, 0.0, np.inf)
-        previous_K = np.full(len(prices_K), -1)
+        prices_P, pool, over_P = self.prices_P, self._pool, surplus_P > 0
+        distance_P = np.where(over_P, 0.0, np.inf)
+        open_P = distance_P.copy()
+        previous_P = np.full(len(prices_P), -1)
         visited: list[int] = []
-        ends: list[int] = []
-        last = len(prices_K)
+        ends: list[list[int]] = []
+        last = len(prices_P)
         while len(visited) < last:
-            here = int(open_K.argmin())
-            if not np.isfinite(open_K[here]):
+            here = int(open_P.argmin())
+            if not np.isfinite(open_P[here]):
                 break
             visited.append(here)
-            if under_K[here]:
+            # Rounding, and rows moved within the slack, leave costs a little below zero.
+            cost_P = np.maximum(self._losses_from(here) + prices_P[here] - prices_P, 0.0)
+            cost_P += distance_P[here]
+            end = []
+            if surplus_P[here] < 0:
+                end = [here]
+            elif surplus_P[pool] < 0 and cost_P[pool] <= min(distance_P[[here, pool]]) + _TIE:
+                # Others are as near to the pool.
+                end = [here, pool]
+            if end:
                 if not ends:
                     last = min(last, 2 * len(visited) + _FURTHER)
-                ends.append(here)
-            loss_K = np.minimum(self._loss_KK[here], self._least_elsewhere(here))
-            # Rounding, and rows moved within the slack, leave costs a little below zero.
-            cost_K = np.maximum(loss_K + prices_K[here] - prices_K, 0.0) + distance_K[here]
-            nearer = cost_K < distance_K
-            distance_K[nearer] = cost_K[nearer]
-            open_K[nearer] = cost_K[nearer]
-            previous_K[nearer] = here
-            open_K[here] = np.inf
+                ends.append(end)
+            nearer = cost_P < distance_P
+            distance_P[nearer] = cost_P[nearer]
+            open_P[nearer] = cost_P[nearer]
+            previous_P[nearer] = here
+            open_P[here] = np.inf
         assert ends, "every cluster with a row reaches every other"
-        prices_K[visited] -= distance_K[visited[-1]] - distance_K[visited]
+        prices_P[visited] -= distance_P[visited[-1]] - distance_P[visited]
         paths: list[list[int]] = []
         used: set[int] = set()
         for end in ends:
-            path = [end]
-            while not over_K[path[-1]]:
-                path.append(int(previous_K[path[-1]]))
+            path = end[::-1]
+            while not over_P[path[-1]]:
+                path.append(int(previous_P[path[-1]]))
             path.reverse()
             known = all(
                 self._loss_KK[arc] <= self._least_elsewhere(arc[0])[arc[1]]
                 for arc in pairwise(path)
+                if pool not in arc
             )
             if known and used.isdisjoint(path):
-                used.update(path)
+                used.update(node for node in path if node != pool)
                 paths.append(path)
         return paths
+
+    def _losses_from(self, node: int) -> np.ndarray:
+        """What a row loses at least by going from a node to each, and infinity where none can."""
+        low_K, high_K = self._bounds
+        if node == self._pool:
+            return np.append(np.where(self._aims_K > low_K, 0.0, np.inf), np.inf)
+        loss_K = np.minimum(self._loss_KK[node], self._least_elsewhere(node))
+        return np.append(loss_K, 0.0 if self._aims_K[node] < high_K[node] else np.inf)
 
     def _least_elsewhere(self, cluster: int) -> np.ndarray:
         """What rows of a cluster that are not looked at lose at least by leaving it."""
@@ -314,21 +358,33 @@ class _Flow:
         """Send as many rows along each arc as `slack` and `most` allow, the same number on
         all. Returns that number.
         """
-        willing = []
+        (low_K, high_K), pool = self._bounds, self._pool
+        arcs, willing = [], []
         for source, target in pairwise(path):
-            members = self._members[source]
-            scores_m2 = self._scores(members, np.array([source, target]))
-            loss_m = scores_m2[:, 0] - scores_m2[:, 1]
-            order = np.argsort(loss_m, kind="stable")
-            worst = min(loss_m[order[0]] + slack, self._least_elsewhere(source)[target])
-            most = min(most, int(np.searchsorted(loss_m[order], worst, side="right")))
-            willing.append(members[order])
+            if source == pool:
+                most = min(most, self._aims_K[target] - low_K[target])
+            elif target == pool:
+                most = min(most, high_K[source] - self._aims_K[source])
+            else:
+                members = self._members[source]
+                scores_m2 = self._scores(members, np.array([source, target]))
+                loss_m = scores_m2[:, 0] - scores_m2[:, 1]
+                order = np.argsort(loss_m, kind="stable")
+                worst = min(loss_m[order[0]] + slack, self._least_elsewhere(source)[target])
+                most = min(most, int(np.searchsorted(loss_m[order], worst, side="right")))
+                arcs.append((source, target))
+                willing.append(members[order])
+        for source, target in pairwise(path):
+            if source == pool:
+                self._aims_K[target] -= most
+            elif target == pool:
+                self._aims_K[source] += most
         moving = [np.sort(members[:most]) for members in willing]
-        for (source, target), rows_m in zip(pairwise(path), moving, strict=True):
+        for (source, target), rows_m in zip(arcs, moving, strict=True):
             self.labels_N[rows_m] = target
             self._members[source] = np.setdiff1d(self._members[source], rows_m, assume_unique=True)
             self._members[target] = np.union1d(self._members[target], rows_m)
-        for (source, target), rows_m in zip(pairwise(path), moving, strict=True):
+        for (source, target), rows_m in zip(arcs, moving, strict=True):
             scores_mK = self._scores(rows_m)
             self._forget(source, (scores_mK[:, [source]] - scores_mK).min(0))
             arrived_K = (scores_mK[:, [target]] - scores_mK).min(0)
