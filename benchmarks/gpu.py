@@ -160,11 +160,13 @@ def solve(rows: Resident, tol: float) -> list[str]:
     """The table of a solve from nothing, and of its labels."""
     count, clusters = rows.shape
     start = time.perf_counter()
-    problem = Problem(rows, marginal("uniform", clusters), LAMB, tol, 2000)
+    marginal_K = marginal("uniform", clusters)
+    problem = Problem(rows, marginal_K, LAMB, tol, 2000)
     solution = newton.solve(problem)
     solved = time.perf_counter()
-    bounds = assignment.size_bounds(count, problem.marginal_K.numpy())
-    sharp_K, preferred = assignment.sharpen(rows, problem, solution.potentials_K, newton.refine)
+    bounds = assignment.size_bounds(count, marginal_K.numpy())
+    potentials_K = solution.potentials_K
+    sharp_K, preferred = assignment.sharpen(rows, problem, potentials_K, newton.refine, bounds)
     slack = 1e-4 * assignment.certified(rows, sharp_K, None).objective
     labels_N, prices_K = assignment.balanced(rows, sharp_K, bounds, slack, preferred=preferred)
     balanced = time.perf_counter()

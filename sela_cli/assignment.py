@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sela_cli import parallel
+from sela_cli.marginals import Between
 from sela_cli.semidual import Problem, Solution, plan_of_some
 from sela_cli.tiles import CPU, Resident, Rows, Some, in_order, map_rows, map_spans, spans_of
 
@@ -43,7 +44,7 @@ _FURTHER = 32
 _PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 2
 # Of losses, by which way they were worked out; and of sums of them.
 _ROUNDING, _TIE = 1e-9, 1e-12
-# `nearest_marginal`: the rows of a cluster that has none.
+# `between`: the rows of a cluster that has none.
 _NO_ROW = 1e-9
 
 
@@ -79,22 +80,14 @@ def _first_choice(priced_nK: Tensor) -> Tensor:
     return priced_nK.argmax(1)
 
 
-def nearest_marginal(rows: Rows, bounds: Bounds) -> Tensor:
-    """Shares within the bounds that are closest to those of the rows' first choices.
-
-    In relative entropy: r_k = c h_k cut to its bounds, with the c at which they sum to 1.
-    """
+def between(rows: Rows, bounds: Bounds) -> Between:
+    """The marginal of sizes within the bounds, those of the rows' first choices first."""
     count, clusters = rows.shape
     chosen_N = preferences(rows, torch.zeros(clusters, dtype=torch.float64)).labels_N
-    # A marginal is positive. What stands for no row is to be none after it has been scaled.
-    h_K = np.maximum(np.bincount(chosen_N, minlength=clusters), _NO_ROW) / count
-    low_K, high_K = np.maximum(bounds.low_K, _NO_ROW) / count, bounds.high_K / count
-    below, above = -np.log(count / _NO_ROW), np.log(count / _NO_ROW)
-    for _ in range(100):
-        middle = (below + above) / 2
-        share_K = np.clip(h_K * np.exp(middle), low_K, high_K)
-        below, above = (middle, above) if share_K.sum() < 1 else (below, middle)
-    return torch.from_numpy(share_K / share_K.sum())
+    # Shares are positive. What stands for no row is to be none after it has been scaled.
+    sizes_K = np.maximum(np.bincount(chosen_N, minlength=clusters), _NO_ROW)
+    low_K, high_K = np.maximum(bounds.low_K, _NO_ROW), bounds.high_K.astype(np.float64)
+    return Between(*(torch.from_numpy(values_K / count) for values_K in (sizes_K, low_K, high_K)))
 
 
 def random_balanced(count: int, clusters: int, generator: torch.Generator) -> np.ndarray:
@@ -465,11 +458,22 @@ def _least_losses_on_device(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
     return reduce(torch.minimum, map_spans(rows, work)).cpu().numpy()
 
 
+def _excess(sizes_K: np.ndarray, prices_K: np.ndarray, bounds: Bounds) -> int:
+    """How many rows have to move, but for those that settle which clusters get the ceiling."""
+    low_K, high_K = bounds
+    aims_K, _ = _aims(sizes_K, prices_K, bounds)
+    wide_K = high_K - low_K > 1
+    over_K = sizes_K - np.where(wide_K, aims_K, high_K)
+    under_K = np.where(wide_K, aims_K, low_K) - sizes_K
+    return int(max(over_K.clip(0).sum(), under_K.clip(0).sum()))
+
+
 def sharpen(
     rows: Rows,
     problem: Problem,
     potentials_K: Tensor,
     refine: Callable[[Problem, Tensor], Solution],
+    bounds: Bounds,
 ) -> tuple[Tensor, Preferences]:
     """Prices at which what rows prefer is closer to balance than at potentials / lambda, and
     what they prefer there.
@@ -479,14 +483,14 @@ def sharpen(
     prices to those of the unregularised problem. `rows`: all of them, where the problem
     has a share. `refine`: of `newton`, or another solver.
     """
-    bounds = size_bounds(rows.shape[0], problem.marginal_K.numpy())
     lamb = problem.lamb
     prices_K = potentials_K / lamb
     before = rows.shape[0]
     for left in range(_SHARPENINGS, -1, -1):
+        prices_K = problem.marginal.levelled(prices_K * lamb) / lamb
         preferred = preferences(rows, prices_K)
         sizes_K = np.bincount(preferred.labels_N, minlength=rows.shape[1])
-        excess = int((sizes_K - bounds.high_K).clip(0).sum())
+        excess = _excess(sizes_K, prices_K.numpy(), bounds)
         if not left or excess <= _EXCESS * rows.shape[0] or parallel.any_of(problem.stop()):
             break
         if excess > before / 2:

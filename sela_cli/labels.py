@@ -24,6 +24,7 @@ from sela_cli.assignment import Bounds
 from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels, Provenance
 from sela_cli.kmeans import kmeans_labels, matched
+from sela_cli.marginals import Given, Marginal
 from sela_cli.scores import Matrix, Scores, Which, open_scores
 from sela_cli.semidual import Problem, Solution, Step
 from sela_cli.spread import spread
@@ -559,10 +560,9 @@ def _keep_features(scores: Scores, settings: LabelSettings, device: torch.device
 
 
 class _Sizes(NamedTuple):
-    """The marginal to solve for, the sizes that labels are given, and those that are allowed."""
+    """The marginal to solve for, and the sizes that are allowed."""
 
-    marginal_K: Tensor
-    given: Bounds
+    marginal: Marginal
     allowed: Bounds
 
 
@@ -584,10 +584,8 @@ def _sizes(rows: Rows, settings: LabelSettings) -> _Sizes:
     allowed = _bounds(count, clusters, settings)
     if allowed is None:
         marginal_K = marginal(settings.marginal, clusters)
-        bounds = assignment.size_bounds(count, marginal_K.numpy())
-        return _Sizes(marginal_K, bounds, bounds)
-    marginal_K = assignment.nearest_marginal(rows, allowed)
-    return _Sizes(marginal_K, assignment.size_bounds(count, marginal_K.numpy()), allowed)
+        return _Sizes(Given(marginal_K), assignment.size_bounds(count, marginal_K.numpy()))
+    return _Sizes(assignment.between(rows, allowed), allowed)
 
 
 def _solve_head(
@@ -612,7 +610,7 @@ def _solve_head(
     sizes = _sizes(whole, settings)
     problem = Problem(
         part,
-        sizes.marginal_K,
+        sizes.marginal,
         settings.lamb,
         settings.tol,
         settings.max_iter,
@@ -638,7 +636,7 @@ def _solve_head(
         unkept = not isinstance(part, InMemory)
         free = _unused(rows.shape[1], settings) - taken if unkept else problem.memory
         with suppress(InterruptedError):
-            result = _balanced(whole, problem, solution, sizes, refine, moving, free)
+            result = _balanced(whole, problem, solution, sizes.allowed, refine, moving, free)
     assign = "argmax" if result is None else "balanced"
     if result is None:
         result = assignment.certified(whole, solution.potentials_K / settings.lamb, sizes.allowed)
@@ -666,24 +664,24 @@ def _balanced(
     rows: Rows,
     problem: Problem,
     solution: Solution,
-    sizes: _Sizes,
+    bounds: Bounds,
     refine: Callable[[Problem, Tensor], Solution],
     progress: Callable[[int], None],
     memory: int,
 ) -> assignment.Certified:
-    """Labels of the wanted sizes, from potentials that are nearly right."""
-    sharp_K, preferred = assignment.sharpen(rows, problem, solution.potentials_K, refine)
+    """Labels of sizes within bounds, from potentials that are nearly right."""
+    sharp_K, preferred = assignment.sharpen(rows, problem, solution.potentials_K, refine, bounds)
     slack = _SLACK * assignment.certified(evenly(rows, _SOME), sharp_K, None).objective
     labels_N, prices_K = assignment.balanced(
         rows,
         sharp_K,
-        sizes.given,
+        bounds,
         slack,
         progress=progress,
         memory=memory,
         preferred=preferred,
     )
-    return assignment.certified(rows, prices_K, sizes.allowed, labels_N)
+    return assignment.certified(rows, prices_K, bounds, labels_N)
 
 
 def _status(solution: Solution, settings: LabelSettings) -> str:

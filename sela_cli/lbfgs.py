@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 
-import torch
 from torch import Tensor
 
 from sela_cli.semidual import Point, Problem, Solution
@@ -23,7 +22,7 @@ Pairs = deque[tuple[Tensor, Tensor]]
 
 def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     """Minimise the semi-dual; arguments and result as those of `sinkhorn.solve`."""
-    point = problem.read(torch.zeros_like(problem.marginal_K) if init_K is None else init_K)
+    point = problem.read(problem.zeros() if init_K is None else init_K)
     pairs: Pairs = deque(maxlen=_MEMORY)
     while problem.residual(point) > problem.tol and not problem.over():
         if problem.starved(point, _STARVED):
@@ -33,7 +32,7 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
         before, change_K = point, _direction(problem.gradient(point), point, pairs)
         point = problem.move(point, change_K.clamp(-_LONGEST, _LONGEST))
         moved_K = point.a_K - before.a_K
-        turned_K = point.s_K - before.s_K
+        turned_K = problem.turn(before, point)
         if float(moved_K @ turned_K) > 0:
             pairs.append((moved_K, turned_K))
     return problem.solution(point)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sela_cli import parallel
 from sela_cli.machine import has_fast_bfloat16
+from sela_cli.marginals import Marginal
 from sela_cli.plans import NEGLIGIBLE, Plans, Take
 from sela_cli.semidual import Point, Problem, Solution, breadth, laplacian, total
 from sela_cli.tiles import InMemory, Rows, Some, evenly
@@ -91,7 +92,7 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     samples = _Samples(problem)
     levels = _levels(problem)
     if init_K is None and (not levels or problem.over()):
-        init_K = torch.zeros_like(problem.marginal_K)
+        init_K = problem.zeros()
     descent = _Descent(problem, _OfRows(problem, samples, "large"))
     point = descent.read(init_K) if init_K is not None else None
     if point is None or (levels and problem.residual(point) > _NEAR and not problem.over()):
@@ -161,7 +162,7 @@ def _anneal(problem: Problem, samples: _Samples, levels: int) -> Tensor:
     They are solved on a small sample, unless rows are nearly decided: then it says little
     of the prices of the rest.
     """
-    prices_K = torch.zeros_like(problem.marginal_K)
+    prices_K = problem.zeros()
     for level in range(levels, -1, -1):
         lamb = problem.lamb / 4**level
         costs = _costs(problem.at(problem.rows, lamb, 1.0), prices_K * lamb)
@@ -278,6 +279,33 @@ class _OfPlans:
         return self._plans.laplacian(a_K, 1 if everything else self._every, costs.sparse)
 
 
+class _InPart:
+    """A marginal times the share of each cluster that some plans have."""
+
+    def __init__(self, whole: Marginal, share_K: Tensor) -> None:
+        self._whole, self._share_K = whole, share_K
+
+    def at(self, a_K: Tensor) -> Tensor:
+        """r(a)."""
+        return self._part(self._whole.at(a_K))
+
+    def scaled_to(self, a_K: Tensor, log_s_K: Tensor) -> Tensor:
+        """After Sinkhorn's step."""
+        return self._part(self._whole.scaled_to(a_K, log_s_K))
+
+    def curvature(self, a_K: Tensor) -> Tensor | None:
+        """That of the whole."""
+        return self._whole.curvature(a_K)
+
+    def levelled(self, a_K: Tensor) -> Tensor:
+        """By the whole."""
+        return self._whole.levelled(a_K)
+
+    def _part(self, r_K: Tensor) -> Tensor:
+        part_K = r_K * self._share_K
+        return part_K / part_K.sum()
+
+
 class _Model(Problem):
     """A problem as the plans at a point have it, with a marginal that makes up for what
     they leave out: r_k times the share of s_k that they have."""
@@ -287,11 +315,8 @@ class _Model(Problem):
         tol = max(plans.taken.least**0.5 * problem.residual(point), _NEARER * problem.tol)
         self._plans, self._start_K, self._moved = plans, point.a_K, 0.0
         found_K = plans.soft_sizes(point.a_K)
-        marginal_K = problem.marginal_K * found_K / point.s_K
-        marginal_K /= marginal_K.sum()
-        super().__init__(
-            problem.rows, marginal_K, problem.lamb, tol, _MODEL_READS, stop=problem.stop
-        )
+        marginal = _InPart(problem.marginal, found_K / point.s_K)
+        super().__init__(problem.rows, marginal, problem.lamb, tol, _MODEL_READS, stop=problem.stop)
 
     def read(self, a_K: Tensor, take: Take | None = None) -> Point:
         """What a read would give, from the plans."""
@@ -346,7 +371,7 @@ class _Descent:
             return None
         self._failed = residual
         model = _Model(self.problem, point, plans)
-        if not (model.marginal_K > 0).all():
+        if not (plans.soft_sizes(point.a_K) > 0).all():
             return None
         spread = self._hessians.costs(point.a_K, anew=False).spread
         descent = _Descent(model, _OfPlans(plans, spread))
@@ -384,7 +409,7 @@ class _Descent:
             self.box = _BOX
         elif self.boxed and fresh:
             self.box *= 2
-        curvature.update(reached.a_K - point.a_K, reached.s_K - point.s_K)
+        curvature.update(reached.a_K - point.a_K, self.problem.turn(point, reached))
         return reached
 
     def _curvature(self, point: Point, costs: _Costs) -> _Curvature:
@@ -401,7 +426,11 @@ class _Descent:
         due = rate < _FAST if cheap else saved > costs.exact * source.part
         if self.curvature is None or worth or due or costs.exact <= _ALWAYS:
             everything = worth or costs.exact <= _ALWAYS or (cheap and self.residual < _FAR)
-            self.curvature = _Curvature(source.at(point.a_K, costs, everything), point.s_K)
+            hessian_KK = source.at(point.a_K, costs, everything)
+            more_KK = problem.marginal.curvature(point.a_K)
+            if more_KK is not None:
+                hessian_KK += more_KK.to(hessian_KK)
+            self.curvature = _Curvature(hessian_KK, point.s_K)
         return self.curvature
 
 

@@ -5,9 +5,9 @@ N rows (images), K columns (clusters), n rows of one tile.
 With log-probabilities logp_NK, marginal r_K and lambda, the K potentials a minimise the
 convex F(a) = mean_i logsumexp_k(lambda logp_ik + a_k) - sum_k r_k a_k, whose gradient is
 s(a) - r with s_k = mean_i q_ik, q_i = softmax_k(lambda logp_i + a), and whose Hessian is
-diag(s) - mean_i q_i q_i^T. The transport plan is Q_ik = q_ik / N. One read of the matrix
-gives s. Sources: SeLa (Asano, Rupprecht, Vedaldi, ICLR 2020) eq. 5-6; Cuturi 2013;
-Genevay 2016.
+diag(s) - mean_i q_i q_i^T. Where shares are only bounded, r depends on a (see `marginals`).
+The transport plan is Q_ik = q_ik / N. One read of the matrix gives s. Sources: SeLa (Asano,
+Rupprecht, Vedaldi, ICLR 2020) eq. 5-6; Cuturi 2013; Genevay 2016.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from sela_cli import parallel
+from sela_cli.marginals import Given, Marginal
 from sela_cli.plans import Entries, Plans, Take, gram, hessian_of
 from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, map_spans
 
@@ -72,15 +73,16 @@ class Point(NamedTuple):
 class Problem:
     """A matrix, the wanted marginal, and the account of the reads that a solve makes.
 
-    `marginal_K`: positive, sums to 1, float64. `progress` hears of every read, `stop` is
-    asked after each. `memory`: bytes that may be kept of plans. In a job of several
-    processes each has a share of the rows, and all see the same sums.
+    `marginal`: given shares, positive, which sum to 1, float64, or what `marginals` has
+    beside these. `progress` hears of every read, `stop` is asked after each. `memory`: bytes
+    that may be kept of plans. In a job of several processes each has a share of the rows,
+    and all see the same sums.
     """
 
     def __init__(
         self,
         rows: Rows,
-        marginal_K: Tensor,
+        marginal: Tensor | Marginal,
         lamb: float,
         tol: float,
         max_iter: int,
@@ -88,7 +90,8 @@ class Problem:
         stop: Callable[[], bool] = lambda: False,
         memory: int = 1 << 30,
     ) -> None:
-        self.rows, self.marginal_K, self.lamb = rows, marginal_K, lamb
+        self.rows, self.lamb = rows, lamb
+        self.marginal = Given(marginal) if isinstance(marginal, Tensor) else marginal
         self.tol, self.max_iter = tol, max_iter
         self._progress, self.stop, self.memory = progress, stop, memory
         self.count = total(rows)
@@ -103,10 +106,14 @@ class Problem:
         Its reads count here if the rows are these, unless it has `reads` of its own.
         """
         most = self.max_iter if reads is None else reads
-        other = Problem(rows, self.marginal_K, lamb, tol, most, stop=self.stop, memory=self.memory)
+        other = Problem(rows, self.marginal, lamb, tol, most, stop=self.stop, memory=self.memory)
         if rows is self.rows and reads is None:
             other.trace, other._start, other._progress = self.trace, self._start, self._progress
         return other
+
+    def zeros(self) -> Tensor:
+        """Potentials to start from where there are none."""
+        return torch.zeros(self.rows.shape[1], dtype=torch.float64)
 
     def read(self, a_K: Tensor, take: Take | None = None) -> Point:
         """One read of the matrix at potentials `a_K`, and plans with it.
@@ -170,11 +177,17 @@ class Problem:
 
     def sinkhorn(self, point: Point) -> Tensor:
         """Potentials after Sinkhorn's step, a + log r - log s: never raises F."""
-        return point.a_K + self.marginal_K.log() - point.log_s_K
+        r_K = self.marginal.scaled_to(point.a_K, point.log_s_K)
+        return point.a_K + r_K.log() - point.log_s_K
 
     def gradient(self, point: Point) -> Tensor:
         """s - r."""
-        return point.s_K - self.marginal_K
+        return point.s_K - self.marginal.at(point.a_K)
+
+    def turn(self, point: Point, reached: Point) -> Tensor:
+        """How the gradient has changed from one point to another."""
+        risen_K = self.marginal.at(reached.a_K) - self.marginal.at(point.a_K)
+        return reached.s_K - point.s_K - risen_K
 
     def residual(self, point: Point) -> float:
         """0.5 sum_k |s_k - r_k|, the total variation between the label marginals."""
@@ -182,7 +195,7 @@ class Problem:
 
     def starved(self, point: Point, share: float) -> bool:
         """Whether some cluster has less than a share of its due."""
-        return float((point.s_K / self.marginal_K).min()) < share
+        return float((point.s_K / self.marginal.at(point.a_K)).min()) < share
 
     def over(self) -> bool:
         """Whether no more reads are to be made."""

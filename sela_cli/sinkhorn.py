@@ -5,7 +5,6 @@ K columns (clusters) of the score matrix.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sela_cli.semidual import Problem, Solution
@@ -18,7 +17,7 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     problem's tolerance, or when its reads are over. Never raises for want of
     convergence: see `Solution.converged`. Source: SeLa eq. 7, in the log domain.
     """
-    point = problem.read(torch.zeros_like(problem.marginal_K) if init_K is None else init_K)
+    point = problem.read(problem.zeros() if init_K is None else init_K)
     while problem.residual(point) > problem.tol and not problem.over():
         point = problem.read(problem.sinkhorn(point))
     return problem.solution(point)

@@ -193,9 +193,9 @@ def test_stored_rows_are_solved_and_balanced_to_the_same_bits(dtype: type) -> No
     found = []
     ways = [(rows, 0), (rows, 1 << 28), (InMemory.of(rows), 1 << 28), (Resident.of(rows), 0)]
     for kept, memory in ways:
-        problem = Problem(kept, marginal("uniform", 20), 5.0, 1e-6, 200)
-        potentials_K = newton.solve(problem).potentials_K
-        bounds = assignment.size_bounds(6000, problem.marginal_K.numpy())
+        marginal_K = marginal("uniform", 20)
+        potentials_K = newton.solve(Problem(kept, marginal_K, 5.0, 1e-6, 200)).potentials_K
+        bounds = assignment.size_bounds(6000, marginal_K.numpy())
         labels_N, prices_K = assignment.balanced(kept, potentials_K / 5, bounds, memory=memory)
         found.append((potentials_K, prices_K, torch.from_numpy(labels_N)))
     for other in found[1:]:

@@ -83,9 +83,10 @@ def test_a_single_new_row_can_be_labelled(matrix: Path) -> None:
 def test_sizes_keep_to_their_bounds(matrix: Path, low: int | None, high: int | None) -> None:
     head = label(matrix, min_size=low, max_size=high)
     assert head.usage_K.min() >= (low or 0) and head.usage_K.max() <= (high or 600)
-    assert head.attributes["objective"] >= head.attributes["lower-bound"] - 1e-9
+    objective, bound = head.attributes["objective"], head.attributes["lower-bound"]
+    assert bound - 1e-9 <= objective <= bound * (1 + 1e-4)
     equal = label(matrix)
-    assert head.attributes["objective"] <= equal.attributes["objective"] + 1e-4
+    assert objective <= equal.attributes["objective"] + 1e-4
 
 
 def test_loose_bounds_are_no_bounds(matrix: Path) -> None:
@@ -99,11 +100,12 @@ def test_impossible_sizes_are_refused(matrix: Path, low: int | None, high: int |
         label(matrix, min_size=low, max_size=high)
 
 
-def test_the_nearest_marginal_solves_its_own_equations() -> None:
+def test_shares_between_bounds_solve_their_own_equations() -> None:
     """r_k is c h_k, with one c wherever no bound is met."""
     array = scores(500, 7)
     rows = ScoreRows(_matrix(array), "scores")
-    r_K = assignment.nearest_marginal(rows, Bounds(np.full(7, 50), np.full(7, 90))).numpy()
+    between = assignment.between(rows, Bounds(np.full(7, 50), np.full(7, 90)))
+    r_K = between.at(torch.zeros(7, dtype=torch.float64)).numpy()
     h_K = np.bincount(array.argmax(1), minlength=7) / 500
     free = (r_K > 50.01 / 500) & (r_K < 89.99 / 500)
     assert 0 < free.sum() < 7 and r_K.sum() == pytest.approx(1)

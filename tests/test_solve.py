@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sela_cli import assignment, lbfgs, newton, sinkhorn
 from sela_cli.labels import marginal
+from sela_cli.marginals import Between
 from sela_cli.plans import Take
 from sela_cli.semidual import Point, Problem, Solution, laplacian, soft_sizes
 from sela_cli.tiles import InMemory, Rows
@@ -348,6 +349,45 @@ def cost_of_optimal_matching(scores_NK: np.ndarray, sizes_K: np.ndarray) -> floa
     return cost_NK[:, seats][rows, columns].mean()
 
 
+def cost_of_optimal_sizes(scores_NK: np.ndarray, bounds: assignment.Bounds) -> float:
+    """The least objective over all sizes within bounds, by scipy's Hungarian method: seats
+    that may stay empty are filled for nothing, those that may not at a forbidding price."""
+    cost_NK = logsumexp(scores_NK, axis=1, keepdims=True) - scores_NK
+    seats = np.repeat(np.arange(len(bounds.high_K)), bounds.high_K)
+    place = np.concatenate([np.arange(size) for size in bounds.high_K])
+    must_be_taken = place < bounds.low_K[seats]
+    nobody = np.where(must_be_taken, 1e6, 0.0)[None].repeat(len(seats) - len(cost_NK), 0)
+    cost = np.vstack([cost_NK[:, seats], nobody])
+    return float(cost[linear_sum_assignment(cost)].sum()) / len(cost_NK)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sizes_within_bounds_are_the_best_ones(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any prices, with ties, with few rows looked at, kept in memory or not."""
+    rng = np.random.default_rng(seed)
+    count, clusters = int(rng.integers(20, 80)), int(rng.integers(2, 9))
+    scores_NK = rng.normal(size=(count, clusters)) * rng.choice([0.1, 3]) + rng.normal(
+        size=clusters
+    )
+    scores_NK = np.round(scores_NK) if seed % 3 == 0 else scores_NK
+    prices_K = torch.from_numpy(rng.normal(size=clusters)).round()
+    low_K = rng.multinomial(count // 2, np.ones(clusters) / clusters)
+    bounds = assignment.Bounds(low_K, low_K + rng.multinomial(count, np.ones(clusters) / clusters))
+    if seed % 4 == 0:
+        bounds = assignment.size_bounds(count, np.full(clusters, 1 / clusters))
+    monkeypatch.setattr(assignment, "_PER_MOVE", int(rng.integers(0, 3)))
+    monkeypatch.setattr(assignment, "_PER_CLUSTER", 1)
+    rows = ArrayRows(scores_NK)
+    best = cost_of_optimal_sizes(rows.scores_NK, bounds)
+    for memory in (0, 1 << 28):
+        labels_N, final_K = assignment.balanced(rows, prices_K, bounds, memory=memory)
+        sizes_K = np.bincount(labels_N, minlength=clusters)
+        assert (bounds.low_K <= sizes_K).all() and (sizes_K <= bounds.high_K).all()
+        found = assignment.certified(rows, final_K, bounds, labels_N)
+        assert found.objective == pytest.approx(best, abs=1e-9)
+        assert found.lower_bound == pytest.approx(best, abs=1e-9)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (6, 6), (40, 4), (60, 12), (200, 8)])
 @pytest.mark.parametrize("start", ["solved", "zero"])
 @pytest.mark.parametrize("memory", [0, 1 << 28])
@@ -473,6 +513,44 @@ def test_first_choices_and_their_objective() -> None:
     assert np.isnan(bound)
 
 
+def some_between(seed: int) -> tuple[Between, Tensor]:
+    """A marginal of nine clusters, and potentials at which some meet a bound and some don't."""
+    generator = torch.Generator().manual_seed(seed)
+    prior_K = torch.rand(9, generator=generator, dtype=torch.float64)
+    low_K, high_K = torch.full((9,), 0.08).double(), torch.full((9,), 0.15).double()
+    a_K = torch.randn(9, generator=generator, dtype=torch.float64)
+    return Between(prior_K / prior_K.sum(), low_K, high_K), a_K
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_curvature_of_a_marginal_is_its_derivative(seed: int) -> None:
+    between, a_K = some_between(seed)
+    step_K = 1e-6 * torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    change_K = between.at(a_K + step_K) - between.at(a_K - step_K)
+    torch.testing.assert_close(
+        change_K, -2 * between.curvature(a_K) @ step_K, rtol=1e-5, atol=1e-15
+    )
+    torch.testing.assert_close(between.at(a_K + 3), between.at(a_K))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sinkhorns_step_gives_a_marginal_its_own_shares(seed: int) -> None:
+    """With s(a) e^d = r(a + d), up to the constant that potentials are free in."""
+    between, a_K = some_between(seed)
+    s_K = torch.softmax(torch.linspace(-1, 1, 9, dtype=torch.float64), 0)
+    r_K = between.scaled_to(a_K, s_K.log())
+    assert float(r_K.sum()) == pytest.approx(1)
+    torch.testing.assert_close(between.at(a_K + r_K.log() - s_K.log()), r_K)
+
+
+def test_levelled_potentials_have_one_price_within_bounds() -> None:
+    between, a_K = some_between(3)
+    r_K, level_K = between.at(a_K), between.levelled(a_K)
+    free_K = (r_K > 0.0801) & (r_K < 0.1499)
+    assert 1 < free_K.sum() < 9
+    assert len(level_K[free_K].unique()) == 1 and torch.equal(level_K[~free_K], a_K[~free_K])
+
+
 @pytest.mark.parametrize("scale", [0.05, 0.002])
 def test_sharper_prices_leave_fewer_rows_to_move(scale: float) -> None:
     """Also where the first sharper solves change little, as for a fresh network."""
@@ -485,7 +563,7 @@ def test_sharper_prices_leave_fewer_rows_to_move(scale: float) -> None:
         return int((sizes_K - bounds.high_K).clip(0).sum())
 
     problem = Problem(rows, uniform(40), 10.0, 1e-6, 100)
-    sharp_K, preferred = assignment.sharpen(rows, problem, potentials_K, newton.refine)
+    sharp_K, preferred = assignment.sharpen(rows, problem, potentials_K, newton.refine, bounds)
     assert excess(sharp_K) <= 0.01 * 4000 < excess(potentials_K / 10)
     for found, wanted in zip(preferred, assignment.preferences(rows, sharp_K), strict=True):
         np.testing.assert_array_equal(found, wanted)
@@ -495,7 +573,8 @@ def test_a_stop_ends_the_sharpening() -> None:
     rows = ArrayRows(logits(4000, 40, scale=0.002))
     potentials_K = by_newton(rows, uniform(40), 10.0, 1e-6, 100).potentials_K
     problem = Problem(rows, uniform(40), 10.0, 1e-6, 100, stop=lambda: True)
-    sharp_K, _ = assignment.sharpen(rows, problem, potentials_K, newton.refine)
+    bounds = assignment.size_bounds(4000, uniform(40).numpy())
+    sharp_K, _ = assignment.sharpen(rows, problem, potentials_K, newton.refine, bounds)
     assert not problem.trace and torch.equal(sharp_K, potentials_K / 10)
 
 
