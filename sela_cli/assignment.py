@@ -28,7 +28,17 @@ from torch import Tensor
 from sela_cli import parallel
 from sela_cli.marginals import Between
 from sela_cli.semidual import Problem, Solution, plan_of_some
-from sela_cli.tiles import CPU, Resident, Rows, Some, in_order, map_rows, map_spans, spans_of
+from sela_cli.tiles import (
+    CPU,
+    InMemory,
+    Resident,
+    Rows,
+    Some,
+    in_order,
+    map_rows,
+    map_spans,
+    spans_of,
+)
 
 # `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
 _EXCESS = 0.01
@@ -42,8 +52,8 @@ _FURTHER = 32
 # Rows looked at: for each that has to move and for each cluster at least, and so many times
 # as many again where these do not do.
 _PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 2
-# Of losses, by which way they were worked out; and of sums of them.
-_ROUNDING, _TIE = 1e-9, 1e-12
+# Rounding of sums of losses.
+_TIE = 1e-12
 # `between`: the rows of a cluster that has none.
 _NO_ROW = 1e-9
 
@@ -160,7 +170,7 @@ class Preferences(NamedTuple):
     margin_N: np.ndarray
 
 
-def preferences(rows: Rows, prices_K: Tensor) -> Preferences:
+def preferences(rows: Rows, prices_K: Tensor, dtype: torch.dtype = torch.float64) -> Preferences:
     """What rows prefer at prices, in one read."""
     # Written in place: small results among large tiles would keep the heap from shrinking.
     labels_N, margin_N = np.empty(rows.shape[0], np.int64), np.empty(rows.shape[0])
@@ -175,7 +185,7 @@ def preferences(rows: Rows, prices_K: Tensor) -> Preferences:
             labels_N[part] = own_n1[:, 0].cpu().numpy()
             margin_N[part] = (own_n - others_n).cpu().numpy()
 
-    deque(map_spans(rows, work), maxlen=0)
+    deque(map_spans(rows, work, dtype), maxlen=0)
     return Preferences(labels_N, margin_N)
 
 
@@ -226,7 +236,7 @@ def balanced(
         # What others' margins are at least, at the new prices, and these are looked at again.
         margin_N += flow.risen_K[labels_N] - flow.risen_K.max()
         margin_N[chosen_n] = -np.inf
-        wanted *= _WIDER
+        wanted = _WIDER * max(wanted, len(chosen_n))
         # Before more are kept: there is no memory for both.
         del flow, movable
     return labels_N, torch.from_numpy(prices_P[:-1])
@@ -363,7 +373,9 @@ class _Flow:
                 scores_m2 = self._scores(members, np.array([source, target]))
                 loss_m = scores_m2[:, 0] - scores_m2[:, 1]
                 order = np.argsort(loss_m, kind="stable")
-                worst = min(loss_m[order[0]] + slack, self._least_elsewhere(source)[target])
+                least = loss_m[order[0]]
+                # The least goes, though what it loses may have been rounded otherwise before.
+                worst = max(least, min(least + slack, self._least_elsewhere(source)[target]))
                 most = min(most, int(np.searchsorted(loss_m[order], worst, side="right")))
                 arcs.append((source, target))
                 willing.append(members[order])
@@ -387,20 +399,27 @@ class _Flow:
     def _forget(self, cluster: int, least_K: np.ndarray) -> None:
         """Rows have left a cluster that would lose at least so much by going elsewhere."""
         members, loss_K = self._members[cluster], self._loss_KK[cluster]
-        if not len(members):
+        if self._kept is None or not len(members):
             loss_K.fill(np.inf)
+
+            # Whole rows in one read. They may be products, rounded otherwise in every batch.
+            def work(block_nK: Tensor) -> np.ndarray:
+                return (block_nK[:, [cluster]] - block_nK).amin(0).cpu().numpy()
+
+            for part_K in map_rows(self.rows, members, work):
+                np.minimum(loss_K, part_K, out=loss_K)
             return
         # Where theirs was the least loss, it is another row's now.
-        stale = np.flatnonzero(least_K <= loss_K + _ROUNDING * (1 + np.abs(loss_K)))
+        stale = np.flatnonzero(least_K <= loss_K)
         own_m1 = self._scores(members, np.array([cluster]))
         loss_K[stale] = (own_m1 - self._scores(members, stale)).min(0)
 
     def _scores(self, rows_n: np.ndarray, columns: np.ndarray | None = None) -> np.ndarray:
         """Of some rows (ascending), in some columns or all."""
         if self._kept is None:
-            blocks = map_rows(self.rows, rows_n, lambda block_nK: block_nK.cpu().numpy())
-            scores_nK = np.concatenate(list(blocks))
-            return scores_nK if columns is None else scores_nK[:, columns]
+            chosen = slice(None) if columns is None else torch.from_numpy(columns)
+            blocks = map_rows(self.rows, rows_n, lambda block_nK: block_nK[:, chosen].cpu().numpy())
+            return np.concatenate(list(blocks))
         kept_NK, maximum_N1 = self._kept
         chosen_nk = kept_NK[rows_n] if columns is None else kept_NK[rows_n[:, None], columns]
         return chosen_nk.astype(np.float64) - maximum_N1[rows_n]
@@ -486,9 +505,11 @@ def sharpen(
     lamb = problem.lamb
     prices_K = potentials_K / lamb
     before = rows.shape[0]
+    # Rows that are in memory in single precision would be read anew for every look.
+    dtype = torch.float32 if isinstance(rows, InMemory) else torch.float64
     for left in range(_SHARPENINGS, -1, -1):
         prices_K = problem.marginal.levelled(prices_K * lamb) / lamb
-        preferred = preferences(rows, prices_K)
+        preferred = preferences(rows, prices_K, dtype)
         sizes_K = np.bincount(preferred.labels_N, minlength=rows.shape[1])
         excess = _excess(sizes_K, prices_K.numpy(), bounds)
         if not left or excess <= _EXCESS * rows.shape[0] or parallel.any_of(problem.stop()):
@@ -501,4 +522,4 @@ def sharpen(
         lamb *= 4
         sharper = problem.at(problem.rows, lamb, _LOOSE, _LOOSE_ITER)
         prices_K = refine(sharper, prices_K * lamb).potentials_K / lamb
-    return prices_K, preferred
+    return prices_K, preferred if dtype == torch.float64 else preferences(rows, prices_K)

@@ -21,7 +21,7 @@ from sela_cli.assignment import Bounds
 from sela_cli.errors import BadData, UsageError
 from sela_cli.labels import LabelSettings, ScoreRows, label_stage, marginal, summary, warning
 from sela_cli.relabel import relabel_stage
-from sela_cli.scores import Features, open_scores
+from sela_cli.scores import Features, Matrix, Product, open_scores
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +89,29 @@ def test_sizes_keep_to_their_bounds(matrix: Path, low: int | None, high: int | N
     assert objective <= equal.attributes["objective"] + 1e-4
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("memory", [0, 1 << 28])
+def test_rows_that_round_otherwise_in_every_batch_are_balanced(
+    seed: int, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of features: what a row loses depends on the rows that are read with it."""
+    rng = np.random.default_rng(seed)
+    features_ND = 10 * rng.standard_normal((90, 64)).clip(0).astype(np.float32)
+    weight_KD = rng.standard_normal((8, 64)).astype(np.float32)
+    matrix = Matrix(features_ND.shape, lambda rows: features_ND[rows], "features")
+    product = Product(Features(matrix), weight_KD, np.zeros(8, np.float32), "head")
+    rows = ScoreRows(product, "scores")
+    monkeypatch.setattr(assignment, "_PER_MOVE", 1)
+    monkeypatch.setattr(assignment, "_PER_CLUSTER", 1)
+    bounds = assignment.size_bounds(90, np.full(8, 1 / 8))
+    prices_K = torch.from_numpy(rng.normal(size=8))
+    labels_N, found_K = assignment.balanced(rows, prices_K, bounds, memory=memory)
+    sizes_K = np.bincount(labels_N, minlength=8)
+    assert (bounds.low_K <= sizes_K).all() and (sizes_K <= bounds.high_K).all()
+    found = assignment.certified(rows, found_K, bounds, labels_N)
+    assert found.objective == pytest.approx(found.lower_bound, abs=1e-5)
+
+
 def test_loose_bounds_are_no_bounds(matrix: Path) -> None:
     head = label(matrix, min_size=0, max_size=600)
     assert (head.labels_N == np.load(matrix).argmax(1)).all()
@@ -117,8 +140,6 @@ def test_shares_between_bounds_solve_their_own_equations() -> None:
 
 
 def _matrix(array: np.ndarray):  # type: ignore[no-untyped-def]
-    from sela_cli.scores import Matrix
-
     return Matrix(array.shape, lambda rows: array[rows], "scores")
 
 
