@@ -17,6 +17,7 @@ import csv
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -38,6 +39,8 @@ from sela_cli.images.batches import open_images
 from sela_cli.machine import processor
 
 SEEDS = (0, 1, 2)
+# Epochs, variant and seed of an experiment's folder.
+_NAME = re.compile(r"cifar10-(\d+)-(.+)-(\d+)")
 LIMIT = 10_000
 # examples/cifar10.sh, and beside it variants and controls of as many steps.
 NETWORK = "--arch resnet18 --image-size 32 --precision bfloat16 --lr-schedule cosine"
@@ -58,7 +61,7 @@ CHAINS = (
 NAMES = {
     "fresh": "as it begins",
     "sela": "ten heads of 128 clusters and as many relabellings as epochs, exactly balanced, by "
-    "random views (the recipe of `examples/cifar10.sh`)",
+    "random views",
     "argmax": "labels as the potentials have them",
     "centre": "labels by the centre view",
     "one-head": "T = 1",
@@ -72,7 +75,7 @@ PAIRS = (
 )  # fmt: skip
 # All images, on a GPU: examples/cifar10.sh with ON=gpu.
 WHOLE = "--arch resnet18 --image-size 32 --precision bfloat16 --batch-size 256 --lr 0.1"
-WHOLE += " --lr-schedule cosine --relabel linear --relabel-heads all --view centre --assign argmax"
+WHOLE += " --lr-schedule cosine --relabel linear --relabel-heads all --assign argmax"
 WHOLE += " --store features --dtype float16"
 SOME = f"{LIMIT:,} training images evenly spread"
 PROBE = "--method both --epochs 10 --lr 0.01,0.03,0.1 --aug crop-flip --precision bfloat16"
@@ -239,12 +242,18 @@ def mean(values: list[float], digits: int = 1) -> str:
     return text
 
 
-def difference(rows: dict[str, dict[str, list[float]]], one: str, other: str) -> str:
+def difference(
+    rows: dict[str, dict[str, list[float]]], seeds: dict[str, list[int]], one: str, other: str
+) -> str:
     """How much better one variant is than another, by the seeds that both have."""
     parts = []
-    common = min(len(rows[name]["knn"]) for name in (one, other))
+    common = sorted({*seeds[one]} & {*seeds[other]})
+
+    def of(name: str, key: str) -> list[float]:
+        return [rows[name][key][seeds[name].index(seed)] for seed in common]
+
     for key, unit in (("knn", "kNN"), ("linear", "linear"), ("nmi", "NMI")):
-        by_seed = np.subtract(*(rows[name][key][:common] for name in (one, other)))
+        by_seed = np.subtract(of(one, key), of(other, key))
         if np.isfinite(by_seed).all():
             digits = 3 if key == "nmi" else 1
             parts.append(f"{unit} " + ", ".join(f"{value:+.{digits}f}" for value in by_seed))
@@ -258,10 +267,8 @@ def write(arguments: argparse.Namespace) -> None:
     whole = {name: records.pop(name) for name in list(records) if name.startswith("whole-")}
     if whole:
         _write(arguments.folder / "results-cifar10-whole.md", whole_page(out, whole))
-    for epochs in {int(name.split("-")[1]) for name in records}:
-        prefix = f"cifar10-{epochs}-"
-        part = {name: record for name, record in records.items() if name.startswith(prefix)}
-        lines = cifar10_page(out, part, epochs)
+    for epochs in {int(found[1]) for name in records if (found := _NAME.fullmatch(name))}:
+        lines = cifar10_page(out, records, epochs)
         _write(arguments.folder / f"results-cifar10-{epochs}.md", lines)
 
 
@@ -314,16 +321,20 @@ def commands(records: dict[str, Any], out: Path) -> list[str]:
 def cifar10_page(out: Path, records: dict[str, Any], epochs: int) -> list[str]:
     """Variants and controls, seed by seed."""
     seeds: dict[str, list[int]] = {}
+    parts = [found for folder in records if (found := _NAME.fullmatch(folder))]
     for name in NAMES:
-        found = [s for s in SEEDS if f"cifar10-{epochs}-{name}-{s}" in records]
-        if found:
-            seeds[name] = found
+        here = [int(part[3]) for part in parts if part[1] == str(epochs) and part[2] == name]
+        if here:
+            seeds[name] = sorted(here)
     variants = {name: over_seeds(out, f"cifar10-{epochs}-{name}", seeds[name]) for name in seeds}
     if "fresh" in variants:
         # Its labels are random ones.
         variants["fresh"]["nmi"] = [float("nan")] * len(seeds["fresh"])
     lines = [
-        *heading(f"CIFAR-10, {epochs} epochs", records),
+        *heading(
+            f"CIFAR-10, {epochs} epochs",
+            {f"{n}-{s}": records[f"cifar10-{epochs}-{n}-{s}"] for n in seeds for s in seeds[n]},
+        ),
         f"ResNet-18 with a stem for 32 pixels, {epochs} epochs; mean and, of several seeds, range. "
         + "; ".join(f"*{name}*: {text}" for name, text in NAMES.items() if name in variants)
         + ".",
@@ -340,7 +351,7 @@ def cifar10_page(out: Path, records: dict[str, Any], epochs: int) -> list[str]:
             f"| {mean(row['linear'])} | {mean(row['nmi'], 3)} | {sizes} | {mean(row['minutes'])} |"
         )
     lines += ["", "Seed by seed:", ""]
-    lines += [difference(variants, *pair) for pair in PAIRS if set(pair) <= variants.keys()]
+    lines += [difference(variants, seeds, *pair) for pair in PAIRS if set(pair) <= variants.keys()]
     first = {f"cifar10-{epochs}-{name}-{seeds[name][0]}" for name in variants}
     return lines + commands({name: records[name] for name in first}, out)
 

@@ -318,7 +318,7 @@ def page(rows: list[list[str]], threads: int, workers: int, device: str) -> str:
         [
             "# Speed of embedding and training",
             "",
-            "Written by `make bench-train`. Images a second, medians; `times` is against the plain",
+            "By `benchmarks/train.py`. Images a second, medians; `times` is against the plain",
             "loop in the same round: a DataLoader over JPEG files, torchvision's transforms on one",
             "PIL image each, float32, contiguous. The same network with ten heads of 128, and the",
             "paper's augmentation. *folder*: decoded again whenever it is seen, as one too large",

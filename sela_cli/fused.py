@@ -23,9 +23,9 @@ from sela_cli.devices import sent
 _LONGEST = 8192
 _BLOCK = 2048
 # Bytes of a row that are held by 32 threads, and threads of a program at most, in 32s.
-_HELD, _MOST_WARPS = 2048, 16
-# Programs for each processor of the GPU, by their threads: the fastest of those measured.
-_PROGRAMS = {1: 16, 2: 8, 4: 8, 8: 4, 16: 2}
+_HELD, _MOST_WARPS = {torch.float32: 4096, torch.float64: 2048}, 16
+# Programs for each processor of the GPU, by their threads; and for longer rows.
+_PROGRAMS, _PROGRAMS_OF_LONG = {1: 16, 2: 8, 4: 8, 8: 4, 16: 2}, 4
 # Rows that are added up in the precision of the softmax before float64 takes over.
 _GROUP = tl.constexpr(16)
 
@@ -43,6 +43,8 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
     lamb_1 = sent(torch.tensor([lamb], dtype=dtype), device)
     block = triton.next_power_of_2(clusters)
     warps, programs = _warps_and_programs(block, dtype)
+    if clusters > _LONGEST:
+        programs = _PROGRAMS_OF_LONG
     programs = max(1, min(count, programs * _processors(device)))
     each = triton.cdiv(count, programs)
     sums_PK = torch.empty(programs, clusters, dtype=torch.float64, device=device)
@@ -69,7 +71,7 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
 def _warps_and_programs(block: int, dtype: torch.dtype) -> tuple[int, int]:
     """The threads of a program, in 32s, and how many programs there are for each processor
     of the GPU; see docs/benchmarks-gpu.md."""
-    warps = min(max(1, block * dtype.itemsize // _HELD), _MOST_WARPS)
+    warps = min(max(1, block * dtype.itemsize // _HELD[dtype]), _MOST_WARPS)
     return warps, _PROGRAMS[warps]
 
 

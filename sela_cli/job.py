@@ -22,7 +22,8 @@ VERBS = ("run", "embed", "label", "train", "retrain", "probe")
 
 
 class FailedElsewhere(SelaError):
-    """Another process has failed, and said why; this one ends with the same exit code."""
+    """Another process has failed, and said why; this one ends with the exit code of its
+    SelaError, or with 1."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("the first process has failed")

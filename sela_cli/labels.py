@@ -529,7 +529,7 @@ def _spare(clusters: int, settings: LabelSettings, device: torch.device) -> int:
     if device.type == "cpu":
         unused = _unused(clusters, settings)
         return unused - unused // _PLANS
-    # What a training before this has left to torch is free too.
+    # What a training before this has left to torch is free too, but for some fragments.
     left = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + left
     return free - _DEVICE_BASE - _DEVICE_MATRICES * clusters**2

@@ -491,6 +491,8 @@ class _Run:
 
     def _go_on(self, source: int, output: str, to: float | None) -> None:
         start, network = self._state(f"checkpoint-{source:03d}.h5")
+        # Trained on, it is no longer that checkpoint's.
+        self.newest = None
         self._train(network, start, source, output, to)
 
     def _state(self, name: str) -> tuple[Checkpoint, Network]:

@@ -491,7 +491,8 @@ def _box_step(curvature: _Curvature, gradient_K: Tensor, box: float) -> Tensor:
         held |= outside
         if not outside.any() or int(held.sum()) > max(clusters / 2, _MANY_HELD):
             break
-        answers = curvature.solve(torch.eye(clusters).to(gradient_K)[:, held])
+        units_KK = torch.eye(clusters, dtype=gradient_K.dtype, device=gradient_K.device)
+        answers = curvature.solve(units_KK[:, held])
         excess = free_K[held] - change_K[held].clamp(-box, box)
         change_K = free_K - answers @ torch.linalg.solve(answers[held], excess)
     change_K = change_K.clamp(-box, box)

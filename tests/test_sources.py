@@ -554,9 +554,9 @@ def drawn(count: int, threads: set[int]) -> Source:
 def one_processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All that this process is allowed to use, of many."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {7})
-    batches._decoders.cache_clear()
+    batches._pool.cache_clear()
     yield
-    batches._decoders.cache_clear()
+    batches._pool.cache_clear()
 
 
 @pytest.mark.usefixtures("one_processor")

@@ -27,6 +27,8 @@ _SIDES = 15
 # Images of up to this side are taken as they are, by networks with the small stem.
 SMALL = 64
 _MEMORY_BYTES = 4 << 30
+# Images that a thread decodes before it can be stopped.
+_PART = 64
 # Batches that are being decoded while one is at work.
 _AHEAD = 2
 
@@ -38,13 +40,13 @@ def _processors() -> int:
 
 
 @cache
-def _decoders(threads: int) -> ThreadPoolExecutor:
+def _pool(decoders: int) -> ThreadPoolExecutor:
     """One for all images that want so many."""
-    return ThreadPoolExecutor(threads)
+    return ThreadPoolExecutor(decoders)
 
 
 # A forked child has the pool but none of its threads, and would wait for them forever.
-os.register_at_fork(after_in_child=_decoders.cache_clear)
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 class Images:
@@ -54,7 +56,7 @@ class Images:
         """`decoders`: threads that decode; 0: as many as there are processors."""
         self.source = source
         self.side = side
-        self._threads = decoders or _processors()
+        self._decoders = decoders or _processors()
         self.index_N = rows
         self.keys = [source.keys[row] for row in rows]
         self.truth_N = None if source.truth_N is None else source.truth_N[rows]
@@ -100,7 +102,7 @@ class Images:
 
     def subset(self, rows: np.ndarray) -> Images:
         """Some of the images, in the given order."""
-        part = Images(self.source, self.side, self.index_N[rows], self._threads)
+        part = Images(self.source, self.side, self.index_N[rows], self._decoders)
         part._held = None if self._held is None else self._held[torch.from_numpy(rows)]
         return part
 
@@ -123,8 +125,9 @@ class Images:
         return zip(starts, self.stream(rows), strict=True)
 
     def _decoding(self, rows_n: Tensor) -> list[Future[list[np.ndarray]]]:
-        parts = np.array_split(self.index_N[rows_n.numpy()], self._threads)
-        return [_decoders(self._threads).submit(self._squares, part) for part in parts]
+        count = max(self._decoders, -(-len(rows_n) // _PART))
+        parts = np.array_split(self.index_N[rows_n.numpy()], count)
+        return [_pool(self._decoders).submit(self._squares, part) for part in parts]
 
     def _squares(self, numbers: np.ndarray) -> list[np.ndarray]:
         return [square(self.source.image(int(row), self.side), self.side) for row in numbers]
