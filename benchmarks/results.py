@@ -50,13 +50,14 @@ VARIANTS = {
     "sela": "--heads 128x10 --opts {} --view random",
     "argmax": "--heads 128x10 --opts {} --view random --assign argmax",
     "centre": "--heads 128x10 --opts {} --view centre",
+    "often": "--heads 128x10 --opts {often} --view random",
     "one-head": "--heads 128x1 --opts {} --view random",
     "opts0": "--heads 128x10 --opts 0 --view random",
 }
 # What follows another in a chain is made from its labels.
 CHAINS = (
-    ("sela", "retrained"), ("argmax",), ("one-head",), ("opts0",), ("centre",), ("supervised",),
-    ("fresh",),
+    ("sela", "retrained"), ("argmax",), ("one-head",), ("opts0",), ("often",), ("centre",),
+    ("supervised",), ("fresh",),
 )  # fmt: skip
 NAMES = {
     "fresh": "as it begins",
@@ -64,6 +65,7 @@ NAMES = {
     "random views",
     "argmax": "labels as the potentials have them",
     "centre": "labels by the centre view",
+    "often": "three times as many relabellings",
     "one-head": "T = 1",
     "opts0": "random labels to the end",
     "retrained": "a fresh network on the final labels of *sela*",
@@ -71,7 +73,7 @@ NAMES = {
 }
 PAIRS = (
     ("sela", "fresh"), ("sela", "argmax"), ("sela", "centre"), ("sela", "one-head"),
-    ("sela", "opts0"), ("retrained", "sela"), ("supervised", "sela"),
+    ("sela", "opts0"), ("often", "sela"), ("retrained", "sela"), ("supervised", "sela"),
 )  # fmt: skip
 # All images, on a GPU: examples/cifar10.sh with ON=gpu.
 WHOLE = "--arch resnet18 --image-size 32 --precision bfloat16 --batch-size 256 --lr 0.1"
@@ -188,8 +190,9 @@ def run_variant(arguments: argparse.Namespace, name: str, seed: int) -> None:
         length, options = f"--epochs {epochs}", VARIANTS.get(name, "--heads 128x10 --opts 0")
         if name == "fresh":
             length = "--epochs 0"
+        options = options.format(epochs, often=3 * epochs)
         part.sela(
-            f"run {data} --preset cifar10 {recipe} {length} {options.format(epochs)} {SELA} "
+            f"run {data} --preset cifar10 {recipe} {length} {options} {SELA} "
             f"--seed {seed} --out {part.folder}/run"
         )
     part.probe(checkpoint, seed, LIMIT)
