@@ -371,7 +371,7 @@ class _Descent:
             return None
         self._failed = residual
         model = _Model(self.problem, point, plans)
-        if not (plans.soft_sizes(point.a_K) > 0).all():
+        if not (model.marginal.at(point.a_K) > 0).all():
             return None
         spread = self._hessians.costs(point.a_K, anew=False).spread
         descent = _Descent(model, _OfPlans(plans, spread))
