@@ -30,9 +30,10 @@ from sela_cli.plans import NEGLIGIBLE, Plans, Take
 from sela_cli.semidual import Point, Problem, Solution, breadth, laplacian, total
 from sela_cli.tiles import InMemory, Rows, Some, evenly
 
-# A given start with a larger residual is left for an annealed one.
+# A given start with a larger residual is left for an annealed one. Annealing need not come
+# nearer than a sample tells.
 _NEAR = 0.02
-_ANNEAL_TOL = 0.01
+_ANNEAL_TOL = 0.03
 # Rows that the range of the scores is taken from, and where it ends: masked columns may be
 # as far away as numbers go.
 _SPREAD, _WIDEST = 1024, 1e9
@@ -59,10 +60,11 @@ _STARVED = 1e-6
 # Costs in softmax entries: a multiply-add of a dense product (in bfloat16 where the
 # processor has it) and of a Cholesky factor in float64; looking for entries that are not
 # negligible, taking one, going over one that was taken; and in sparse products, an entry
-# and a pair of entries in a row.
+# and a pair of entries in a row. And the part of a factor's work that a step takes.
 _DENSE, _FACTOR = 1 / 128 if has_fast_bfloat16() else 1 / 64, 1 / 16
 _LOOK, _TAKE, _KEPT = 0.5, 10.0, 6.0
 _ENTRY, _PAIR = 50.0, 2.4
+_HOLDING = 1 / 4
 # Plans are taken where that costs no more reads than _WORTH: of the entries above the first
 # of _LEAST, or above the last that cost no more than _EASY. Bytes of one, work included.
 _WORTH, _EASY = 2.0, 1.0
@@ -203,11 +205,11 @@ def _costs(problem: Problem, a_K: Tensor) -> _Costs:
     taking = [_LOOK + _TAKE * spread / clusters for spread in spreads]
     dense = _DENSE * clusters
     sparse = taking[0] + (_ENTRY * spreads[0] + _PAIR * spreads[0] ** 2) / clusters
-    # A step is a read and, where coordinates are held in the box, about as much as a factor.
+    # A step is a read and, where coordinates are held in the box, part of a factor's work.
     entries, factoring = problem.count * clusters, _factoring(clusters)
     # Not where a step of the model costs more than a read.
     short = entries * _CHEAP < factoring
-    exact = entries * (1 + min(dense, sparse)) / (entries + factoring)
+    exact = entries * (1 + min(dense, sparse)) / (entries + _HOLDING * factoring)
     if problem.rows.device.type != "cpu" or taking[0] > _WORTH or short:
         return _Costs(spreads[0], exact, sparse < dense)
     finest = max([0, *(n for n, cost in enumerate(taking) if cost <= _EASY)])
@@ -262,7 +264,7 @@ class _OfPlans:
         dense = clusters * (1 + _DENSE * clusters)
         sparse = _ENTRY * spread + _PAIR * spread**2
         read = _KEPT * plans.entries
-        exact = (read + plans.rows * min(dense, sparse)) / (read + _factoring(clusters))
+        exact = (read + plans.rows * min(dense, sparse)) / (read + _HOLDING * _factoring(clusters))
         self._costs = _Costs(spread, exact, sparse < dense)
 
     def costs(self, a_K: Tensor, anew: bool) -> _Costs:
