@@ -55,8 +55,8 @@ _DEVICE_BASE = 4 << 30
 _DEVICE_MATRICES = 256
 # One part in so many of what is left is for the plans that Newton's steps go by.
 _PLANS = 4
-# Beyond this a Newton step, which grows with K^3, takes longer than the reads it saves.
-_NEWTON_CLUSTERS = 4096
+# Beyond this a matrix of K x K, whose factor grows with K^3, is never worth it.
+_SQUARE_CLUSTERS = 4096
 # A moved row may lose this share of the mean cost more than it must.
 _SLACK = 1e-4
 # Rows that this mean is taken over.
@@ -467,7 +467,7 @@ def check(scores: Scores, path: str, settings: LabelSettings, init: Labels | Non
                 "--fixed: these labels were not solved for", "solve with sela label first"
             )
         if settings.assign in ("balanced", "argmax"):
-            _solver(clusters, settings)
+            _check_memory(clusters, settings)
             _bounds(count, clusters, settings)
             marginal(settings.marginal, clusters)
 
@@ -480,18 +480,19 @@ def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadL
     )
 
 
-def _solver(clusters: int, settings: LabelSettings) -> str:
-    """Newton where its matrices fit into the memory that is allowed, else L-BFGS."""
+def _check_memory(clusters: int, settings: LabelSettings) -> None:
     most = settings.max_memory
     if settings.assign == "balanced" and _balancing(clusters) > most:
         raise UsageError(
             f"--max-memory {most / 2**20:.0f}M is too little to balance {clusters} clusters",
             f"allow {math.ceil(_balancing(clusters) / 2**20)}M, or use --assign argmax",
         )
-    if settings.solver != "auto":
-        return settings.solver
-    fits = clusters <= _NEWTON_CLUSTERS and _curvature(clusters) <= most
-    return "newton" if fits else "lbfgs"
+
+
+def _square(clusters: int, settings: LabelSettings) -> bool:
+    """Whether Newton's matrices of K x K fit into the memory that is allowed."""
+    fits = clusters <= _SQUARE_CLUSTERS and _curvature(clusters) <= settings.max_memory
+    return fits and settings.solver in ("auto", "newton")
 
 
 def _balancing(clusters: int) -> int:
@@ -537,7 +538,7 @@ def _spare(clusters: int, settings: LabelSettings, device: torch.device) -> int:
 
 def _unused(clusters: int, settings: LabelSettings) -> int:
     """Bytes of memory that are left for scores and plans."""
-    square = _curvature(clusters) if _solver(clusters, settings) == "newton" else 0
+    square = _curvature(clusters) if _square(clusters, settings) else 0
     return max(settings.max_memory - _BASE - max(_balancing(clusters), square), 0)
 
 
@@ -596,12 +597,12 @@ def _solve_head(
     name: str,
     progress: Callable[[int, int, str], None],
 ) -> HeadLabels:
-    solver = _solver(rows.shape[1], settings)
     solve, refine = {
+        "auto": (newton.solve, newton.refine),
         "newton": (newton.solve, newton.refine),
         "lbfgs": (lbfgs.solve, lbfgs.solve),
         "sinkhorn": (sinkhorn.solve, sinkhorn.solve),
-    }[solver]
+    }[settings.solver]
     shared = parallel.size() > 1
     mine = job.share(rows.shape[0])
     part = _kept(Part(rows, mine.start, mine.stop) if shared else rows, settings, taken)
@@ -620,6 +621,7 @@ def _solve_head(
         stop=interrupt.requested,
         # The same whether the rows are kept or not, so that the labels are.
         memory=_unused(rows.shape[1], settings) // _PLANS,
+        square=_square(rows.shape[1], settings),
     )
     solution = solve(problem, init_K)
     # Far from the solution most rows would have to move, and a signal leaves little time.

@@ -19,7 +19,6 @@ from torch import Tensor
 
 # A share within this of its bound, relatively, is at it.
 _AT = 1e-9
-_TINY = 1e-300
 
 
 class Marginal(Protocol):
@@ -33,8 +32,9 @@ class Marginal(Protocol):
         """What Sinkhorn's step makes of the shares s(a): those that minimise its part of F."""
         ...
 
-    def curvature(self, a_K: Tensor) -> Tensor | None:
-        """-dr/da, (K, K); None where r does not depend on a."""
+    def free(self, a_K: Tensor) -> Tensor | None:
+        """The f in -dr/da = diag(f) - f f^T / sum f: the shares that meet no bound, and zeros.
+        None where r does not depend on a."""
         ...
 
     def levelled(self, a_K: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class Given:
         """r."""
         return self._r_K
 
-    def curvature(self, a_K: Tensor) -> None:
-        """There is none."""
+    def free(self, a_K: Tensor) -> None:
+        """None."""
 
     def levelled(self, a_K: Tensor) -> Tensor:
         """As they are."""
@@ -80,14 +80,11 @@ class Between:
         """Shares r = s e^d with r = r(a + d)."""
         return self._cut((log_s_K - a_K + self._log_h_K) / 2)
 
-    def curvature(self, a_K: Tensor) -> Tensor:
-        """diag(r) - r r^T / sum r over those that meet no bound."""
+    def free(self, a_K: Tensor) -> Tensor | None:
+        """Those that meet no bound; None where all do."""
         r_K = self.at(a_K)
         free_K = torch.where(self._is_free(r_K), r_K, 0.0)
-        # Of none the sum is zero.
-        curvature_KK = torch.outer(free_K, -free_K / free_K.sum().clamp(min=_TINY))
-        curvature_KK.diagonal().add_(free_K)
-        return curvature_KK
+        return free_K if free_K.any() else None
 
     def levelled(self, a_K: Tensor) -> Tensor:
         """With the mean price of those that meet no bound, weighted by their shares."""

@@ -7,7 +7,8 @@ the potentials: within it no plan entry changes by more than a constant factor, 
 the Hessian means something. It comes from a sample of the rows, or from all of them; BFGS
 updates keep it while a new one would cost more than the reads it may save. Where rows are
 nearly decided a read gives their plans too, and with these a model of F in memory: it is
-minimised between two reads, each of which corrects it.
+minimised between two reads, each of which corrects it. Where a matrix of K x K would cost
+more than it saves, steps go by the Hessian's products with vectors, or by earlier steps.
 From a far start, problems of smaller lambda are solved first, loosely, on a sample.
 Sources: Carmon et al. 2020 (Newton steps in balls for softmax problems); BFGS and Wolfe's
 curvature condition (Nocedal and Wright, ch. 3, 6); raising lambda in steps (Schmitzer 2019).
@@ -16,6 +17,7 @@ curvature condition (Nocedal and Wright, ch. 3, 6); raising lambda in steps (Sch
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli import parallel
+from sela_cli import lbfgs, parallel
+from sela_cli.curvature import Curvature, Factored, Metric, Products
 from sela_cli.machine import has_fast_bfloat16
 from sela_cli.marginals import Marginal
 from sela_cli.plans import NEGLIGIBLE, Plans, Take
@@ -42,18 +45,8 @@ _SMALL, _LARGE = (4, 4096), (16, 8192)
 # One row of so many is in the sample for rows that are nearly decided.
 _SHARE = 8
 # Half the side of the box: at first, doubled after a step to its side that went well, and
-# at most for a Hessian that is not of this very point. And how often the bounds that hold
-# are looked for.
+# at most for a Hessian that is not of this very point.
 _BOX, _STALE_BOX = 5.0, 20.0
-_BOX_ROUNDS = 6
-# With more of the coordinates at the sides, and more than half, the rest is not solved for.
-_MANY_HELD = 64
-# A step along which F falls by less than this for each unit of gradient is no good.
-_DESCENT = 0.1
-_DAMPING = 1e-6
-# The least cosine of a step and of how the gradient turned that says anything.
-_TURN = 1e-12
-_LEAST_SHARE = 1e-4
 # Where a cluster has less than this share of its due, the quadratic model says nothing
 # about it: Sinkhorn steps bring it back.
 _STARVED = 1e-6
@@ -65,6 +58,8 @@ _DENSE, _FACTOR = 1 / 128 if has_fast_bfloat16() else 1 / 64, 1 / 16
 _LOOK, _TAKE, _KEPT = 0.5, 10.0, 6.0
 _ENTRY, _PAIR = 50.0, 2.4
 _HOLDING = 1 / 4
+# Products with the Hessian that a step is expected to take, and reads that a Hessian is worth.
+_PRODUCTS, _PATIENCE = 6, 10
 # Plans are taken where that costs no more reads than _WORTH: of the entries above the first
 # of _LEAST, or above the last that cost no more than _EASY. Bytes of one, work included.
 _WORTH, _EASY = 2.0, 1.0
@@ -73,6 +68,7 @@ _ENTRY_BYTES = 24
 # A model's own reads, at most; and how much nearer than the tolerance it is brought where
 # plans are that good: steps in memory are cheap, and fewer rows are left to be balanced.
 _MODEL_READS, _NEARER = 200, 1 / 32
+_BRIEF = 4
 # Plans are taken anew where a potential has moved so far that entries left out may be _SEEN,
 # and a model is left where they may be _LOST. It is not used again if it has not brought
 # the residual down to a _GAIN-th.
@@ -136,13 +132,15 @@ class _Samples:
             return problem.rows
         return Some(problem.rows, self._drawn(problem.rows.shape[0] // _SHARE))
 
-    def _kept(self, size: tuple[int, int]) -> Rows:
-        problem, (share, least) = self._problem, size
-        # Of all processes together, so that they agree.
-        wanted = max(share * problem.rows.shape[1], least) // parallel.size()
-        if problem.count <= 2 * wanted * parallel.size():
-            return problem.rows
-        return InMemory.of(problem.rows, self._drawn(wanted))
+    def size(self, share: tuple[int, int]) -> int:
+        """Rows of a sample, of all processes together, so that they agree."""
+        wanted = max(share[0] * self._problem.rows.shape[1], share[1])
+        return wanted if self._problem.count > 2 * wanted else self._problem.count
+
+    def _kept(self, share: tuple[int, int]) -> Rows:
+        if (wanted := self.size(share)) == self._problem.count:
+            return self._problem.rows
+        return InMemory.of(self._problem.rows, self._drawn(wanted // parallel.size()))
 
     def _drawn(self, wanted: int) -> np.ndarray:
         count = self._problem.rows.shape[0]
@@ -164,11 +162,12 @@ def _anneal(problem: Problem, samples: _Samples, levels: int) -> Tensor:
     They are solved on a small sample, unless rows are nearly decided: then it says little
     of the prices of the rest.
     """
-    prices_K = problem.zeros()
+    prices_K, few = problem.zeros(), samples.size(_SMALL)
+    squares = _has_squares(problem, few, few)
     for level in range(levels, -1, -1):
         lamb = problem.lamb / 4**level
         costs = _costs(problem.at(problem.rows, lamb, 1.0), prices_K * lamb)
-        decided = costs.exact <= _CHEAP and level <= 2
+        decided = level <= 2 and (costs.exact <= _CHEAP if squares else costs.brief)
         rows = samples.middle if decided else samples.small
         if level == 0 and rows is problem.rows:
             break
@@ -196,6 +195,7 @@ class _Costs(NamedTuple):
     exact: float
     sparse: bool
     take: Take | None = None
+    brief: bool = False
 
 
 def _costs(problem: Problem, a_K: Tensor) -> _Costs:
@@ -207,22 +207,30 @@ def _costs(problem: Problem, a_K: Tensor) -> _Costs:
     sparse = taking[0] + (_ENTRY * spreads[0] + _PAIR * spreads[0] ** 2) / clusters
     # A step is a read and, where coordinates are held in the box, part of a factor's work.
     entries, factoring = problem.count * clusters, _factoring(clusters)
-    # Not where a step of the model costs more than a read.
-    short = entries * _CHEAP < factoring
     exact = entries * (1 + min(dense, sparse)) / (entries + _HOLDING * factoring)
-    if problem.rows.device.type != "cpu" or taking[0] > _WORTH or short:
+    if problem.rows.device.type != "cpu" or taking[0] > _WORTH:
         return _Costs(spreads[0], exact, sparse < dense)
     finest = max([0, *(n for n, cost in enumerate(taking) if cost <= _EASY)])
     size = problem.count / parallel.size() * spreads[finest] * _ENTRY_BYTES
     every = max(1, math.ceil(size / max(problem.memory, 1)))
     enough = every == 1 or problem.count >= every * _LARGE[0] * clusters
     take = Take(every, _LEAST[finest]) if enough else None
-    return _Costs(spreads[0], exact, sparse < dense, take)
+    brief = take is not None and _KEPT * spreads[0] * _BRIEF <= clusters
+    return _Costs(spreads[0], exact, sparse < dense, take, brief)
 
 
 def _factoring(clusters: int) -> float:
     """What the Cholesky factor of a Hessian costs."""
     return _FACTOR * clusters**3 / 3
+
+
+def _has_squares(problem: Problem, sample: int, count: int) -> bool:
+    """Whether steps on `count` rows are to go by matrices of K x K, from a sample of them."""
+    if not problem.square:
+        return False
+    clusters = problem.rows.shape[1]
+    cost = sample * clusters * (1 + _DENSE * clusters) + (1 + _HOLDING) * _factoring(clusters)
+    return problem.rows.device.type != "cpu" or cost < _PATIENCE * count * clusters
 
 
 class _OfRows:
@@ -231,6 +239,9 @@ class _OfRows:
     def __init__(self, problem: Problem, samples: _Samples, sample: str) -> None:
         self._problem, self._samples, self._sample = problem, samples, sample
         self._known: _Costs | None = None
+        drawn = samples.size(_SMALL if sample == "small" else _LARGE)
+        self.squares = _has_squares(problem, drawn, problem.count)
+        self.starved = _STARVED if self.squares else lbfgs.STARVED
 
     def costs(self, a_K: Tensor, anew: bool) -> _Costs:
         """Those of Hessians; `anew`: as they may have changed."""
@@ -256,16 +267,20 @@ class _OfRows:
 class _OfPlans:
     """Hessians of a model."""
 
-    def __init__(self, plans: Plans, spread: float) -> None:
+    starved = _STARVED
+
+    def __init__(self, plans: Plans, spread: float, square: bool) -> None:
         clusters = len(plans.a_K)
         share, least = _LARGE
         self._plans = plans
         self._every = max(1, plans.rows // max(share * clusters, least))
         dense = clusters * (1 + _DENSE * clusters)
         sparse = _ENTRY * spread + _PAIR * spread**2
-        read = _KEPT * plans.entries
-        exact = (read + plans.rows * min(dense, sparse)) / (read + _HOLDING * _factoring(clusters))
-        self._costs = _Costs(spread, exact, sparse < dense)
+        read, factoring = _KEPT * plans.entries, _factoring(clusters)
+        made = plans.rows * min(dense, sparse)
+        self._costs = _Costs(spread, (read + made) / (read + _HOLDING * factoring), sparse < dense)
+        products = _PRODUCTS * _KEPT * plans.rows * spread
+        self.squares = square and made / self._every + (1 + _HOLDING) * factoring < products
 
     def costs(self, a_K: Tensor, anew: bool) -> _Costs:
         """Those of Hessians."""
@@ -279,6 +294,10 @@ class _OfPlans:
     def at(self, a_K: Tensor, costs: _Costs, everything: bool) -> Tensor:
         """The Hessian at potentials, of all rows or of some."""
         return self._plans.laplacian(a_K, 1 if everything else self._every, costs.sparse)
+
+    def products(self, a_K: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """That of all rows by its products, and its diagonal."""
+        return self._plans.products(a_K)
 
 
 class _InPart:
@@ -295,9 +314,9 @@ class _InPart:
         """After Sinkhorn's step."""
         return self._part(self._whole.scaled_to(a_K, log_s_K))
 
-    def curvature(self, a_K: Tensor) -> Tensor | None:
+    def free(self, a_K: Tensor) -> Tensor | None:
         """That of the whole."""
-        return self._whole.curvature(a_K)
+        return self._whole.free(a_K)
 
     def levelled(self, a_K: Tensor) -> Tensor:
         """By the whole."""
@@ -343,7 +362,7 @@ class _Descent:
 
     def __init__(self, problem: Problem, hessians: _OfRows | _OfPlans) -> None:
         self.problem, self._hessians = problem, hessians
-        self.curvature: _Curvature | None = None
+        self.curvature: Curvature | None = None
         self.boxed = False
         self.box = _BOX
         self.residual = math.inf
@@ -358,7 +377,7 @@ class _Descent:
         """From `point` to the tolerance, or to where the reads are over."""
         problem = self.problem
         while problem.residual(point) > problem.tol and not problem.over():
-            if problem.starved(point, _STARVED):
+            if problem.starved(point, _STARVED if point.plans else self._hessians.starved):
                 self.curvature = None
                 point = self.read(problem.sinkhorn(point))
                 continue
@@ -375,8 +394,7 @@ class _Descent:
         model = _Model(self.problem, point, plans)
         if not (model.marginal.at(point.a_K) > 0).all():
             return None
-        spread = self._hessians.costs(point.a_K, anew=False).spread
-        descent = _Descent(model, _OfPlans(plans, spread))
+        descent = _Descent(model, self._of_plans(plans, self._hessians.costs(point.a_K, False)))
         descent.curvature = self.curvature
         found = descent.run(model.read(point.a_K))
         left = model.residual(found)
@@ -385,6 +403,9 @@ class _Descent:
             return None
         self._failed, self.curvature = math.inf, descent.curvature
         return self._checked(point, plans, found.a_K, last=left <= self.problem.tol)
+
+    def _of_plans(self, plans: Plans, costs: _Costs) -> _OfPlans:
+        return _OfPlans(plans, costs.spread, self.problem.square)
 
     def _checked(self, point: Point, plans: Plans, found_K: Tensor, last: bool) -> Point:
         """A read at what a model found, with plans to go on by unless it may be the `last`."""
@@ -403,7 +424,7 @@ class _Descent:
         curvature = self._curvature(point, costs)
         fresh = curvature is not before
         box = self.box if fresh else min(self.box, _STALE_BOX)
-        change_K = _box_step(curvature, self.problem.gradient(point), box)
+        change_K = curvature.step(point, self.problem.gradient(point), box)
         reads = len(self.problem.trace)
         reached = self.problem.move(point, change_K, costs.take)
         self.boxed = float(change_K.abs().max()) == box
@@ -414,99 +435,44 @@ class _Descent:
         curvature.update(reached.a_K - point.a_K, self.problem.turn(point, reached))
         return reached
 
-    def _curvature(self, point: Point, costs: _Costs) -> _Curvature:
+    def _curvature(self, point: Point, costs: _Costs) -> Curvature:
         """The one to use: taken anew where that costs less than the steps it may save."""
         problem = self.problem
+        source = self._of_plans(point.plans, costs) if point.plans else self._hessians
+        if not source.squares:
+            return self._without_squares(point, source)
         before, self.residual = self.residual, problem.residual(point)
-        rate = _RATE if self.curvature is None else max(math.log(before / self.residual), 1e-3)
+        known = isinstance(self.curvature, Factored)
+        rate = max(math.log(before / self.residual), 1e-3) if known else _RATE
         left = math.log(self.residual / problem.tol)
         worth = self.residual < _NOISE and left / rate > costs.exact + left / _NEWTON
-        source = _OfPlans(point.plans, costs.spread) if point.plans else self._hessians
         cheap = costs.exact <= _CHEAP and source.part * _MANY >= 1
         # Steps to where a sample says no more, at this rate and at that of a fresh Hessian.
         saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
         due = rate < _FAST if cheap else saved > costs.exact * source.part
-        if self.curvature is None or worth or due or costs.exact <= _ALWAYS:
+        if self.curvature is None or not known or worth or due or costs.exact <= _ALWAYS:
             everything = worth or costs.exact <= _ALWAYS or (cheap and self.residual < _FAR)
             hessian_KK = source.at(point.a_K, costs, everything)
-            more_KK = problem.marginal.curvature(point.a_K)
-            if more_KK is not None:
-                hessian_KK += more_KK.to(hessian_KK)
-            self.curvature = _Curvature(hessian_KK, point.s_K)
+            free_K = problem.marginal.free(point.a_K)
+            if free_K is not None:
+                free_K = free_K.to(hessian_KK)
+                hessian_KK.diagonal().add_(free_K)
+                hessian_KK -= torch.outer(free_K, free_K / free_K.sum())
+            self.curvature = Factored(hessian_KK, point.s_K)
         return self.curvature
 
-
-class _Curvature:
-    """A Hessian by its factor, and by what the steps since it was taken say of it (BFGS).
-
-    It stays on the device that the Hessian is on.
-    """
-
-    def __init__(self, hessian_KK: Tensor, s_K: Tensor) -> None:
-        """Takes the Hessian over."""
-        self.device = hessian_KK.device
-        self._weights_K = s_K.to(self.device).clamp(min=_LEAST_SHARE / len(s_K) ** 2)
-        # F does not change along (1, ..., 1): the constant makes the system regular there.
-        # Clusters that hardly any row is undecided about leave it singular to rounding.
-        self._system_KK = hessian_KK.add_(1 / len(s_K) ** 2)
-        self._system_KK.diagonal().add_(_DAMPING * self._weights_K)
-        self._factor_KK = torch.linalg.cholesky(self._system_KK)
-        self._steps: list[tuple[Tensor, Tensor, float]] = []
-
-    def damped(self, damping: float) -> _Curvature:
-        """The Hessian alone, with more on its diagonal."""
-        system_KK = self._system_KK.clone()
-        system_KK.diagonal().add_(damping * self._weights_K)
-        return _Curvature(system_KK, self._weights_K)
-
-    def solve(self, sides_Km: Tensor) -> Tensor:
-        """H^-1 of some columns: the two loops of L-BFGS (Nocedal and Wright, algorithm 7.4)."""
-        answers_Km, shares = sides_Km.clone(), []
-        for moved_K, turned_K, across in reversed(self._steps):
-            shares.append((moved_K @ answers_Km) / across)
-            answers_Km -= torch.outer(turned_K, shares[-1])
-        answers_Km = torch.cholesky_solve(answers_Km, self._factor_KK)
-        for (moved_K, turned_K, across), share in zip(self._steps, reversed(shares), strict=True):
-            answers_Km += torch.outer(moved_K, share - (turned_K @ answers_Km) / across)
-        return answers_Km
-
-    def update(self, moved_K: Tensor, turned_K: Tensor) -> None:
-        """It is to explain how the gradient turned in a step."""
-        across = float(moved_K @ turned_K)
-        if across > _TURN * float(moved_K.norm() * turned_K.norm()):
-            self._steps.append((moved_K.to(self.device), turned_K.to(self.device), across))
-
-
-def _box_step(curvature: _Curvature, gradient_K: Tensor, box: float) -> Tensor:
-    """The change that minimises the quadratic model within the box (half its side given),
-    or nearly.
-
-    Coordinates that leave the box are held at its side, and the others follow: by one
-    factor for all rounds.
-    """
-    clusters, gradient_K = len(gradient_K), gradient_K.to(curvature.device)
-    free_K = curvature.solve(-gradient_K[:, None])[:, 0]
-    free_K -= free_K.median()
-    change_K, held = free_K, torch.zeros_like(free_K, dtype=torch.bool)
-    for _ in range(_BOX_ROUNDS):
-        outside = change_K.abs() > box * (1 + 1e-9)
-        held |= outside
-        if not outside.any() or int(held.sum()) > max(clusters / 2, _MANY_HELD):
-            break
-        units_KK = torch.eye(clusters, dtype=gradient_K.dtype, device=gradient_K.device)
-        answers = curvature.solve(units_KK[:, held])
-        excess = free_K[held] - change_K[held].clamp(-box, box)
-        change_K = free_K - answers @ torch.linalg.solve(answers[held], excess)
-    change_K = change_K.clamp(-box, box)
-    # Held coordinates are never let go: where that leads nowhere, damping shortens the step.
-    damping = _DAMPING
-    while (
-        held.any()
-        and damping < 1
-        and float(gradient_K @ change_K) > -_DESCENT * float(gradient_K.abs().sum())
-    ):
-        damping *= 10
-        change_K = curvature.damped(damping).solve(-gradient_K[:, None])[:, 0]
-        change_K -= change_K.mean()
-        change_K *= min(1.0, box / float(change_K.abs().max()))
-    return change_K.cpu()
+    def _without_squares(self, point: Point, source: _OfRows | _OfPlans) -> Curvature:
+        if isinstance(source, _OfRows):
+            curvature = self.curvature if isinstance(self.curvature, Metric) else Metric()
+            self.curvature = curvature
+            return curvature
+        product, diagonal_K = source.products(point.a_K)
+        free_K = self.problem.marginal.free(point.a_K)
+        if free_K is None:
+            return Products(product, diagonal_K, point.s_K)
+        whole = free_K.sum()
+        return Products(
+            lambda x_K: product(x_K) + free_K * (x_K - free_K @ x_K / whole),
+            diagonal_K + free_K - free_K**2 / whole,
+            point.s_K,
+        )

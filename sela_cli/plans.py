@@ -10,6 +10,7 @@ out made up for, by the next read (`newton`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -50,10 +51,8 @@ class Plans:
     def soft_sizes(self, a_K: Tensor) -> Tensor:
         """s_K at other potentials, float64."""
         factor_K = self._factor(a_K)
-        sums_K = np.zeros(len(factor_K))
-        for part_K in in_order(partial(_sums, factor_K=factor_K), self._blocks, CPU):
-            sums_K += part_K
-        return parallel.sum_of(torch.from_numpy(sums_K * factor_K)) / self.rows
+        sums_K = self._summed(self._blocks, partial(_sums, factor_K=factor_K))
+        return sums_K * torch.from_numpy(factor_K) / self.rows
 
     def laplacian(self, a_K: Tensor, every: int = 1, sparse: bool = True) -> Tensor:
         """The Hessian of F at other potentials, of every so many of the rows; `sparse`: from
@@ -61,9 +60,7 @@ class Plans:
         factor_K = self._factor(a_K).astype(np.float32)
 
         def overlap(block: csr_array) -> tuple[int, Any]:
-            part = _moved(block[::every] if every > 1 else block, factor_K)
-            part.data[part.data <= NEGLIGIBLE] = 0
-            part.eliminate_zeros()
+            part = _cut(_moved(block[::every] if every > 1 else block, factor_K))
             if sparse:
                 return part.shape[0], part.T @ part
             return part.shape[0], gram(torch.from_numpy(part.toarray()))
@@ -76,6 +73,28 @@ class Plans:
             else:
                 overlap_KK += part_KK
         return hessian_of(overlap_KK, rows)
+
+    def products(self, a_K: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """The same Hessian of all of the rows by its products with vectors, and its diagonal:
+        in double precision, and without a matrix of K x K."""
+        factor_K = self._factor(a_K)
+        parts = [_cut(_moved(block, factor_K)) for block in self._blocks]
+        # So that the rows of the Hessian sum to zero though entries are left out.
+        whole_K = self._summed(parts, lambda part: part.T @ (part @ np.ones_like(factor_K)))
+        squares_K = self._summed(parts, _squares)
+
+        def product(x_K: Tensor) -> Tensor:
+            moved_K = self._summed(parts, lambda part: part.T @ (part @ x_K.numpy()))
+            return (whole_K * x_K - moved_K) / self.rows
+
+        return product, (whole_K - squares_K) / self.rows
+
+    def _summed(self, parts: list[csr_array], work: Callable[[csr_array], np.ndarray]) -> Tensor:
+        """Over the rows of all processes."""
+        sums_K = np.zeros(len(self.a_K))
+        for part_K in in_order(work, parts, CPU):
+            sums_K += part_K
+        return parallel.sum_of(torch.from_numpy(sums_K))
 
     def _factor(self, a_K: Tensor) -> np.ndarray:
         factor_K: np.ndarray = (a_K - self.a_K).exp().numpy()
@@ -139,6 +158,19 @@ def _moved(block: csr_array, factor_K: np.ndarray) -> csr_array:
     # Copies: these are cut.
     parts = values, block.indices.copy(), block.indptr.copy()
     return csr_array(parts, block.shape)
+
+
+def _cut(part: csr_array) -> csr_array:
+    """Without negligible entries, in place."""
+    part.data[part.data <= NEGLIGIBLE] = 0
+    part.eliminate_zeros()
+    return part
+
+
+def _squares(part: csr_array) -> np.ndarray:
+    """sum_i q_ik^2."""
+    sums_K: np.ndarray = np.bincount(part.indices, part.data**2, minlength=part.shape[1])
+    return sums_K
 
 
 def gram(q_nK: Tensor) -> Tensor:

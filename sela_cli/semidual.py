@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from scipy.sparse import csr_array
@@ -75,8 +75,8 @@ class Problem:
 
     `marginal`: given shares, positive, which sum to 1, float64, or what `marginals` has
     beside these. `progress` hears of every read, `stop` is asked after each. `memory`: bytes
-    that may be kept of plans. In a job of several processes each has a share of the rows,
-    and all see the same sums.
+    that may be kept of plans; `square`: whether matrices of K x K may be made. In a job of
+    several processes each has a share of the rows, and all see the same sums.
     """
 
     def __init__(
@@ -89,11 +89,13 @@ class Problem:
         progress: Callable[[Step], None] = lambda step: None,
         stop: Callable[[], bool] = lambda: False,
         memory: int = 1 << 30,
+        square: bool = True,
     ) -> None:
         self.rows, self.lamb = rows, lamb
         self.marginal = Given(marginal) if isinstance(marginal, Tensor) else marginal
         self.tol, self.max_iter = tol, max_iter
-        self._progress, self.stop, self.memory = progress, stop, memory
+        self._progress, self.stop = progress, stop
+        self.memory, self.square = memory, square
         self.count = total(rows)
         large = self.count * rows.shape[1] >= _LARGE
         self.dtype = torch.float32 if large else torch.float64
@@ -106,7 +108,8 @@ class Problem:
         Its reads count here if the rows are these, unless it has `reads` of its own.
         """
         most = self.max_iter if reads is None else reads
-        other = Problem(rows, self.marginal, lamb, tol, most, stop=self.stop, memory=self.memory)
+        allowed: dict[str, Any] = {"memory": self.memory, "square": self.square}
+        other = Problem(rows, self.marginal, lamb, tol, most, stop=self.stop, **allowed)
         if rows is self.rows and reads is None:
             other.trace, other._start, other._progress = self.trace, self._start, self._progress
         return other

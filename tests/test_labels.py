@@ -374,8 +374,8 @@ def test_solver_and_memory_are_the_same_whatever_the_threads(
     settings, found = LabelSettings(), []
     for threads in (1, 256):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append((labels._solver(3000, settings), labels._unused(3000, settings)))
-    assert found[0] == found[1] and found[0][0] == "newton" and found[0][1] > 1 << 30
+        found.append((labels._square(3000, settings), labels._unused(3000, settings)))
+    assert found[0] == found[1] and found[0][0] and found[0][1] > 1 << 30
 
 
 def test_no_more_workers_than_asked_for() -> None:

@@ -82,7 +82,11 @@ def test_core_does_not_know_how_it_is_shown(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["sinkhorn", "newton", "lbfgs", "semidual", "plans", "marginals", "assignment", "tiles"]
+    "name",
+    [
+        *("sinkhorn", "newton", "lbfgs", "curvature"),
+        *("semidual", "plans", "marginals", "assignment", "tiles"),
+    ],
 )
 def test_solvers_are_pure(name: str) -> None:
     assert not packages(name) & {"h5py", "typer", "rich", "pathlib", "io", "os", "shutil"}

@@ -105,8 +105,8 @@ def label(
         SolverChoice | None,
         typer.Option(
             "--solver",
-            help="newton: few reads of the scores. lbfgs: more, but no K x K matrix. sinkhorn: "
-            "the paper's iteration. auto (default): newton while its matrices fit.",
+            help="newton (auto, the default): few reads of the scores. lbfgs: more, of less work. "
+            "sinkhorn: the paper's iteration.",
         ),
     ] = None,
     input_kind: Annotated[
