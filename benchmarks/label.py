@@ -272,7 +272,8 @@ def main() -> None:
     parser.add_argument("--parts", default="small,large", help="small, large, or both")
     parser.add_argument(
         "--sizes",
-        default="10000x1000,100000x1000,1000000x1000,1281167x3000,3300000x1000:balanced:float64",
+        default="10000x1000,100000x1000,1000000x1000,100000x100,100000x300,100000x3000,"
+        "100000x10000,1281167x3000,3300000x1000:balanced:float64",
         help="NxK, NxK:ASSIGN or NxK:ASSIGN:DTYPE",
     )
     parser.add_argument("--log", type=Path, default=Path("benchmarks/inputs/rows.md"))
@@ -286,7 +287,8 @@ def main() -> None:
     stages = [
         stage for stage in ("fresh", "half", "trained") if (options.inputs / f"{stage}.h5").exists()
     ]
-    names = [f"{stage}/{head}" for head in (0, 1) for stage in stages] + ["peaked:100000:1000"]
+    names = [f"{stage}/{head}" for head in (0, 1) for stage in stages]
+    names += ["peaked:100000:1000", "peaked:30000:3000"]
     import importlib.metadata as metadata
 
     versions = ", ".join(

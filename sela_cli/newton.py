@@ -44,8 +44,8 @@ _SPREAD, _WIDEST = 1024, 1e9
 _SMALL, _LARGE = (4, 4096), (16, 8192)
 # One row of so many is in the sample for rows that are nearly decided.
 _SHARE = 8
-# Half the side of the box: at first, doubled after a step to its side that went well, and
-# at most for a Hessian that is not of this very point.
+# Half the side of the box: at first, doubled after a step to its side that went well where
+# each costs a read, and at most for a Hessian that is not of this very point.
 _BOX, _STALE_BOX = 5.0, 20.0
 # Where a cluster has less than this share of its due, the quadratic model says nothing
 # about it: Sinkhorn steps bring it back.
@@ -430,7 +430,7 @@ class _Descent:
         self.boxed = float(change_K.abs().max()) == box
         if len(self.problem.trace) > reads + 1:
             self.box = _BOX
-        elif self.boxed and fresh:
+        elif self.boxed and fresh and isinstance(self._hessians, _OfRows):
             self.box *= 2
         curvature.update(reached.a_K - point.a_K, self.problem.turn(point, reached))
         return reached
