@@ -55,6 +55,8 @@ _DEVICE_BASE = 4 << 30
 _DEVICE_MATRICES = 256
 # One part in so many of what is left is for the plans that Newton's steps go by.
 _PLANS = 4
+# Bytes of Newton's small sample for each pair of clusters.
+_SAMPLE = 16
 # Beyond this a matrix of K x K, whose factor grows with K^3, is never worth it.
 _SQUARE_CLUSTERS = 4096
 # A moved row may lose this share of the mean cost more than it must.
@@ -491,8 +493,14 @@ def _check_memory(clusters: int, settings: LabelSettings) -> None:
 
 def _square(clusters: int, settings: LabelSettings) -> bool:
     """Whether Newton's matrices of K x K fit into the memory that is allowed."""
-    fits = clusters <= _SQUARE_CLUSTERS and _curvature(clusters) <= settings.max_memory
-    return fits and settings.solver in ("auto", "newton")
+    return clusters <= _SQUARE_CLUSTERS and _curvature(clusters) <= settings.max_memory
+
+
+def _solving(clusters: int, settings: LabelSettings) -> int:
+    """Bytes of what a solve keeps beside scores and plans."""
+    if settings.solver not in ("auto", "newton"):
+        return 0
+    return _curvature(clusters) if _square(clusters, settings) else clusters**2 * _SAMPLE
 
 
 def _balancing(clusters: int) -> int:
@@ -538,8 +546,8 @@ def _spare(clusters: int, settings: LabelSettings, device: torch.device) -> int:
 
 def _unused(clusters: int, settings: LabelSettings) -> int:
     """Bytes of memory that are left for scores and plans."""
-    square = _curvature(clusters) if _square(clusters, settings) else 0
-    return max(settings.max_memory - _BASE - max(_balancing(clusters), square), 0)
+    matrices = max(_balancing(clusters), _solving(clusters, settings))
+    return max(settings.max_memory - _BASE - matrices, 0)
 
 
 def _keep_features(scores: Scores, settings: LabelSettings, device: torch.device) -> int:

@@ -26,6 +26,8 @@ from sela_cli.tiles import CPU, SQUARE_WORKERS, in_order
 
 # Smaller entries are left out of Hessians, and of plans that have many of them.
 NEGLIGIBLE = 1e-4
+# Numbers that there is room for at first: so many that they lie apart from small ones.
+_GROWING = 1 << 16
 # Entries of a block for each cluster, at least: adding up its product takes time too.
 _BLOCK = 256
 # Blocks of columns that a dense product is made of, and the columns of one at least.
@@ -106,24 +108,42 @@ class Entries:
 
     def __init__(self, clusters: int) -> None:
         self._clusters = clusters
-        self._values: list[np.ndarray] = []
-        self._columns: list[np.ndarray] = []
-        self._counts: list[np.ndarray] = []
+        self._values = _Growing(np.float32)
+        self._columns, self._counts = _Growing(np.int32), _Growing(np.int32)
 
     def add(self, q_nK: np.ndarray, least: float) -> None:
         """Those of one tile."""
         flat = q_nK.ravel()
         found = np.flatnonzero(flat > least)
         row, column = np.divmod(found, self._clusters)
-        self._values.append(flat[found].astype(np.float32))
-        self._columns.append(column.astype(np.int32))
-        self._counts.append(np.bincount(row, minlength=len(q_nK)))
+        self._values.add(flat[found])
+        self._columns.add(column)
+        self._counts.add(np.bincount(row, minlength=len(q_nK)))
 
     def block(self) -> csr_array:
         """All of them."""
-        ends = np.concatenate([[0], *self._counts]).cumsum(dtype=np.int32)
-        parts = np.concatenate(self._values), np.concatenate(self._columns), ends
+        ends = np.concatenate([[0], self._counts.all()]).cumsum(dtype=np.int32)
+        parts = self._values.all(), self._columns.all(), ends
         return csr_array(parts, (len(ends) - 1, self._clusters))
+
+
+class _Growing:
+    """Numbers that come piece by piece. Pieces kept each for itself would lie between the
+    tiles that are freed, so that those never fit where others were."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self._array, self._used = np.empty(0, dtype), 0
+
+    def add(self, piece: np.ndarray) -> None:
+        end = self._used + len(piece)
+        if end > len(self._array):
+            self._array.resize(max(end, 2 * len(self._array), _GROWING), refcheck=False)
+        self._array[self._used : end] = piece
+        self._used = end
+
+    def all(self) -> np.ndarray:
+        self._array.resize(self._used, refcheck=False)
+        return self._array
 
 
 def _add(sum_KK: np.ndarray, product: csc_array) -> None:
