@@ -354,7 +354,12 @@ class _Model(Problem):
 
     def over(self) -> bool:
         """Whether it is to be left."""
-        return self._moved > math.log(_LOST / self._plans.taken.least) or super().over()
+        return self.left or super().over()
+
+    @property
+    def left(self) -> bool:
+        """Whether the way leads farther than the plans are good for."""
+        return self._moved > math.log(_LOST / self._plans.taken.least)
 
 
 class _Descent:
@@ -398,7 +403,7 @@ class _Descent:
         descent.curvature = self.curvature
         found = descent.run(model.read(point.a_K))
         left = model.residual(found)
-        if left * _GAIN > residual:
+        if left * _GAIN > residual and not (model.left and left < residual):
             self.curvature = None
             return None
         self._failed, self.curvature = math.inf, descent.curvature
