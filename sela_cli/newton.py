@@ -42,8 +42,9 @@ _ANNEAL_TOL = 0.03
 _SPREAD, _WIDEST = 1024, 1e9
 # Rows of a sample, per cluster and at least; of fewer than twice as many all are taken.
 _SMALL, _LARGE = (4, 4096), (16, 8192)
-# One row of so many is in the sample for rows that are nearly decided.
-_SHARE = 8
+# One row of so many is in the sample for rows that are nearly decided: those that are spread
+# over no more than this share of the clusters.
+_SHARE, _DECIDED = 8, 1 / 24
 # Half the side of the box: at first, doubled after a step to its side that went well where
 # each costs a read, and at most for a Hessian that is not of this very point.
 _BOX, _STALE_BOX = 5.0, 20.0
@@ -68,7 +69,6 @@ _ENTRY_BYTES = 24
 # A model's own reads, at most; and how much nearer than the tolerance it is brought where
 # plans are that good: steps in memory are cheap, and fewer rows are left to be balanced.
 _MODEL_READS, _NEARER = 200, 1 / 32
-_BRIEF = 4
 # Plans are taken anew where a potential has moved so far that entries left out may be _SEEN,
 # and a model is left where they may be _LOST. It is not used again if it has not brought
 # the residual down to a _GAIN-th.
@@ -162,12 +162,11 @@ def _anneal(problem: Problem, samples: _Samples, levels: int) -> Tensor:
     They are solved on a small sample, unless rows are nearly decided: then it says little
     of the prices of the rest.
     """
-    prices_K, few = problem.zeros(), samples.size(_SMALL)
-    squares = _has_squares(problem, few, few)
+    prices_K = problem.zeros()
     for level in range(levels, -1, -1):
         lamb = problem.lamb / 4**level
-        costs = _costs(problem.at(problem.rows, lamb, 1.0), prices_K * lamb)
-        decided = level <= 2 and (costs.exact <= _CHEAP if squares else costs.brief)
+        (spread,) = breadth(problem.rows, lamb, prices_K * lamb, [NEGLIGIBLE])
+        decided = level <= 2 and spread <= _DECIDED * problem.rows.shape[1]
         rows = samples.middle if decided else samples.small
         if level == 0 and rows is problem.rows:
             break
@@ -195,7 +194,6 @@ class _Costs(NamedTuple):
     exact: float
     sparse: bool
     take: Take | None = None
-    brief: bool = False
 
 
 def _costs(problem: Problem, a_K: Tensor) -> _Costs:
@@ -215,8 +213,7 @@ def _costs(problem: Problem, a_K: Tensor) -> _Costs:
     every = max(1, math.ceil(size / max(problem.memory, 1)))
     enough = every == 1 or problem.count >= every * _LARGE[0] * clusters
     take = Take(every, _LEAST[finest]) if enough else None
-    brief = take is not None and _KEPT * spreads[0] * _BRIEF <= clusters
-    return _Costs(spreads[0], exact, sparse < dense, take, brief)
+    return _Costs(spreads[0], exact, sparse < dense, take)
 
 
 def _factoring(clusters: int) -> float:
