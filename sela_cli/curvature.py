@@ -185,10 +185,13 @@ class Products:
             cut_K = reached_K.clamp(-box, box)
             cut_left_K = left_K - self._product(cut_K - change_K)
             if cut_K @ (gradient_K - cut_left_K) > change_K @ (gradient_K - left_K):
-                sides_K = (box * along_K.sign() - change_K) / along_K
-                length = float(sides_K.masked_fill(held | (along_K == 0), torch.inf).min())
+                side_K = box * along_K.sign()
+                lengths_K = (side_K - change_K) / along_K
+                lengths_K.masked_fill_(along_K == 0, torch.inf)
+                length = float(lengths_K.min())
                 cut_K = (change_K + length * along_K).clamp(-box, box)
-                cut_K[sides_K == length] = box * along_K.sign()[sides_K == length]
+                # Exactly there, whatever the rounding.
+                cut_K = torch.where(lengths_K == length, side_K, cut_K)
                 cut_left_K = left_K - length * turned_K
             change_K, left_K, along_K = cut_K, cut_left_K, None
             held |= change_K.abs() == box

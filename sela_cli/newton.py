@@ -60,7 +60,7 @@ _LOOK, _TAKE, _KEPT = 0.5, 10.0, 6.0
 _ENTRY, _PAIR = 50.0, 2.4
 _HOLDING = 1 / 4
 # Products with the Hessian that a step is expected to take, and reads that a Hessian is worth.
-_PRODUCTS, _PATIENCE = 6, 10
+_EXPECTED, _PATIENCE = 6, 10
 # Plans are taken where that costs no more reads than _WORTH: of the entries above the first
 # of _LEAST, or above the last that cost no more than _EASY. Bytes of one, work included.
 _WORTH, _EASY = 2.0, 1.0
@@ -276,7 +276,7 @@ class _OfPlans:
         read, factoring = _KEPT * plans.entries, _factoring(clusters)
         made = plans.rows * min(dense, sparse)
         self._costs = _Costs(spread, (read + made) / (read + _HOLDING * factoring), sparse < dense)
-        products = _PRODUCTS * _KEPT * plans.rows * spread
+        products = _EXPECTED * _KEPT * plans.rows * spread
         self.squares = square and made / self._every + (1 + _HOLDING) * factoring < products
 
     def costs(self, a_K: Tensor, anew: bool) -> _Costs:
@@ -351,10 +351,10 @@ class _Model(Problem):
 
     def over(self) -> bool:
         """Whether it is to be left."""
-        return self.left or super().over()
+        return self.far or super().over()
 
     @property
-    def left(self) -> bool:
+    def far(self) -> bool:
         """Whether the way leads farther than the plans are good for."""
         return self._moved > math.log(_LOST / self._plans.taken.least)
 
@@ -400,7 +400,7 @@ class _Descent:
         descent.curvature = self.curvature
         found = descent.run(model.read(point.a_K))
         left = model.residual(found)
-        if left * _GAIN > residual and not (model.left and left < residual):
+        if left * _GAIN > residual and not (model.far and left < residual):
             self.curvature = None
             return None
         self._failed, self.curvature = math.inf, descent.curvature
@@ -444,15 +444,15 @@ class _Descent:
         if not source.squares:
             return self._without_squares(point, source)
         before, self.residual = self.residual, problem.residual(point)
-        known = isinstance(self.curvature, Factored)
-        rate = max(math.log(before / self.residual), 1e-3) if known else _RATE
+        curvature = self.curvature if isinstance(self.curvature, Factored) else None
+        rate = _RATE if curvature is None else max(math.log(before / self.residual), 1e-3)
         left = math.log(self.residual / problem.tol)
         worth = self.residual < _NOISE and left / rate > costs.exact + left / _NEWTON
         cheap = costs.exact <= _CHEAP and source.part * _MANY >= 1
         # Steps to where a sample says no more, at this rate and at that of a fresh Hessian.
         saved = math.log(max(self.residual / _NOISE, 1.0)) * (1 / rate - 1 / _FAST)
         due = rate < _FAST if cheap else saved > costs.exact * source.part
-        if self.curvature is None or not known or worth or due or costs.exact <= _ALWAYS:
+        if curvature is None or worth or due or costs.exact <= _ALWAYS:
             everything = worth or costs.exact <= _ALWAYS or (cheap and self.residual < _FAR)
             hessian_KK = source.at(point.a_K, costs, everything)
             free_K = problem.marginal.free(point.a_K)
@@ -460,8 +460,9 @@ class _Descent:
                 free_K = free_K.to(hessian_KK)
                 hessian_KK.diagonal().add_(free_K)
                 hessian_KK -= torch.outer(free_K, free_K / free_K.sum())
-            self.curvature = Factored(hessian_KK, point.s_K)
-        return self.curvature
+            curvature = Factored(hessian_KK, point.s_K)
+        self.curvature = curvature
+        return curvature
 
     def _without_squares(self, point: Point, source: _OfRows | _OfPlans) -> Curvature:
         if isinstance(source, _OfRows):

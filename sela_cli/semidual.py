@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from scipy.sparse import csr_array
@@ -108,8 +108,16 @@ class Problem:
         Its reads count here if the rows are these, unless it has `reads` of its own.
         """
         most = self.max_iter if reads is None else reads
-        allowed: dict[str, Any] = {"memory": self.memory, "square": self.square}
-        other = Problem(rows, self.marginal, lamb, tol, most, stop=self.stop, **allowed)
+        other = Problem(
+            rows,
+            self.marginal,
+            lamb,
+            tol,
+            most,
+            stop=self.stop,
+            memory=self.memory,
+            square=self.square,
+        )
         if rows is self.rows and reads is None:
             other.trace, other._start, other._progress = self.trace, self._start, self._progress
         return other
