@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor
 
 from sela_cli import assignment, formats, interrupt, job, lbfgs, metrics, newton, parallel, sinkhorn
 from sela_cli.assignment import Bounds
 from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels, Provenance
-from sela_cli.kmeans import kmeans_labels, matched
 from sela_cli.marginals import Given, Marginal
 from sela_cli.scores import Matrix, Scores, Which, open_scores
 from sela_cli.semidual import Problem, Solution, Step
@@ -206,7 +205,7 @@ def marginal(spec: str, clusters: int) -> Tensor:
         if name == "zipf":
             weights_K = (k + 1.0) ** -by
         else:
-            weights_K = np.maximum(1 + by * norm.ppf((k + 0.5) / clusters), 0.01)
+            weights_K = np.maximum(1 + by * ndtri((k + 0.5) / clusters), 0.01)
     if not (np.isfinite(weights_K).all() and (weights_K > 0).all()):
         raise BadData(f"--marginal {spec}: weights must be positive and finite")
     return torch.from_numpy(weights_K / weights_K.sum())
@@ -254,6 +253,9 @@ def label_stage(
         start = formats.read_labels(init) if init else None
         provenance = provenance_of(scores, spec, asdict(settings), start)
         if settings.method == "kmeans":
+            # scikit-learn takes a quarter of the start of a command that needs none of it.
+            from sela_cli.kmeans import kmeans_labels
+
             labels = kmeans_labels(
                 scores,
                 spec,
@@ -442,6 +444,8 @@ def label(
 def check(scores: Scores, path: str, settings: LabelSettings, init: Labels | None) -> None:
     """Refuse, before any row is read, what can't be labelled. Raises BadData and UsageError."""
     if settings.method == "kmeans":
+        from sela_cli.kmeans import matched
+
         matched(scores, path, settings.clusters, init)
         return
     if settings.assign == "fixed" and init is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,15 @@ def test_help_is_quick_because_nothing_heavy_is_imported_at_module_level(name: s
     for item in imported(TREES[name], module_level=True):
         package = item.split(".")[0]
         assert package in sys.stdlib_module_names or package == "typer" or item.startswith(ours)
+
+
+@pytest.mark.parametrize("name", ["labels", "logits", "training", "relabel", "loop", "probes"])
+def test_a_stage_starts_without_what_only_some_of_its_options_need(name: str) -> None:
+    code = f"import sys, sela_cli.{name}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    modules = set(run.stdout.split())
+    assert f"sela_cli.{name}" in modules
+    assert not modules & {"sklearn", "scipy.stats", "torchvision", "matplotlib"}
 
 
 @pytest.mark.parametrize("name", ["errors", "schedule", "interrupt", "presets"])
