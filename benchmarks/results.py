@@ -51,12 +51,14 @@ VARIANTS = {
     "argmax": "--heads 128x10 --opts {} --view random --assign argmax",
     "centre": "--heads 128x10 --opts {} --view centre",
     "often": "--heads 128x10 --opts {often} --view random",
+    "kmeans": "--heads 128x10 --opts {} --view random --head-init kmeans",
     "one-head": "--heads 128x1 --opts {} --view random",
     "opts0": "--heads 128x10 --opts 0 --view random",
 }
 # What follows another in a chain is made from its labels.
 CHAINS = (
     ("sela", "retrained"), ("argmax",), ("one-head",), ("opts0",), ("often",), ("centre",),
+    ("kmeans",),
     ("supervised",), ("fresh",),
 )  # fmt: skip
 NAMES = {
@@ -66,6 +68,7 @@ NAMES = {
     "argmax": "labels as the potentials have them",
     "centre": "labels by the centre view",
     "often": "three times as many relabellings",
+    "kmeans": "heads that begin as clusters of the fresh features",
     "one-head": "T = 1",
     "opts0": "random labels to the end",
     "retrained": "a fresh network on the final labels of *sela*",
@@ -73,7 +76,8 @@ NAMES = {
 }
 PAIRS = (
     ("sela", "fresh"), ("sela", "argmax"), ("sela", "centre"), ("sela", "one-head"),
-    ("sela", "opts0"), ("often", "sela"), ("retrained", "sela"), ("supervised", "sela"),
+    ("kmeans", "sela"), ("sela", "opts0"), ("often", "sela"), ("retrained", "sela"),
+    ("supervised", "sela"),
 )  # fmt: skip
 # All images, on a GPU: examples/cifar10.sh with ON=gpu.
 WHOLE = "--arch resnet18 --image-size 32 --precision bfloat16 --batch-size 256 --lr 0.1"

@@ -11,6 +11,7 @@ OUT=${OUT:-runs/alternate}
 ARCH=${ARCH:-alexnet-small}
 IMAGE_SIZE=${IMAGE_SIZE:-16}
 HEADS=${HEADS:-10,20,40,80}
+HEAD_INIT=${HEAD_INIT:-kmeans}
 EPOCHS=${EPOCHS:-40}
 OPTS=${OPTS:-20}
 RELABEL=${RELABEL:-linear}
@@ -35,12 +36,12 @@ label() { sela label "$@" || test $? -eq 75; }
 
 # Round 0: a fresh network, and random balanced labels.
 sela embed "${images[@]}" --arch "$ARCH" --image-size "$IMAGE_SIZE" --heads "$HEADS" \
-    --seed "$SEED" -o "$OUT/logits.h5"
+    --head-init "$HEAD_INIT" --seed "$SEED" -o "$OUT/logits.h5"
 label "$OUT/logits.h5" --assign random --seed "$SEED" -o "$OUT/labels-000.h5"
 # shellcheck disable=SC2086 # TRAINING is a list of options
 sela train "${images[@]}" --labels "$OUT/labels-000.h5" --arch "$ARCH" \
-    --image-size "$IMAGE_SIZE" --seed "$SEED" --epochs "$EPOCHS" $TRAINING --to 0 \
-    -o "$OUT/checkpoint-000.h5"
+    --image-size "$IMAGE_SIZE" --head-init "$HEAD_INIT" --seed "$SEED" --epochs "$EPOCHS" \
+    $TRAINING --to 0 -o "$OUT/checkpoint-000.h5"
 
 last=000
 round=0

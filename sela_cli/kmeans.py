@@ -1,4 +1,4 @@
-"""Labels by k-means, DeepCluster's way: the baseline that balanced labels are compared with.
+"""k-means: DeepCluster's labels, which balanced ones are compared with, and heads to begin with.
 
 N rows (images), D columns (features or logits), P principal components, K clusters.
 Nothing keeps these clusters of one size.
@@ -26,6 +26,8 @@ COMPONENTS = 256
 # batches: a whole pass costs N x K x P.
 _SAMPLE = 50_000
 _BLOCK = 8192
+# Of a head, which has only to begin well.
+_HEAD_ITERATIONS = 30
 # A direction with less of the largest variance is rounding: whitening would blow it up.
 _LEAST_VARIANCE = 1e-6
 
@@ -66,6 +68,28 @@ def kmeans_labels(
     return Labels(scores.keys, scores.index_N, heads)
 
 
+def heads_of(
+    features_ND: np.ndarray, clusters: Sequence[int], seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Weight (K, D) and bias (K,) of linear heads whose logits tell clusters of the features.
+
+    Spherical k-means of the features less their mean m: with c_k the direction of a centre
+    and l the mean length of a row, logit k is c_k . (x - m) / l. So logits are of order one,
+    as those of random heads; head number t is another run, from seed + t.
+    """
+    pca = _components(features_ND, seed)
+    points_NP = pca.transform(features_ND)
+    # Rows that are all the same have no direction and no length.
+    length = max(float(np.linalg.norm(points_NP, axis=1).mean()), np.finfo(np.float32).tiny)
+    points_NP = normalize(points_NP)
+    heads = []
+    for number, count in enumerate(clusters):
+        model = _fitted(points_NP, count, seed + number, _HEAD_ITERATIONS)
+        weight_KD = normalize(model.cluster_centers_) @ pca.components_ / length
+        heads.append((weight_KD, -weight_KD @ pca.mean_))
+    return heads
+
+
 def matched(
     scores: Scores, path: str, clusters: Sequence[int] | None, before: Labels | None
 ) -> list[tuple[Matrix, int]]:
@@ -95,16 +119,14 @@ def whitened(matrix: Matrix, path: str, seed: int) -> np.ndarray:
     Memory: N x P float32, and a sample of the rows. Raises BadData naming a row that is
     not finite.
     """
-    count, columns = matrix.shape
+    count = matrix.shape[0]
     if count == 1:
         # One point has no variance to divide by.
         return np.zeros((1, 1), np.float32)
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(count)[:_SAMPLE])
     sample = _finite(matrix.read(rows), rows, path)
-    # Rows that are all the same have no variance to divide by.
-    with np.errstate(invalid="ignore"):
-        pca = PCA(min(COMPONENTS, columns, len(rows)), random_state=seed).fit(sample)
+    pca = _components(sample, seed)
     variances = pca.explained_variance_
     kept = max(1, int((variances > _LEAST_VARIANCE * variances[0]).sum()))
     scale = np.sqrt(np.maximum(variances[:kept], np.finfo(np.float32).tiny)).astype(np.float32)
@@ -116,6 +138,12 @@ def whitened(matrix: Matrix, path: str, seed: int) -> np.ndarray:
     return points_NP
 
 
+def _components(values_ND: np.ndarray, seed: int) -> PCA:
+    # Rows that are all the same have no variance to divide by.
+    with np.errstate(invalid="ignore"):
+        return PCA(min(COMPONENTS, *values_ND.shape), random_state=seed).fit(values_ND)
+
+
 def _finite(values: np.ndarray, rows: np.ndarray, path: str) -> np.ndarray:
     values = np.asarray(values, np.float32)
     bad = ~np.isfinite(values).all(1)
@@ -125,6 +153,15 @@ def _finite(values: np.ndarray, rows: np.ndarray, path: str) -> np.ndarray:
 
 
 def _cluster(points_NP: np.ndarray, clusters: int, seed: int, max_iter: int) -> HeadLabels:
+    model = _fitted(points_NP, clusters, seed, max_iter)
+    known = {"n-iters": int(model.n_iter_), "converged": bool(model.n_iter_ < max_iter)}
+    labels_N = model.labels_.astype(np.int32)
+    return HeadLabels(labels_N, np.zeros(clusters), unsolved("kmeans") | known)
+
+
+def _fitted(
+    points_NP: np.ndarray, clusters: int, seed: int, max_iter: int
+) -> KMeans | MiniBatchKMeans:
     if len(points_NP) <= _SAMPLE:
         model = KMeans(clusters, n_init=1, max_iter=max_iter, random_state=seed)
     else:
@@ -139,9 +176,7 @@ def _cluster(points_NP: np.ndarray, clusters: int, seed: int, max_iter: int) -> 
     with warnings.catch_warnings():
         # Fewer distinct rows than clusters: the sizes tell.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        labels_N = model.fit_predict(points_NP).astype(np.int32)
-    known = {"n-iters": int(model.n_iter_), "converged": bool(model.n_iter_ < max_iter)}
-    return HeadLabels(labels_N, np.zeros(clusters), unsolved("kmeans") | known)
+        return model.fit(points_NP)
 
 
 def renumbered(labels_N: np.ndarray, earlier_N: np.ndarray, clusters: int) -> np.ndarray:

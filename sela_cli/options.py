@@ -215,6 +215,23 @@ View = Annotated[
         "augmented as in training.",
     ),
 ]
+
+
+class HeadInitChoice(StrEnum):
+    """How the heads of a fresh network begin."""
+
+    random = "random"
+    kmeans = "kmeans"
+
+
+HeadInit = Annotated[
+    HeadInitChoice | None,
+    typer.Option(
+        "--head-init",
+        help="How the heads of a fresh network begin: random (default, the paper's), or kmeans, "
+        "as clusters of its features.",
+    ),
+]
 Precision = Annotated[
     PrecisionChoice | None,
     typer.Option(

@@ -28,14 +28,19 @@ from sela_cli.formats import Checkpoint, Labels, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw, drawn_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build
-from sela_cli.passes import at_random
+from sela_cli.passes import at_random, in_order
 from sela_cli.precision import autocast, decided
 from sela_cli.seeds import generator_of, seed_of
+from sela_cli.spread import spread
 from sela_cli.unfinished import Unfinished, began_in, momentum_of, restore_momentum
 
 PRECISIONS = ("float32", "bfloat16", "auto")
+HEAD_INITS = ("random", "kmeans")
 # Batches that a fresh network's BatchNorm statistics are taken from.
 _SETTLING = 8
+# Images whose features heads are fitted to: for each cluster, and at least.
+_FITTED = (16, 20_000)
+_FITTING_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Recipe:
 
     `lr_milestones` are fractions of `epochs`. `rotation` adds RotNet's task: a four-way
     head on the image turned by 0, 90, 180 and 270 degrees, its loss added with weight 1.
+    `head_init`: how the heads of a fresh network begin, `random` as the paper's or `kmeans`.
     """
 
     epochs: float = 400.0
@@ -59,6 +65,7 @@ class Recipe:
     seed: int = 0
     rotation: bool = False
     compile: bool = False
+    head_init: str = "random"
 
     def check(self) -> None:
         """Raises UsageError where an option has no meaning."""
@@ -66,6 +73,7 @@ class Recipe:
             ("--aug", self.aug, tuple(AUGMENTATIONS)),
             ("--precision", self.precision, PRECISIONS),
             ("--lr-schedule", self.lr_schedule, schedule.LR_KINDS),
+            ("--head-init", self.head_init, HEAD_INITS),
         ):
             if value not in known:
                 raise UsageError(f"{option} {value} is none of {', '.join(known)}")
@@ -268,7 +276,8 @@ def settle(network: Network, images: Images, recipe: Recipe, device: str = "cpu"
     """Give a fresh network the BatchNorm statistics of some batches of its images.
 
     Without, a fresh network in eval mode normalises nothing, and its logits hardly differ
-    in more than the brightness of the images.
+    in more than the brightness of the images. And, where the recipe asks for it, heads by
+    `kmeans.heads_of` the features of some images, in the centre view.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -288,6 +297,31 @@ def settle(network: Network, images: Images, recipe: Recipe, device: str = "cpu"
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()
+    if recipe.head_init == "kmeans":
+        _fit_heads(network, images, recipe, device)
+
+
+def _fit_heads(network: Network, images: Images, recipe: Recipe, device: str) -> None:
+    # scikit-learn is slow to import.
+    from sela_cli.kmeans import heads_of
+
+    if max(network.clusters) > len(images):
+        raise UsageError(
+            f"--head-init kmeans: {max(network.clusters)} clusters of {len(images)} images",
+            "use at most as many clusters as images",
+        )
+    share, least = _FITTED
+    some = images.subset(spread(len(images), max(share * max(network.clusters), least)))
+    columns = [network.width]
+    parts = in_order(some, network.image_size, network.trunk, columns, _FITTING_BATCH, device)
+    features_ND = torch.cat([features_nD for (features_nD,) in parts]).numpy()
+    heads = heads_of(features_ND, network.clusters, recipe.seed)
+    for number, arrays in enumerate(heads):
+        for name, array in zip(("weight", "bias"), arrays, strict=True):
+            # Sums of threads may round otherwise in another process.
+            own = torch.from_numpy(array).float()
+            first = job.from_process(0, own, tuple(own.shape))
+            network.get_parameter(f"heads.{number}.{name}").copy_(first)
 
 
 def network_of(checkpoint: Checkpoint, path: str) -> Network:
@@ -466,6 +500,8 @@ def prepare(
         raise UsageError("give --checkpoint to go on from, or --arch for a fresh network")
     if to is not None and not 0 <= to < math.inf:
         raise UsageError(f"--to {to} must be at least 0 and finite")
+    if checkpoint and options.get("head_init"):
+        raise UsageError("--head-init is for a fresh network", "leave it out")
     labels = formats.read_labels(labels_path)
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
     recipe = Recipe.of(start.recipe if start else {}, options)

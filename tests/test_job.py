@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,9 +89,9 @@ def everything(folder: Path) -> dict[str, Any]:
     networks._FILTERS["alexnet-small"] = (8, 12, 12, 12, 8)
     torch.set_num_threads(1)
     images, _ = open_images("digits", 32, limit=60)
-    network = build("alexnet-small", 32, [5, 8], seed=3, rotation=True)
+    network, fitted = (build("alexnet-small", 32, [5, 8], 3, rotation=True) for _ in range(2))
     settle(network, images, RECIPE)
-    settled = {name: array.copy() for name, array in network.arrays().items()}
+    settle(fitted, images, replace(RECIPE, head_init="kmeans"))
     trainer = Trainer(network, RECIPE)
     labels_TN = [torch.arange(60) % clusters for clusters in (5, 8)]
     trainer.run(images, labels_TN, 4, lambda: None)
@@ -111,7 +112,7 @@ def everything(folder: Path) -> dict[str, Any]:
     resumed = stopped_twice(images, network, recipe, folder)
     return {
         "losses": trainer.losses,
-        "settled": settled,
+        "settled": fitted.arrays(),
         "model": network.arrays(),
         "logits": logits,
         "classifier": classifier,

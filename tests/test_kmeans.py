@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 from sela_cli import kmeans
 from sela_cli.errors import BadData
 from sela_cli.formats import Labels
-from sela_cli.kmeans import kmeans_labels, renumbered, whitened
+from sela_cli.kmeans import heads_of, kmeans_labels, renumbered, whitened
 from sela_cli.scores import open_scores
 
 
@@ -113,3 +113,33 @@ def test_what_does_not_fit_is_bad_data(cluster: Callable[..., Labels]) -> None:
 def test_rows_that_are_all_the_same_are_one_cluster(cluster: Callable[..., Labels]) -> None:
     (head,) = cluster(np.ones((12, 3)), clusters=[2]).heads
     assert sorted(head.usage_K.tolist()) == [0, 12]
+
+
+def test_heads_tell_the_clusters_of_features() -> None:
+    """What a head prefers is the cloud: in other units, far from zero, in more dimensions."""
+    rows_ND, truth_N = clouds(rows=600, columns=8)
+    turn_DD = np.linalg.qr(np.random.default_rng(1).normal(size=(400, 400)))[0]
+    features_ND = (1e-3 * np.pad(rows_ND, ((0, 0), (0, 392))) @ turn_DD + 5).astype(np.float32)
+    heads = heads_of(features_ND, [5, 5, 5, 9], seed=0)
+    scores = []
+    for (weight_KD, bias_K), clusters in zip(heads, [5, 5, 5, 9], strict=True):
+        assert weight_KD.shape == (clusters, 400) and bias_K.shape == (clusters,)
+        logits_NK = features_ND @ weight_KD.T + bias_K
+        # Cosines times lengths whose mean is one.
+        assert 0.3 < abs(logits_NK).max() < 5
+        scores.append(adjusted_rand_score(truth_N, logits_NK.argmax(1)))
+    assert max(scores[:3]) > 0.95 and scores[3] > 0.5
+
+
+def test_each_head_is_a_clustering_of_its_own_and_repeats() -> None:
+    features_ND = np.random.default_rng(1).normal(size=(300, 6)).astype(np.float32)
+    one, two = (heads_of(features_ND, [7, 7], seed=3) for _ in range(2))
+    for (weight_KD, bias_K), (weight_too_KD, bias_too_K) in zip(one, two, strict=True):
+        assert np.array_equal(weight_KD, weight_too_KD) and np.array_equal(bias_K, bias_too_K)
+    assert not np.array_equal(one[0][0], one[1][0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_features_that_are_all_the_same_give_finite_heads() -> None:
+    for weight_KD, bias_K in heads_of(np.ones((12, 3), np.float32), [2, 3], seed=0):
+        assert np.isfinite(weight_KD).all() and np.isfinite(bias_K).all()

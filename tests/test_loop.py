@@ -356,6 +356,7 @@ def test_the_shell_loop_gives_the_same_digests(relabel_heads: str, tmp_path: Pat
         **os.environ,
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
         "DATA": "digits",
+        "ARCH": "alexnet-small",
         "LIMIT": "48",
         "OUT": str(tmp_path / "shell"),
         "HEADS": "4,6",

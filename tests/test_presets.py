@@ -109,7 +109,7 @@ OTHER: dict[str, Any] = {
     "relabel": {"linear": "quadratic", "quadratic": "linear"},
     "relabel_heads": {"cycle": "all", "all": "cycle"}, "batch_size": 9, "lr": 0.7,
     "lr_milestones": (0.1,), "weight_decay": 0.5, "aug": "strong", "view": "centre",
-    "store": {"logits": "features", "features": "logits"},
+    "store": {"logits": "features", "features": "logits"}, "head_init": "random",
     "dtype": {"float32": "float16", "float16": "float32"},
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, normalized_mutual_info_score
 from torch import Tensor
 
 from sela_cli import formats, interrupt, networks, training
@@ -21,11 +21,20 @@ from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, HeadLabels, Labels, Provenance
 from sela_cli.images.augment import AUGMENTATIONS, drawn_view, random_view
 from sela_cli.images.batches import Images, open_images
+from sela_cli.logits import forward
 from sela_cli.networks import Network, build, parse_heads
 from sela_cli.options import PresetChoice
 from sela_cli.presets import PRESETS, preset
 from sela_cli.schedule import learning_rate, relabel_positions, step_at
-from sela_cli.training import Recipe, Trainer, label_view, network_of, settle, train_stage
+from sela_cli.training import (
+    HEAD_INITS,
+    Recipe,
+    Trainer,
+    label_view,
+    network_of,
+    settle,
+    train_stage,
+)
 
 HEADS = [10, 4]
 RECIPE = Recipe(epochs=2, batch_size=10, aug="paper", lr=0.01)
@@ -484,6 +493,37 @@ def test_settling_repeats_and_moves_no_weight(images: Images) -> None:
     assert all(np.array_equal(one[name], two[name]) for name in one)
     moved = {name for name in one if not np.array_equal(one[name], before[name])}
     assert moved and all("running" in name or "tracked" in name for name in moved)
+
+
+def test_heads_by_kmeans_tell_more_of_the_digits_than_random_ones(images: Images) -> None:
+    digits, _ = open_images("digits", 32, limit=600)
+    found = {}
+    for kind in HEAD_INITS:
+        network = build("alexnet-small", 32, [10, 20], seed=3)
+        settle(network, digits, replace(RECIPE, head_init=kind))
+        logits = forward(network, network, digits, 200)
+        found[kind] = [
+            normalized_mutual_info_score(digits.truth_N, head_nK.argmax(1))
+            for head_nK in (torch.cat(blocks) for blocks in zip(*logits, strict=True))
+        ]
+    for random, kmeans in zip(found["random"], found["kmeans"], strict=True):
+        assert kmeans > 0.3 > random
+
+
+def test_heads_by_kmeans_repeat_and_leave_the_trunk_alone(images: Images) -> None:
+    one, two, plain = (fresh() for _ in range(3))
+    for network in (one, two):
+        settle(network, images, replace(RECIPE, head_init="kmeans"))
+    settle(plain, images, RECIPE)
+    for name, array in one.arrays().items():
+        assert np.array_equal(array, two.arrays()[name])
+        assert np.array_equal(array, plain.arrays()[name]) != name.startswith("heads")
+
+
+def test_heads_by_kmeans_need_as_many_images_as_clusters(images: Images) -> None:
+    network = build("alexnet-small", 32, [41], seed=3)
+    with pytest.raises(UsageError, match="41 clusters of 40 images"):
+        settle(network, images, replace(RECIPE, head_init="kmeans"))
 
 
 def test_label_views_are_those_of_training_and_follow_the_step(images: Images) -> None:

@@ -15,6 +15,7 @@ from sela_cli.options import (
     DryRun,
     Dtype,
     Force,
+    HeadInit,
     Heads,
     ImageSize,
     Json,
@@ -40,6 +41,7 @@ def embed(
     ] = None,
     arch: Arch = None,
     heads: Heads = None,
+    head_init: HeadInit = None,
     image_size: ImageSize = None,
     store: Store = None,
     dtype: Dtype = None,
@@ -79,8 +81,8 @@ def embed(
 
     if (checkpoint is None) == (arch is None):
         raise UsageError("give either --checkpoint, or --arch and --heads")
-    if checkpoint and (heads or image_size):
-        raise UsageError("--heads and --image-size are the checkpoint's", "leave them out")
+    if checkpoint and (heads or image_size or head_init):
+        raise UsageError("heads and --image-size are the checkpoint's", "leave them out")
     if arch and not heads:
         raise UsageError("--arch needs --heads, for instance --heads 128x10")
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
@@ -96,7 +98,7 @@ def embed(
             limit=limit,
             progress=progress,
         )
-    recipe = Recipe.of(state.recipe if state else {}, {"seed": seed})
+    recipe = Recipe.of(state.recipe if state else {}, given(seed=seed, head_init=head_init))
     if state and checkpoint:
         network = network_of(state, checkpoint)
     else:
@@ -122,6 +124,7 @@ def embed(
             "data": data,
             "arch": arch,
             "heads": heads,
+            "head_init": recipe.head_init,
             "seed": recipe.seed,
             "view": chosen,
             **options,

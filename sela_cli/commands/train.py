@@ -17,6 +17,7 @@ from sela_cli.options import (
     DryRun,
     Epochs,
     Force,
+    HeadInit,
     ImageSize,
     Json,
     Limit,
@@ -64,6 +65,7 @@ def train(
     aug: Aug = None,
     precision: Precision = None,
     compile: Compile = None,
+    head_init: HeadInit = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.")] = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -96,6 +98,7 @@ def train(
         aug=aug,
         precision=precision,
         compile=compile,
+        head_init=head_init,
         seed=seed,
     )
     if not dry_run:
