@@ -32,7 +32,8 @@ from sela_cli import formats, voc
 NETWORK = "--arch alexnet-small --image-size 64 --heads 32x5"
 RECIPE = "--precision bfloat16 --batch-size 64 --lr 0.03 --lr-schedule cosine"
 RECIPE += " --weight-decay 0.0005 --aug paper --lamb 10 --relabel linear --view random"
-EPOCHS, ROUNDS = 30, 10
+RECIPE += " --head-init kmeans"
+EPOCHS, ROUNDS = 100, 30
 CLASSIFICATION = "--task classification --iterations 200 --lr 0.01"
 DETECTION = "--task detection --min-size 200 --iterations 100 --batch-size 2 --lr 0.01"
 # Half the example's own.

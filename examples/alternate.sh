@@ -8,19 +8,19 @@ set -euo pipefail
 
 DATA=${DATA:-digits}
 OUT=${OUT:-runs/alternate}
-ARCH=${ARCH:-alexnet-small}
+ARCH=${ARCH:-resnet18}
 IMAGE_SIZE=${IMAGE_SIZE:-16}
 HEADS=${HEADS:-10,20,40,80}
 HEAD_INIT=${HEAD_INIT:-kmeans}
-EPOCHS=${EPOCHS:-40}
-OPTS=${OPTS:-20}
+EPOCHS=${EPOCHS:-16}
+OPTS=${OPTS:-9}
 RELABEL=${RELABEL:-linear}
 RELABEL_HEADS=${RELABEL_HEADS:-all}
 LAMB=${LAMB:-10}
 SEED=${SEED:-0}
 LIMIT=${LIMIT:-}
 VIEW=${VIEW:-random}
-TRAINING=${TRAINING:---batch-size 64 --lr 0.03 --lr-milestones 0.6,0.8 --weight-decay 5e-4 --aug crop}
+TRAINING=${TRAINING:---batch-size 64 --lr 0.03 --lr-milestones 0.6,0.8 --weight-decay 5e-4 --aug crop --precision auto}
 
 mkdir -p "$OUT"
 images=(--data "$DATA" ${LIMIT:+--limit "$LIMIT"})

@@ -7,7 +7,8 @@ The experiment of the SeLa paper (CIFAR-10 there) on any images with classes:
 `none` keeps all images, `light` half of the last class, `heavy` a share of each class that
 rises evenly from 1/C to 1. For each, one network alternates between training and labels
 of `sela label`, another between training and k-means of the features (DeepCluster). Both
-are probed by weighted kNN on the same held-out images of every class.
+begin with the same heads, clusters of the fresh features, and the labels that these give;
+both are probed by weighted kNN on the same held-out images of every class.
 """
 
 from __future__ import annotations
@@ -73,7 +74,12 @@ def run(
     """Alternate `rounds` times; kNN accuracy, and NMI of the last labels with the classes."""
     folder.mkdir(parents=True)
     recipe = Recipe(
-        epochs=arguments.epochs, batch_size=64, lr=0.03, aug=arguments.aug, seed=arguments.seed
+        epochs=arguments.epochs,
+        batch_size=64,
+        lr=0.03,
+        aug=arguments.aug,
+        head_init="kmeans",
+        seed=arguments.seed,
     )
     settings = LabelSettings(lamb=10.0, seed=arguments.seed)
     heads = parse_heads(arguments.heads)
@@ -83,7 +89,7 @@ def run(
     logits, labels = str(folder / "logits.h5"), str(folder / "labels-000.h5")
     provenance = Provenance("embed", {}, dataset_id=train.dataset_id)
     embed_stage(train, network, logits, provenance, store="features")
-    label_stage(logits, labels, LabelSettings(assign="random", seed=arguments.seed))
+    label_stage(logits, labels, settings)
     for number in range(1, arguments.rounds + 1):
         checkpoint = str(folder / "checkpoint.h5")
         train_stage(

@@ -2,7 +2,7 @@
 
 A run's folder holds, for round k = 1..n: checkpoint-k.h5 (trained up to that round's
 position; only the newest is kept), logits.h5 (of that checkpoint) and labels-k.h5. Round
-0 is the fresh network and random balanced labels. predictions.json says of each round what
+0 is the first network and random balanced labels. predictions.json says of each round what
 the network predicted, and then all of its row of rounds.csv. At the end: checkpoint.h5,
 labels.h5 (those of round n), probe.h5 and rounds.csv. What is there is not made again, so
 that the same call goes on after an interruption.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import Network, build, parse_heads
 from sela_cli.precision import faster
 from sela_cli.relabel import relabel_stage
-from sela_cli.training import Recipe, label_view, network_of, settle, train_stage
+from sela_cli.training import Recipe, fit_heads, label_view, network_of, settle, train_stage
 
 Progress = Callable[[int, int, str], None]
 HOLDOUT = 0.2
@@ -77,6 +77,8 @@ class RunSettings:
     dtype: str = "float32"
     view: str = "centre"
     relabel_heads: str = "all"
+    # Digest of the checkpoint to begin with.
+    start: str = ""
 
     def head_of(self, number: int) -> int | None:
         """The head that round `number` labels; None for all of them."""
@@ -191,9 +193,11 @@ def run(
     device: str = "cpu",
     force: bool = False,
     resume: bool = True,
+    start: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Run, or go on with, the loop in `folder`; returns a summary of the result.
 
+    `start`: the checkpoint whose network it begins with, that of the settings.
     Raises CannotCreate where the folder holds files named as a run's and no run, or a finished
     run or one with other settings and `force` is off; UsageError where a head has more
     clusters than there are images; StoppedEarly after a signal.
@@ -203,7 +207,7 @@ def run(
         job.once(partial(stack.enter_context, _locked(folder)))
         settings = _measured(images, settings, device, None if force else _precision_of(folder))
         job.once(partial(_claim, images, folder, settings, force, resume))
-        return _Run(images, folder, settings, watcher, device).to_the_end()
+        return _Run(images, folder, settings, watcher, device, start).to_the_end()
 
 
 def _check_heads(images: Images, settings: RunSettings) -> None:
@@ -307,6 +311,7 @@ class _Run:
     settings: RunSettings
     watcher: Watcher
     device: str
+    start: Checkpoint | None
     # Problems of the last round: each is told when it begins.
     told: set[str] = field(default_factory=set)
     # When this call ended its first round, and at which position.
@@ -320,9 +325,9 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         positions = self.settings.positions
         if not (self.folder / "labels-000.h5").exists():
-            self._begin(self._fresh())
+            self._begin()
         if not own_files(self.folder, "checkpoint*.h5"):
-            self._train(self._fresh(), None, 0, "checkpoint-000.h5", 0.0)
+            self._train(*self._first, 0, "checkpoint-000.h5", 0.0)
         if self.images.truth_N is not None:
             self._knn("probe-000.h5", "checkpoint-000.h5")
         for number, position in enumerate(positions, start=1):
@@ -353,16 +358,33 @@ class _Run:
         _write_rounds(self.path("rounds.csv"), rounds)
         (self.folder / _PREDICTIONS).unlink(missing_ok=True)
 
-    def _fresh(self) -> Network:
-        settings = self.settings
-        return build(settings.arch, settings.image_size, list(settings.heads), settings.recipe.seed)
+    @cached_property
+    def _first(self) -> tuple[Network, Checkpoint | None]:
+        """The network to begin with, ready for the images, and its checkpoint if it has one."""
+        settings, start = self.settings, self.start
+        seed = settings.recipe.seed
+        if start is None:
+            network = build(settings.arch, settings.image_size, list(settings.heads), seed)
+            settle(network, self.images, settings.recipe, self.device)
+            return network, None
+        assert start.header is not None
+        network = network_of(start, start.header.path)
+        if settings.recipe.head_init == "kmeans":
+            fit_heads(network, self.images, seed, self.device)
+        # Its weights, but none of the training that it comes from.
+        began = Checkpoint(
+            network.arrays(), {}, start.arch, start.image_size, start.heads, 0, 0.0, {}
+        )
+        return network, replace(began, header=start.header)
 
-    def _begin(self, network: Network) -> None:
-        """Round 0: random balanced labels; the logits of the fresh network name the images."""
-        settings = self.settings
-        settle(network, self.images, settings.recipe, self.device)
+    def _begin(self) -> None:
+        """Round 0: random balanced labels; the logits of the first network name the images."""
+        settings, (network, start) = self.settings, self._first
         provenance = Provenance("embed", {"arch": settings.arch})
-        self._embed("embed, fresh network", network, provenance, None)
+        if start:
+            assert start.header is not None
+            provenance = provenance.reading("checkpoint", start.header)
+        self._embed("embed, first network", network, provenance, None)
         self._keep(0, self._predictions)
         random = replace(settings.labels, assign="random")
         self._label(
@@ -513,7 +535,7 @@ class _Run:
     ) -> None:
         """Train on the labels of round `source`."""
         goal = self.settings.recipe.epochs if to is None else to
-        title = f"train to epoch {goal:.1f}" if goal else "fresh network"
+        title = f"train to epoch {goal:.1f}" if goal else "first network"
         labels = formats.read_labels(self.path(f"labels-{source:03d}.h5"))
         relabelled = f", {self._churn(source, labels):.0%} relabelled" if source else ""
         with self.watcher.stage(title) as progress:

@@ -47,18 +47,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "svhn": _CIFAR | {"heads": "128x1"},
     "digits": _CIFAR
     | {
-        "arch": "alexnet-small",
+        "arch": "resnet18",
         # Digits of 8 pixels lose nothing at 16, and train four times as fast as at 32.
         "image_size": 16,
         "heads": "10,20,40,80",
         "relabel_heads": "all",
         # Random heads know so little of digits that learning their labels loses more.
         "head_init": "kmeans",
-        "epochs": 40.0,
-        "opts": 20,
+        "epochs": 16.0,
+        "opts": 9,
         "relabel": "linear",
         "batch_size": 64,
         "aug": "crop",
+        # Twice as fast on a processor that is made for bfloat16, many times slower on others.
+        "precision": "auto",
     },
 }
 

@@ -276,8 +276,7 @@ def settle(network: Network, images: Images, recipe: Recipe, device: str = "cpu"
     """Give a fresh network the BatchNorm statistics of some batches of its images.
 
     Without, a fresh network in eval mode normalises nothing, and its logits hardly differ
-    in more than the brightness of the images. And, where the recipe asks for it, heads by
-    `kmeans.heads_of` the features of some images, in the centre view.
+    in more than the brightness of the images. Heads are fitted where the recipe asks for it.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -298,10 +297,15 @@ def settle(network: Network, images: Images, recipe: Recipe, device: str = "cpu"
         norm.momentum = momentum
     network.eval()
     if recipe.head_init == "kmeans":
-        _fit_heads(network, images, recipe, device)
+        fit_heads(network, images, recipe.seed, device)
 
 
-def _fit_heads(network: Network, images: Images, recipe: Recipe, device: str) -> None:
+@torch.no_grad()
+def fit_heads(network: Network, images: Images, seed: int, device: str = "cpu") -> None:
+    """Heads anew, by `kmeans.heads_of` the features of some images in the centre view.
+
+    Raises UsageError where there are more clusters than images.
+    """
     # scikit-learn is slow to import.
     from sela_cli.kmeans import heads_of
 
@@ -313,9 +317,10 @@ def _fit_heads(network: Network, images: Images, recipe: Recipe, device: str) ->
     share, least = _FITTED
     some = images.subset(spread(len(images), max(share * max(network.clusters), least)))
     columns = [network.width]
+    network.eval().to(device)
     parts = in_order(some, network.image_size, network.trunk, columns, _FITTING_BATCH, device)
     features_ND = torch.cat([features_nD for (features_nD,) in parts]).numpy()
-    heads = heads_of(features_ND, network.clusters, recipe.seed)
+    heads = heads_of(features_ND, network.clusters, seed)
     for number, arrays in enumerate(heads):
         for name, array in zip(("weight", "bias"), arrays, strict=True):
             # Sums of threads may round otherwise in another process.
@@ -365,7 +370,7 @@ def train_stage(
 ) -> Checkpoint:
     """Train to position `to` (epochs; default: the recipe's end) and write a checkpoint.
 
-    `start`: the checkpoint to go on from, else `network` as it is. A signal saves the
+    `start`: the checkpoint to go on from, else `network` as it is, settled. A signal saves the
     state beside `output` and raises StoppedEarly; the same call then goes on from there.
     """
     recipe.check()
@@ -374,8 +379,6 @@ def train_stage(
     check_labels(images, labels, network)
     assert labels.header is not None
     job.meet()
-    if start is None:
-        settle(network, images, recipe, device)
     trainer = Trainer(network, recipe, device)
     provenance = Provenance(command, asdict(recipe) | {"to": to}, dataset_id=images.dataset_id)
     provenance = provenance.reading("labels", labels.header)
@@ -436,7 +439,7 @@ class Training:
     force: bool
 
     def run(self, device: str, progress: Callable[[int, int, str], None]) -> Checkpoint:
-        """Do it; see `train_stage`."""
+        """Do it; see `train_stage`. A fresh network is settled first."""
         precision = decided(
             self.recipe.precision,
             partial(began_in, self.output),
@@ -445,6 +448,9 @@ class Training:
             device,
             training=True,
         )
+        job.meet()
+        if self.start is None:
+            settle(self.network, self.images, self.recipe, device)
         return train_stage(
             self.images,
             self.labels,

@@ -172,6 +172,7 @@ def empty_checkpoint() -> Checkpoint:
 # ---- what is wrong, in one line ---------------------------------------------
 
 TRAIN = "train --data photos --arch alexnet-small --image-size 16 -o new.h5"
+GO_ON = "train --data photos -l photo-labels.h5 -c tiny.h5 -o new.h5"
 RETRAIN = "retrain --data photos --arch alexnet-small -o new.h5"
 EMBED = "embed --arch alexnet-small --heads 2 --image-size 16 -o new.h5"
 PROBE = "probe --data photos --checkpoint tiny.h5 -o new.h5"
@@ -235,6 +236,7 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("metrics labels.h5 --truth scores.npz", 65, ["scores.npz"]),
     ("metrics labels.h5 --truth logits.h5", 65, ["logits.h5"]),
     ("run --data empty --out new", 65, ["empty"]),
+    ("run --data photos -c labels.h5 --out new", 65, ["labels.h5", "checkpoint is needed"]),
     ("import tiny.h5 --arch alexnet-small --heads 2 -o new.h5", 65, ["tiny.h5", "sela export"]),
     ("import module.pth --arch alexnet-small --heads 2 -o new.h5", 65, ["of tensors alone; where"]),
     ("import scores.npy --arch alexnet-small --heads 2 -o new.h5", 65, ["of tensors alone; where"]),
@@ -257,6 +259,7 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("metrics labels.h5 --truth absent", 66, ["absent"]),
     ("info absent.h5", 66, ["absent.h5"]),
     ("run --data absent --out new", 66, ["absent"]),
+    ("run --data photos -c absent.h5 --out new", 66, ["absent.h5"]),
     # 73: can't be written
     ("label logits.h5 -o taken", 73, ["taken", "--force"]),
     ("label logits.h5 -o new.h5 --csv taken", 73, ["taken", "--force"]),
@@ -278,6 +281,9 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("embed --data photos --arch resnet18 -o new.h5", 2, ["--heads"]),
     ("embed --data photos -o new.h5", 2, ["--checkpoint", "--arch"]),
     ("embed --data photos --arch resnet18 -c tiny.h5 -o new.h5", 2, ["--checkpoint"]),
+    ("embed --data photos -c tiny.h5 --head-init kmeans -o new.h5", 2, ["the checkpoint's"]),
+    ("run --data photos -c tiny.h5 --arch resnet18 --out new", 2, ["the checkpoint's"]),
+    (f"{GO_ON} --head-init kmeans", 2, ["--head-init"]),
     ("embed --data photos --arch vgg --heads 2 -o new.h5", 2, ["vgg", "resnet18"]),
     *[
         (f"embed --data photos --arch alexnet-small --heads {heads} -o new.h5", 2, [heads])

@@ -39,7 +39,10 @@ def test_a_run_records_each_step_and_round_once(
 ) -> None:
     monkeypatch.setitem(networks._FILTERS, "alexnet-small", (4, 6, 6, 6, 4))
     images = open_images("digits", 16, limit=60)[0]
-    options: dict[str, Any] = {"heads": "5", "epochs": 3.0, "opts": 4, "batch_size": 16}
+    options: dict[str, Any] = {
+        "arch": "alexnet-small", "heads": "5", "epochs": 3.0, "opts": 4, "batch_size": 16,
+        "precision": "float32",
+    }  # fmt: skip
     settings = settings_of("digits", 16, options)
     points: dict[str, list[tuple[int, float]]] = {}
 

@@ -41,7 +41,7 @@ from sela_cli.unfinished import Unfinished
 PROCESSES = 2
 TINY_RUN = (
     "run --data digits --limit 60 --arch alexnet-small --image-size 16 --heads 5x2 --epochs 2 "
-    "--opts 3 --batch-size 20 --device cpu --json"
+    "--opts 3 --batch-size 20 --precision float32 --device cpu --json"
 )
 # 25 images a batch: the parts of two processes differ.
 RECIPE = Recipe(epochs=2, batch_size=25, lr=0.05, aug="strong", rotation=True)
@@ -247,7 +247,7 @@ def refused(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
     )
     watcher = loop.Watcher(lambda title: nullcontext(print), print)
-    settings = loop.settings_of("digits", 16, {"heads": "4x1"})
+    settings = loop.settings_of("digits", 16, {"arch": "alexnet-small", "heads": "4x1"})
     try:
         loop.run(open_images("digits", 16, limit=4)[0], Path(folder) / "run", settings, watcher)
     except Exception as error:

@@ -23,10 +23,15 @@ import pytest
 
 from sela_cli import formats, interrupt, loop, metrics, networks
 from sela_cli.errors import CannotCreate, StoppedEarly, UsageError
+from sela_cli.formats import Checkpoint, Provenance
 from sela_cli.images.batches import Images, open_images
 from sela_cli.loop import RunSettings, Watcher, settings_of
+from sela_cli.training import HEAD_INITS
 
-OPTIONS: dict[str, Any] = {"heads": "5,8", "epochs": 3.0, "opts": 4, "batch_size": 16, "lamb": 10.0}
+OPTIONS: dict[str, Any] = {
+    "arch": "alexnet-small", "heads": "5,8", "epochs": 3.0, "opts": 4, "batch_size": 16,
+    "lamb": 10.0, "precision": "float32",
+}  # fmt: skip
 
 
 @contextmanager
@@ -202,7 +207,7 @@ def test_rounds_are_described_when_they_are_made_and_nothing_waits_for_ami(
     images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes minutes a head at ImageNet's size: `sela metrics` has it."""
-    calls: dict[str, int] = {"agreement_but_ami": 0, "expected_mutual_information": 0}
+    calls: dict[str, int] = {"agreement_but_ami": 0, "agreement": 0}
     for name in calls:
 
         def counted(*arguments: Any, name: str = name, real: Any = getattr(metrics, name)) -> Any:
@@ -214,7 +219,7 @@ def test_rounds_are_described_when_they_are_made_and_nothing_waits_for_ami(
     heads, rounds = len(settings.heads), len(settings.positions) + 1
     # Once more for the result.
     assert calls["agreement_but_ami"] == heads * (rounds + 1)
-    assert calls["expected_mutual_information"] == 0
+    assert calls["agreement"] == 0
     assert {"nmi", "ari", "accuracy", "purity"} <= set(summary["heads"][0])
 
 
@@ -460,3 +465,60 @@ def test_a_network_that_learns_nothing_is_told_once(
     assert "loss about ln K" in rows[-1]["problems"] and not rows[0]["problems"]
     assert all(0 <= float(row["entropy"]) <= 1 and row["empty"] == "0" for row in rows)
     assert not (tmp_path / "run" / "predictions.json").exists()
+
+
+# ---- a run that begins with a network from elsewhere -----------------------------
+
+
+@pytest.fixture
+def elsewhere(images: Images, tmp_path: Path) -> Checkpoint:
+    """A network of other weights than a fresh one's, some way into another training."""
+    network = networks.build("alexnet-small", 32, [5, 8], seed=77)
+    network.load_arrays({name: array + 1 for name, array in network.arrays().items()}, "here")
+    state = Checkpoint(
+        network.arrays(), {}, "alexnet-small", 32, [5, 8], 9, 2.0, {}, losses=np.ones(9, np.float32)
+    )
+    path = str(tmp_path / "elsewhere.h5")
+    formats.write_checkpoint(path, state, Provenance("import", {}), False)
+    return formats.read_checkpoint(path)
+
+
+def begun(settings: RunSettings, start: Checkpoint) -> RunSettings:
+    assert start.header is not None
+    none = replace(settings.recipe, epochs=0.0)
+    return replace(settings, start=start.header.digest, recipe=none, opts=1)
+
+
+@pytest.mark.parametrize("head_init", HEAD_INITS)
+def test_a_run_begins_with_the_network_that_it_is_given(
+    head_init: str, elsewhere: Checkpoint, images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    settings = begun(settings, elsewhere)
+    settings = replace(settings, recipe=replace(settings.recipe, head_init=head_init))
+    folder = tmp_path / "run"
+    loop.run(images, folder, settings, SILENT, start=elsewhere)
+    first = formats.read_checkpoint(str(folder / "checkpoint.h5"))
+    assert first.step == 0 and not len(first.losses)
+    for name, array in elsewhere.model.items():
+        kept = head_init == "random" or not name.startswith("heads")
+        assert np.array_equal(first.model[name], array) == kept
+    assert elsewhere.header and first.header
+    assert elsewhere.header.digest in {step["digest"] for step in first.header.history}
+
+
+def test_a_run_goes_on_with_the_network_that_it_began_with(
+    elsewhere: Checkpoint,
+    images: Images,
+    settings: RunSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = begun(settings, elsewhere)
+    with monkeypatch.context() as crashing, pytest.raises(KeyboardInterrupt):
+        crashing.setattr(loop, "train_stage", mock.Mock(side_effect=KeyboardInterrupt))
+        loop.run(images, tmp_path / "run", settings, SILENT, start=elsewhere)
+    with pytest.raises(CannotCreate, match="other settings"):
+        loop.run(images, tmp_path / "run", replace(settings, start=""), SILENT)
+    loop.run(images, tmp_path / "run", settings, SILENT, start=elsewhere)
+    loop.run(images, tmp_path / "whole", settings, SILENT, start=elsewhere)
+    assert digests(tmp_path / "run") == digests(tmp_path / "whole")

@@ -82,7 +82,10 @@ def no_progress(title: str) -> Iterator[Any]:
 def test_a_run_keeps_the_arithmetic_it_began_in(
     images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"heads": "5", "epochs": 1.0, "opts": 2, "batch_size": 20, "precision": "auto"}
+    options = {
+        "arch": "alexnet-small", "heads": "5", "epochs": 1.0, "opts": 2, "batch_size": 20,
+        "precision": "auto",
+    }  # fmt: skip
     settings = loop.settings_of("digits", 16, options)
     watcher = loop.Watcher(no_progress, lambda text: None)
     monkeypatch.setattr(loop, "faster", lambda *_, **__: "bfloat16")

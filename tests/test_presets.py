@@ -105,11 +105,12 @@ def test_a_run_labels_in_the_memory_that_it_is_allowed() -> None:
 
 
 OTHER: dict[str, Any] = {
-    "arch": "resnet18", "image_size": 32, "heads": "7x2", "lamb": 3.0, "epochs": 5.0, "opts": 6,
+    "arch": "resnet34", "image_size": 32, "heads": "7x2", "lamb": 3.0, "epochs": 5.0, "opts": 6,
     "relabel": {"linear": "quadratic", "quadratic": "linear"},
     "relabel_heads": {"cycle": "all", "all": "cycle"}, "batch_size": 9, "lr": 0.7,
     "lr_milestones": (0.1,), "weight_decay": 0.5, "aug": "strong", "view": "centre",
     "store": {"logits": "features", "features": "logits"}, "head_init": "random",
+    "precision": "float32",
     "dtype": {"float32": "float16", "float16": "float32"},
 }  # fmt: skip
 

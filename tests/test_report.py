@@ -49,7 +49,10 @@ def no_progress(title: str) -> Iterator[Any]:
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a very small network on a few digits."""
     folder = tmp_path_factory.mktemp("runs") / "small"
-    options: dict[str, Any] = {"heads": "5,8", "epochs": 3.0, "opts": 4, "batch_size": 16}
+    options: dict[str, Any] = {
+        "arch": "alexnet-small", "heads": "5,8", "epochs": 3.0, "opts": 4, "batch_size": 16,
+        "precision": "float32",
+    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(networks._FILTERS, "alexnet-small", (4, 6, 6, 6, 4))
         images = open_images("digits", 16, limit=IMAGES)[0]

@@ -82,7 +82,9 @@ def embed(
     if (checkpoint is None) == (arch is None):
         raise UsageError("give either --checkpoint, or --arch and --heads")
     if checkpoint and (heads or image_size or head_init):
-        raise UsageError("heads and --image-size are the checkpoint's", "leave them out")
+        raise UsageError(
+            "--heads, --head-init and --image-size are the checkpoint's", "leave them out"
+        )
     if arch and not heads:
         raise UsageError("--arch needs --heads, for instance --heads 128x10")
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")

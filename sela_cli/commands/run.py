@@ -77,6 +77,16 @@ def run(
             "--resume/--no-resume", help="Go on with an unfinished run of these settings."
         ),
     ] = True,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint",
+            "-c",
+            metavar="FILE",
+            help="Network to begin with in place of a fresh one, as `sela import` writes it; its "
+            "heads stay, or with --head-init kmeans begin anew.",
+        ),
+    ] = None,
     arch: Arch = None,
     heads: Heads = None,
     image_size: ImageSize = None,
@@ -139,7 +149,8 @@ def run(
     Writes labels.h5, checkpoint.h5, rounds.csv and, where classes are known, probe.h5.
     The same command goes on with a run that was stopped.
     """
-    from sela_cli import extras, job
+    from sela_cli import extras, formats, job
+    from sela_cli.errors import UsageError
     from sela_cli.events import Events
     from sela_cli.images.batches import open_images
     from sela_cli.loop import Watcher, plan, run, settings_of, text_of
@@ -177,6 +188,19 @@ def run(
         view=view,
         seed=seed,
     )
+    start = formats.read_checkpoint(checkpoint) if checkpoint else None
+    if start:
+        if arch or heads or image_size:
+            raise UsageError(
+                "--arch, --heads and --image-size are the checkpoint's", "leave them out"
+            )
+        assert start.header is not None
+        options |= {
+            "arch": start.arch,
+            "heads": ",".join(map(str, start.heads)),
+            "image_size": start.image_size,
+            "start": start.header.digest,
+        }
     name = preset.value if preset else ("digits" if data == "digits" else None)
     settings = settings_of(name, image_size, options)
     with terminal.progress("decode", "images") as progress:
@@ -199,5 +223,5 @@ def run(
     with closing(Events(out / "tensorboard")) as events:
         if tensorboard and job.number() == 0:
             watcher = replace(watcher, record=events.record)
-        summary = run(images, out, settings, watcher, where, force, resume)
+        summary = run(images, out, settings, watcher, where, force, resume, start)
     terminal.result(summary | left_out, text_of(summary))
