@@ -48,7 +48,7 @@ def main() -> None:
         "NMI, ARI and accuracy compare each head's clusters with the true digits, which\n"
         "training never sees. The kNN accuracy is that of a fifth of the images, held out as\n"
         "queries, against the rest, before and after training. Digits of 8 x 8 pixels are so\n"
-        "easy for kNN that even a fresh network does well at it.\n"
+        "easy for kNN that even an untrained network does well at it.\n"
     )
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The loop of `sela run`, spelled out: the same files, with the same payload digests.
+# The loop of `sela run`, spelled out: the same files, with the same payload digests (where
+# `--precision auto` decides alike).
 #
 #   DATA=digits OUT=runs/alternate bash examples/alternate.sh
 #
@@ -34,9 +35,9 @@ done
 # A head that ran out of iterations (exit 75) is good enough to train on: its labels are written.
 label() { sela label "$@" || test $? -eq 75; }
 
-# Round 0: a fresh network, and random balanced labels.
+# Round 0: a fresh network, and random balanced labels, for which its logits name the images.
 sela embed "${images[@]}" --arch "$ARCH" --image-size "$IMAGE_SIZE" --heads "$HEADS" \
-    --head-init "$HEAD_INIT" --seed "$SEED" -o "$OUT/logits.h5"
+    --seed "$SEED" -o "$OUT/logits.h5"
 label "$OUT/logits.h5" --assign random --seed "$SEED" -o "$OUT/labels-000.h5"
 # shellcheck disable=SC2086 # TRAINING is a list of options
 sela train "${images[@]}" --labels "$OUT/labels-000.h5" --arch "$ARCH" \
@@ -53,7 +54,10 @@ for position in $(sela schedule --epochs "$EPOCHS" --opts "$OPTS" --relabel "$RE
     sela embed "${images[@]}" --checkpoint "$OUT/checkpoint-$now.h5" --view "$VIEW" \
         -o "$OUT/logits.h5" --force
     head=
-    if [ "$RELABEL_HEADS" = cycle ]; then head=$(((round - 1) % heads)); fi
+    # Heads that begin as clusters are all labelled at first.
+    if [ "$RELABEL_HEADS" = cycle ] && [ "$round $HEAD_INIT" != "1 kmeans" ]; then
+        head=$(((round - 1) % heads))
+    fi
     label "$OUT/logits.h5" --lamb "$LAMB" --seed "$SEED" --init "$OUT/labels-$last.h5" \
         ${head:+--head "$head"} -o "$OUT/labels-$now.h5"
     rm "$OUT/checkpoint-$last.h5"

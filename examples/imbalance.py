@@ -20,13 +20,14 @@ import numpy as np
 
 from sela_cli import formats, metrics, probes
 from sela_cli.formats import Labels, Provenance
+from sela_cli.fresh import make_ready
 from sela_cli.images.batches import Images, open_images
 from sela_cli.kmeans import kmeans_labels
 from sela_cli.labels import LabelSettings, label_stage
 from sela_cli.logits import embed_stage
 from sela_cli.networks import build, parse_heads
 from sela_cli.scores import open_scores
-from sela_cli.training import Recipe, label_view, network_of, settle, train_stage
+from sela_cli.training import Recipe, label_view, network_of, train_stage
 
 IMBALANCES = ("none", "light", "heavy")
 METHODS = ("balanced", "kmeans")
@@ -84,7 +85,7 @@ def run(
     settings = LabelSettings(lamb=10.0, seed=arguments.seed)
     heads = parse_heads(arguments.heads)
     network = build(arguments.arch, arguments.image_size, heads, arguments.seed)
-    settle(network, train, recipe)
+    make_ready(network, train, recipe)
     start = None
     logits, labels = str(folder / "logits.h5"), str(folder / "labels-000.h5")
     provenance = Provenance("embed", {}, dataset_id=train.dataset_id)
@@ -101,6 +102,7 @@ def run(
             start=start,
             to=arguments.epochs * number / arguments.rounds,
             force=True,
+            ready=True,
         )
         start = formats.read_checkpoint(checkpoint)
         network = network_of(start, checkpoint)

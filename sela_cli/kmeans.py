@@ -7,7 +7,7 @@ Nothing keeps these clusters of one size.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -16,6 +16,7 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics.cluster import contingency_matrix
 from sklearn.preprocessing import normalize
+from threadpoolctl import threadpool_limits
 
 from sela_cli.errors import BadData
 from sela_cli.formats import HeadLabels, Labels, unsolved
@@ -70,7 +71,7 @@ def kmeans_labels(
 
 def heads_of(
     features_ND: np.ndarray, clusters: Sequence[int], seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Weight (K, D) and bias (K,) of linear heads whose logits tell clusters of the features.
 
     Spherical k-means of the features less their mean m: with c_k the direction of a centre
@@ -82,12 +83,12 @@ def heads_of(
     # Rows that are all the same have no direction and no length.
     length = max(float(np.linalg.norm(points_NP, axis=1).mean()), np.finfo(np.float32).tiny)
     points_NP = normalize(points_NP)
-    heads = []
     for number, count in enumerate(clusters):
-        model = _fitted(points_NP, count, seed + number, _HEAD_ITERATIONS)
+        # Three threads and more add up the rows of a cluster in any order.
+        with threadpool_limits(1, "openmp"):
+            model = _fitted(points_NP, count, seed + number, _HEAD_ITERATIONS)
         weight_KD = normalize(model.cluster_centers_) @ pca.components_ / length
-        heads.append((weight_KD, -weight_KD @ pca.mean_))
-    return heads
+        yield weight_KD, -weight_KD @ pca.mean_
 
 
 def matched(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from sela_cli import (
 )
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, Labels, Provenance
+from sela_cli.fresh import fit_heads, make_ready
 from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, label_stage, warning
@@ -48,7 +49,7 @@ from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import Network, build, parse_heads
 from sela_cli.precision import faster
 from sela_cli.relabel import relabel_stage
-from sela_cli.training import Recipe, fit_heads, label_view, network_of, settle, train_stage
+from sela_cli.training import Recipe, label_view, network_of, train_stage
 
 Progress = Callable[[int, int, str], None]
 HOLDOUT = 0.2
@@ -59,7 +60,7 @@ _OWN = re.compile(
     r"|(labels|logits|checkpoint|probe)(-\d{3,})?\.h5((\.\d+)?\.unfinished)?)(\.partial|\.lock)?"
 )
 # Fields of RunSettings that are settings in themselves, or are said in words in a plan.
-_PARTS = ("recipe", "labels", "heads", "arch", "image_size")
+_PARTS = ("recipe", "labels", "heads", "arch", "image_size", "start")
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,12 @@ class RunSettings:
     start: str = ""
 
     def head_of(self, number: int) -> int | None:
-        """The head that round `number` labels; None for all of them."""
-        return (number - 1) % len(self.heads) if self.relabel_heads == "cycle" else None
+        """The head that round `number` labels; None for all of them, as at first where they
+        are not random ones."""
+        first = number == 1 and (self.start or self.recipe.head_init != "random")
+        if first or self.relabel_heads == "all":
+            return None
+        return (number - 1) % len(self.heads)
 
     @property
     def positions(self) -> list[float]:
@@ -95,11 +100,15 @@ class RunSettings:
 
 
 def settings_of(
-    preset_name: str | None, image_size: int | None, options: dict[str, Any]
+    preset_name: str | None,
+    image_size: int | None,
+    options: dict[str, Any],
+    start: Checkpoint | None = None,
 ) -> RunSettings:
     """A preset (or the defaults) with options over it. An image size of 0 is to be seen.
 
-    Raises UsageError where an option has no meaning.
+    `start`: the checkpoint that a run is to begin with. Raises UsageError where an option
+    has no meaning.
     """
     defaults: dict[str, Any] = {
         "arch": "alexnet",
@@ -109,7 +118,20 @@ def settings_of(
         "relabel": "quadratic",
         "epochs": 160.0,
     }
-    merged = defaults | presets.preset(preset_name) | options
+    merged = defaults | presets.preset(preset_name)
+    if start:
+        assert start.header is not None
+        if image_size is not None or options.keys() & {"arch", "heads"}:
+            raise UsageError("--arch, --heads and --image-size are the checkpoint's")
+        merged |= {
+            "arch": start.arch,
+            "heads": ",".join(map(str, start.heads)),
+            "image_size": start.image_size,
+            "start": start.header.digest,
+            # Its heads stay as they are, whatever the preset says of fresh ones.
+            "head_init": "random",
+        }
+    merged |= options
     if image_size is not None:
         merged["image_size"] = image_size
     recipe = Recipe.of(merged)
@@ -141,7 +163,8 @@ def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
         "settings": formats.through_json(asdict(settings)),
     }
     lines = [
-        f"{count} images, {settings.arch} at {settings.image_size} pixels",
+        f"{count} images, {settings.arch} at {settings.image_size} pixels, "
+        + (f"begun from {settings.start}" if settings.start else "fresh"),
         f"heads {list(settings.heads)}",
         f"{shown['steps']} steps, {shown['rounds']} relabellings at epochs "
         + ", ".join(f"{position:.2f}" for position in settings.positions[:20])
@@ -164,7 +187,7 @@ def text_of(summary: dict[str, Any]) -> str:
     if "knn" in summary:
         lines.append(metrics.table(summary["heads"]))
         knn = summary["knn"]
-        lines.append(f"kNN accuracy {knn['trained']:.4f} (fresh network {knn['fresh']:.4f})")
+        lines.append(f"kNN accuracy {knn['trained']:.4f} (before training {knn['fresh']:.4f})")
     else:
         for number, head in enumerate(summary["heads"]):
             lines.append(f"head {number}: {metrics.sizes_text(head)}")
@@ -197,12 +220,17 @@ def run(
 ) -> dict[str, Any]:
     """Run, or go on with, the loop in `folder`; returns a summary of the result.
 
-    `start`: the checkpoint whose network it begins with, that of the settings.
+    `start`: the checkpoint that it begins with, which `settings_of` was given too.
     Raises CannotCreate where the folder holds files named as a run's and no run, or a finished
     run or one with other settings and `force` is off; UsageError where a head has more
     clusters than there are images; StoppedEarly after a signal.
     """
     _check_heads(images, settings)
+    assert settings.start == (start.header.digest if start and start.header else "")
+    if start and start.header and _is_own(folder, start.header.path):
+        raise UsageError(
+            f"{start.header.path} is a file of the run in {folder}", "choose another --out"
+        )
     with ExitStack() as stack:
         job.once(partial(stack.enter_context, _locked(folder)))
         settings = _measured(images, settings, device, None if force else _precision_of(folder))
@@ -295,6 +323,10 @@ def own_files(folder: Path, pattern: str) -> list[Path]:
     return [path for path in folder.glob(pattern) if _OWN.fullmatch(path.name)]
 
 
+def _is_own(folder: Path, path: str) -> bool:
+    return any(formats.same_file(path, str(own)) for own in own_files(folder, "*.h5"))
+
+
 def _events(folder: Path) -> list[Path]:
     return list(folder.glob("tensorboard/events.*"))
 
@@ -318,6 +350,8 @@ class _Run:
     mark: tuple[float, float] | None = None
     # The path of the newest checkpoint, and what is there.
     newest: tuple[str, Checkpoint, Network] | None = None
+    # What it begins with, until that lies in a file.
+    first: tuple[Network, Checkpoint | None] | None = None
 
     def path(self, name: str) -> str:
         return str(self.folder / name)
@@ -325,9 +359,11 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         positions = self.settings.positions
         if not (self.folder / "labels-000.h5").exists():
-            self._begin()
+            self._begin(*self._first())
         if not own_files(self.folder, "checkpoint*.h5"):
-            self._train(*self._first, 0, "checkpoint-000.h5", 0.0)
+            self._train(*self._first(), 0, "checkpoint-000.h5", 0.0)
+        # Neither is needed again, and both may be large.
+        self.first = self.start = None
         if self.images.truth_N is not None:
             self._knn("probe-000.h5", "checkpoint-000.h5")
         for number, position in enumerate(positions, start=1):
@@ -358,28 +394,35 @@ class _Run:
         _write_rounds(self.path("rounds.csv"), rounds)
         (self.folder / _PREDICTIONS).unlink(missing_ok=True)
 
-    @cached_property
     def _first(self) -> tuple[Network, Checkpoint | None]:
         """The network to begin with, ready for the images, and its checkpoint if it has one."""
-        settings, start = self.settings, self.start
-        seed = settings.recipe.seed
-        if start is None:
-            network = build(settings.arch, settings.image_size, list(settings.heads), seed)
-            settle(network, self.images, settings.recipe, self.device)
-            return network, None
-        assert start.header is not None
-        network = network_of(start, start.header.path)
-        if settings.recipe.head_init == "kmeans":
-            fit_heads(network, self.images, seed, self.device)
-        # Its weights, but none of the training that it comes from.
-        began = Checkpoint(
-            network.arrays(), {}, start.arch, start.image_size, start.heads, 0, 0.0, {}
-        )
-        return network, replace(began, header=start.header)
+        if self.first is None:
+            settings, start, recipe = self.settings, self.start, self.settings.recipe
+            network = build(settings.arch, settings.image_size, list(settings.heads), recipe.seed)
+            with self.watcher.stage("first network") as progress:
+                if start is None:
+                    make_ready(network, self.images, recipe, self.device, progress)
+                else:
+                    start = self._as_first(start, network, progress)
+            self.first = network, start
+        return self.first
 
-    def _begin(self) -> None:
+    def _as_first(self, start: Checkpoint, network: Network, progress: Progress) -> Checkpoint:
+        """A checkpoint's network, but none of the training that it comes from."""
+        assert start.header is not None
+        arrays = {k: v for k, v in start.model.items() if not k.startswith("rotation.")}
+        network.load_arrays(arrays, start.header.path)
+        recipe = self.settings.recipe
+        if recipe.head_init == "kmeans":
+            fit_heads(network, self.images, recipe.seed, self.device, progress)
+        none = np.empty(0, np.float32)
+        return replace(
+            start, model=network.arrays(), optimizer={}, step=0, epoch=0.0, recipe={}, losses=none
+        )
+
+    def _begin(self, network: Network, start: Checkpoint | None) -> None:
         """Round 0: random balanced labels; the logits of the first network name the images."""
-        settings, (network, start) = self.settings, self._first
+        settings = self.settings
         provenance = Provenance("embed", {"arch": settings.arch})
         if start:
             assert start.header is not None
@@ -549,6 +592,7 @@ class _Run:
                 to=to,
                 device=self.device,
                 force=True,
+                ready=True,
                 progress=lambda done, total, note: progress(done, total, note + relabelled),
             )
 

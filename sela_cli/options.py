@@ -200,28 +200,18 @@ class PresetChoice(StrEnum):
     digits = "digits"
 
 
-class ViewChoice(StrEnum):
-    """How images are seen for labelling."""
-
-    centre = "centre"
-    random = "random"
-
-
-View = Annotated[
-    ViewChoice | None,
-    typer.Option(
-        "--view",
-        help="How images are seen for labelling: the plain centre (default), or random, "
-        "augmented as in training.",
-    ),
-]
-
-
 class HeadInitChoice(StrEnum):
     """How the heads of a fresh network begin."""
 
     random = "random"
     kmeans = "kmeans"
+
+
+class ViewChoice(StrEnum):
+    """How images are seen for labelling."""
+
+    centre = "centre"
+    random = "random"
 
 
 HeadInit = Annotated[
@@ -230,6 +220,14 @@ HeadInit = Annotated[
         "--head-init",
         help="How the heads of a fresh network begin: random (default, the paper's), or kmeans, "
         "as clusters of its features.",
+    ),
+]
+View = Annotated[
+    ViewChoice | None,
+    typer.Option(
+        "--view",
+        help="How images are seen for labelling: the plain centre (default), or random, "
+        "augmented as in training.",
     ),
 ]
 Precision = Annotated[

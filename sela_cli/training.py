@@ -25,22 +25,16 @@ from sela_cli import batchwide, formats, job, parallel, schedule
 from sela_cli.devices import Graphed, fetched, has_graphs, sent
 from sela_cli.errors import BadData, SelaError, UsageError
 from sela_cli.formats import Checkpoint, Labels, Provenance
-from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw, drawn_view
+from sela_cli.fresh import HEAD_INITS, make_ready
+from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build
-from sela_cli.passes import at_random, in_order
+from sela_cli.passes import at_random
 from sela_cli.precision import autocast, decided
 from sela_cli.seeds import generator_of, seed_of
-from sela_cli.spread import spread
 from sela_cli.unfinished import Unfinished, began_in, momentum_of, restore_momentum
 
 PRECISIONS = ("float32", "bfloat16", "auto")
-HEAD_INITS = ("random", "kmeans")
-# Batches that a fresh network's BatchNorm statistics are taken from.
-_SETTLING = 8
-# Images whose features heads are fitted to: for each cluster, and at least.
-_FITTED = (16, 20_000)
-_FITTING_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -271,64 +265,6 @@ def label_view(kind: str, recipe: Recipe, step: int) -> DrawOf | None:
     return partial(draw, augmentation=augmentation, generator=generator)
 
 
-@torch.no_grad()
-def settle(network: Network, images: Images, recipe: Recipe, device: str = "cpu") -> None:
-    """Give a fresh network the BatchNorm statistics of some batches of its images.
-
-    Without, a fresh network in eval mode normalises nothing, and its logits hardly differ
-    in more than the brightness of the images. Heads are fitted where the recipe asks for it.
-    """
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        # None: the plain mean over the batches.
-        norm.momentum = None
-    network.train().to(device)
-    augmentation = AUGMENTATIONS[recipe.aug]
-    generator = generator_of(recipe.seed, "settle", 0)
-    for _ in range(_SETTLING):
-        rows = torch.randperm(len(images), generator=generator)[: recipe.batch_size]
-        draws = draw(len(rows), images.side, augmentation, generator)
-        if len(rows) > 1:
-            mine = job.share(len(rows))
-            batch = sent(images.batch(rows[mine]), device)
-            network.trunk(drawn_view(batch, network.image_size, draws.of(mine).on(device)))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    network.eval()
-    if recipe.head_init == "kmeans":
-        fit_heads(network, images, recipe.seed, device)
-
-
-@torch.no_grad()
-def fit_heads(network: Network, images: Images, seed: int, device: str = "cpu") -> None:
-    """Heads anew, by `kmeans.heads_of` the features of some images in the centre view.
-
-    Raises UsageError where there are more clusters than images.
-    """
-    # scikit-learn is slow to import.
-    from sela_cli.kmeans import heads_of
-
-    if max(network.clusters) > len(images):
-        raise UsageError(
-            f"--head-init kmeans: {max(network.clusters)} clusters of {len(images)} images",
-            "use at most as many clusters as images",
-        )
-    share, least = _FITTED
-    some = images.subset(spread(len(images), max(share * max(network.clusters), least)))
-    columns = [network.width]
-    network.eval().to(device)
-    parts = in_order(some, network.image_size, network.trunk, columns, _FITTING_BATCH, device)
-    features_ND = torch.cat([features_nD for (features_nD,) in parts]).numpy()
-    heads = heads_of(features_ND, network.clusters, seed)
-    for number, arrays in enumerate(heads):
-        for name, array in zip(("weight", "bias"), arrays, strict=True):
-            # Sums of threads may round otherwise in another process.
-            own = torch.from_numpy(array).float()
-            first = job.from_process(0, own, tuple(own.shape))
-            network.get_parameter(f"heads.{number}.{name}").copy_(first)
-
-
 def network_of(checkpoint: Checkpoint, path: str) -> Network:
     """The network of a checkpoint, with its weights."""
     rotation = bool(checkpoint.recipe.get("rotation"))
@@ -366,12 +302,14 @@ def train_stage(
     to: float | None = None,
     device: str = "cpu",
     force: bool = False,
+    ready: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> Checkpoint:
     """Train to position `to` (epochs; default: the recipe's end) and write a checkpoint.
 
-    `start`: the checkpoint to go on from, else `network` as it is, settled. A signal saves the
-    state beside `output` and raises StoppedEarly; the same call then goes on from there.
+    `start`: the checkpoint to go on from, else `network`, which is made ready unless it is
+    so already. A signal saves the state beside `output` and raises StoppedEarly; the same
+    call then goes on from there.
     """
     recipe.check()
     assert recipe.precision != "auto"
@@ -379,16 +317,13 @@ def train_stage(
     check_labels(images, labels, network)
     assert labels.header is not None
     job.meet()
-    trainer = Trainer(network, recipe, device)
     provenance = Provenance(command, asdict(recipe) | {"to": to}, dataset_id=images.dataset_id)
     provenance = provenance.reading("labels", labels.header)
     if start:
         assert start.header is not None
         provenance = provenance.reading("checkpoint", start.header)
-        trainer.restore(start, start.header.path)
-    from_digest = start.header.digest if start and start.header else ""
     identity = {
-        "start": from_digest,
+        "start": start.header.digest if start and start.header else "",
         "labels": labels.header.digest,
         "recipe": asdict(recipe),
         "arch": network.arch,
@@ -397,6 +332,12 @@ def train_stage(
     }
     unfinished = Unfinished(output, "train", identity)
     left = unfinished.read()
+    if left is None and start is None and not ready:
+        make_ready(network, images, recipe, device, progress)
+    trainer = Trainer(network, recipe, device)
+    if start:
+        assert start.header is not None
+        trainer.restore(start, start.header.path)
     if left:
         trainer.restore(left, str(unfinished.path))
     trainer.labels_digest = labels.header.digest
@@ -439,7 +380,7 @@ class Training:
     force: bool
 
     def run(self, device: str, progress: Callable[[int, int, str], None]) -> Checkpoint:
-        """Do it; see `train_stage`. A fresh network is settled first."""
+        """Do it; see `train_stage`."""
         precision = decided(
             self.recipe.precision,
             partial(began_in, self.output),
@@ -448,9 +389,6 @@ class Training:
             device,
             training=True,
         )
-        job.meet()
-        if self.start is None:
-            settle(self.network, self.images, self.recipe, device)
         return train_stage(
             self.images,
             self.labels,

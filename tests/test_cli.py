@@ -281,7 +281,6 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("embed --data photos --arch resnet18 -o new.h5", 2, ["--heads"]),
     ("embed --data photos -o new.h5", 2, ["--checkpoint", "--arch"]),
     ("embed --data photos --arch resnet18 -c tiny.h5 -o new.h5", 2, ["--checkpoint"]),
-    ("embed --data photos -c tiny.h5 --head-init kmeans -o new.h5", 2, ["the checkpoint's"]),
     ("run --data photos -c tiny.h5 --arch resnet18 --out new", 2, ["the checkpoint's"]),
     (f"{GO_ON} --head-init kmeans", 2, ["--head-init"]),
     ("embed --data photos --arch vgg --heads 2 -o new.h5", 2, ["vgg", "resnet18"]),

@@ -27,6 +27,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from sela_cli import batchwide, cli, formats, interrupt, job, loop, networks, parallel
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.formats import Provenance
+from sela_cli.fresh import make_ready, settle
 from sela_cli.images.augment import AUGMENTATIONS, draw
 from sela_cli.images.batches import Images, open_images
 from sela_cli.locks import locked
@@ -35,7 +36,7 @@ from sela_cli.networks import Network, build
 from sela_cli.options import device_name
 from sela_cli.probes import LinearProbe, LinearRecipe
 from sela_cli.scores import open_scores
-from sela_cli.training import Recipe, Trainer, settle
+from sela_cli.training import Recipe, Trainer
 from sela_cli.unfinished import Unfinished
 
 PROCESSES = 2
@@ -91,7 +92,7 @@ def everything(folder: Path) -> dict[str, Any]:
     images, _ = open_images("digits", 32, limit=60)
     network, fitted = (build("alexnet-small", 32, [5, 8], 3, rotation=True) for _ in range(2))
     settle(network, images, RECIPE)
-    settle(fitted, images, replace(RECIPE, head_init="kmeans"))
+    make_ready(fitted, images, replace(RECIPE, head_init="kmeans"))
     trainer = Trainer(network, RECIPE)
     labels_TN = [torch.arange(60) % clusters for clusters in (5, 8)]
     trainer.run(images, labels_TN, 4, lambda: None)

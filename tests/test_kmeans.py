@@ -120,7 +120,7 @@ def test_heads_tell_the_clusters_of_features() -> None:
     rows_ND, truth_N = clouds(rows=600, columns=8)
     turn_DD = np.linalg.qr(np.random.default_rng(1).normal(size=(400, 400)))[0]
     features_ND = (1e-3 * np.pad(rows_ND, ((0, 0), (0, 392))) @ turn_DD + 5).astype(np.float32)
-    heads = heads_of(features_ND, [5, 5, 5, 9], seed=0)
+    heads = list(heads_of(features_ND, [5, 5, 5, 9], seed=0))
     scores = []
     for (weight_KD, bias_K), clusters in zip(heads, [5, 5, 5, 9], strict=True):
         assert weight_KD.shape == (clusters, 400) and bias_K.shape == (clusters,)
@@ -133,7 +133,7 @@ def test_heads_tell_the_clusters_of_features() -> None:
 
 def test_each_head_is_a_clustering_of_its_own_and_repeats() -> None:
     features_ND = np.random.default_rng(1).normal(size=(300, 6)).astype(np.float32)
-    one, two = (heads_of(features_ND, [7, 7], seed=3) for _ in range(2))
+    one, two = (list(heads_of(features_ND, [7, 7], seed=3)) for _ in range(2))
     for (weight_KD, bias_K), (weight_too_KD, bias_too_K) in zip(one, two, strict=True):
         assert np.array_equal(weight_KD, weight_too_KD) and np.array_equal(bias_K, bias_too_K)
     assert not np.array_equal(one[0][0], one[1][0])

@@ -20,13 +20,15 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from sela_cli import formats, interrupt, loop, metrics, networks
 from sela_cli.errors import CannotCreate, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.fresh import HEAD_INITS, settle
 from sela_cli.images.batches import Images, open_images
 from sela_cli.loop import RunSettings, Watcher, settings_of
-from sela_cli.training import HEAD_INITS
+from sela_cli.training import Recipe, Trainer
 
 OPTIONS: dict[str, Any] = {
     "arch": "alexnet-small", "heads": "5,8", "epochs": 3.0, "opts": 4, "batch_size": 16,
@@ -393,9 +395,16 @@ def test_the_shell_loop_gives_the_same_digests(relabel_heads: str, tmp_path: Pat
     assert shell and {name: run[name] for name in shell} == shell
 
 
-@pytest.mark.parametrize(("kind", "heads"), [("all", [None] * 4), ("cycle", ["0", "1", "2", "0"])])
+@pytest.mark.parametrize(
+    ("kind", "head_init", "heads"),
+    [
+        ("all", "random", [None] * 4),
+        ("cycle", "random", ["0", "1", "2", "0"]),
+        ("cycle", "kmeans", [None, "1", "2", "0"]),
+    ],
+)
 def test_the_shell_loop_labels_the_heads_of_a_cycle(
-    kind: str, heads: list[str | None], tmp_path: Path
+    kind: str, head_init: str, heads: list[str | None], tmp_path: Path
 ) -> None:
     """A `sela` that only notes its words stands in."""
     stand_in = tmp_path / "sela"
@@ -411,6 +420,7 @@ def test_the_shell_loop_labels_the_heads_of_a_cycle(
         "OUT": str(tmp_path / "shell"),
         "HEADS": "4x2,6",
         "RELABEL_HEADS": kind,
+        "HEAD_INIT": head_init,
     }
     script = Path(__file__).parents[1] / "examples" / "alternate.sh"
     subprocess.run(["bash", script], env=environment, check=True, capture_output=True)
@@ -422,7 +432,9 @@ def test_the_shell_loop_labels_the_heads_of_a_cycle(
 def test_in_a_cycle_each_round_labels_one_head(
     images: Images, settings: RunSettings, tmp_path: Path
 ) -> None:
-    loop.run(images, tmp_path / "run", replace(settings, relabel_heads="cycle"), SILENT)
+    recipe = replace(settings.recipe, head_init="random")
+    settings = replace(settings, relabel_heads="cycle", recipe=recipe)
+    loop.run(images, tmp_path / "run", settings, SILENT)
     rounds = [
         formats.read_labels(str(tmp_path / "run" / f"labels-{number:03d}.h5"))
         for number in range(4)
@@ -472,48 +484,44 @@ def test_a_network_that_learns_nothing_is_told_once(
 
 @pytest.fixture
 def elsewhere(images: Images, tmp_path: Path) -> Checkpoint:
-    """A network of other weights than a fresh one's, some way into another training."""
-    network = networks.build("alexnet-small", 32, [5, 8], seed=77)
-    network.load_arrays({name: array + 1 for name, array in network.arrays().items()}, "here")
-    state = Checkpoint(
-        network.arrays(), {}, "alexnet-small", 32, [5, 8], 9, 2.0, {}, losses=np.ones(9, np.float32)
-    )
+    """A network of other weights than a fresh one's, some way into a training with turns."""
+    network = networks.build("alexnet-small", 32, [5, 8], seed=77, rotation=True)
+    recipe = Recipe(batch_size=20, aug="none", rotation=True)
+    settle(network, images, recipe)
+    trainer = Trainer(network, recipe)
+    trainer.run(images, [torch.arange(60) % clusters for clusters in (5, 8)], 2, lambda: None)
     path = str(tmp_path / "elsewhere.h5")
-    formats.write_checkpoint(path, state, Provenance("import", {}), False)
+    formats.write_checkpoint(path, trainer.checkpoint(60), Provenance("train", {}), False)
     return formats.read_checkpoint(path)
 
 
-def begun(settings: RunSettings, start: Checkpoint) -> RunSettings:
-    assert start.header is not None
-    none = replace(settings.recipe, epochs=0.0)
-    return replace(settings, start=start.header.digest, recipe=none, opts=1)
+def begun(start: Checkpoint, **options: Any) -> RunSettings:
+    given = {name: value for name, value in OPTIONS.items() if name not in ("arch", "heads")}
+    return settings_of("digits", None, given | options, start)
 
 
-@pytest.mark.parametrize("head_init", HEAD_INITS)
+@pytest.mark.parametrize("options", [{}, {"head_init": "kmeans"}])
 def test_a_run_begins_with_the_network_that_it_is_given(
-    head_init: str, elsewhere: Checkpoint, images: Images, settings: RunSettings, tmp_path: Path
+    options: dict[str, Any], elsewhere: Checkpoint, images: Images, tmp_path: Path
 ) -> None:
-    settings = begun(settings, elsewhere)
-    settings = replace(settings, recipe=replace(settings.recipe, head_init=head_init))
+    """Heads stay, though the preset has others for a fresh network, or are made anew."""
     folder = tmp_path / "run"
+    settings = begun(elsewhere, epochs=0.0, opts=1, **options)
     loop.run(images, folder, settings, SILENT, start=elsewhere)
     first = formats.read_checkpoint(str(folder / "checkpoint.h5"))
-    assert first.step == 0 and not len(first.losses)
-    for name, array in elsewhere.model.items():
-        kept = head_init == "random" or not name.startswith("heads")
-        assert np.array_equal(first.model[name], array) == kept
+    assert first.step == 0 and not len(first.losses) and not first.recipe["rotation"]
+    for name, array in first.model.items():
+        kept = not options or not name.startswith("heads")
+        assert np.array_equal(elsewhere.model[name], array) == kept
+    assert first.model.keys() == {n for n in elsewhere.model if not n.startswith("rotation")}
     assert elsewhere.header and first.header
     assert elsewhere.header.digest in {step["digest"] for step in first.header.history}
 
 
 def test_a_run_goes_on_with_the_network_that_it_began_with(
-    elsewhere: Checkpoint,
-    images: Images,
-    settings: RunSettings,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    elsewhere: Checkpoint, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = begun(settings, elsewhere)
+    settings = begun(elsewhere, epochs=1.0, opts=2)
     with monkeypatch.context() as crashing, pytest.raises(KeyboardInterrupt):
         crashing.setattr(loop, "train_stage", mock.Mock(side_effect=KeyboardInterrupt))
         loop.run(images, tmp_path / "run", settings, SILENT, start=elsewhere)
@@ -522,3 +530,31 @@ def test_a_run_goes_on_with_the_network_that_it_began_with(
     loop.run(images, tmp_path / "run", settings, SILENT, start=elsewhere)
     loop.run(images, tmp_path / "whole", settings, SILENT, start=elsewhere)
     assert digests(tmp_path / "run") == digests(tmp_path / "whole")
+
+
+def test_a_run_does_not_replace_the_network_that_it_begins_with(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    loop.run(images, folder, replace(settings, opts=0), SILENT)
+    before = digests(folder)
+    start = formats.read_checkpoint(str(folder / "checkpoint.h5"))
+    with pytest.raises(UsageError, match="a file of the run"):
+        loop.run(images, folder, begun(start), SILENT, force=True, start=start)
+    assert digests(folder) == before
+
+
+def test_heads_that_begin_as_clusters_are_all_labelled_at_first(
+    elsewhere: Checkpoint, settings: RunSettings
+) -> None:
+    """In a cycle the others would learn random labels until it is their turn."""
+    random, kmeans = (
+        replace(
+            settings, relabel_heads="cycle", recipe=replace(settings.recipe, head_init=head_init)
+        )
+        for head_init in HEAD_INITS
+    )
+    started = begun(elsewhere, relabel_heads="cycle")
+    assert [random.head_of(number) for number in (1, 2, 3)] == [0, 1, 0]
+    for known in (kmeans, started):
+        assert [known.head_of(number) for number in (1, 2, 3)] == [None, 1, 0]

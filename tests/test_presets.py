@@ -93,8 +93,8 @@ def test_a_dry_run_shows_every_constant() -> None:
     # Small, so that no network of the paper's size is built.
     shown, text = planned("--preset", "cifar10", "--arch", "alexnet-small", "--image-size", "16")
     lines = dict(line.split(" = ") for line in text.splitlines() if " = " in line)
-    assert set(shown) - set(lines) == {"arch", "heads", "image_size"}
-    assert "alexnet-small at 16 pixels" in text and "heads [128, 128" in text
+    assert set(shown) - set(lines) == {"arch", "heads", "image_size", "start"}
+    assert "alexnet-small at 16 pixels, fresh" in text and "heads [128, 128" in text
     for name in ("lamb", "epochs", "opts", "relabel", "relabel_heads", "lr", "momentum", "view"):
         assert lines[name] == str(shown[name])
 

@@ -19,6 +19,7 @@ from sela_cli import formats, interrupt, networks, training
 from sela_cli.commands.run import run
 from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, HeadLabels, Labels, Provenance
+from sela_cli.fresh import HEAD_INITS, fit_heads, make_ready, settle
 from sela_cli.images.augment import AUGMENTATIONS, drawn_view, random_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.logits import forward
@@ -26,15 +27,7 @@ from sela_cli.networks import Network, build, parse_heads
 from sela_cli.options import PresetChoice
 from sela_cli.presets import PRESETS, preset
 from sela_cli.schedule import learning_rate, relabel_positions, step_at
-from sela_cli.training import (
-    HEAD_INITS,
-    Recipe,
-    Trainer,
-    label_view,
-    network_of,
-    settle,
-    train_stage,
-)
+from sela_cli.training import Recipe, Trainer, label_view, network_of, train_stage
 
 HEADS = [10, 4]
 RECIPE = Recipe(epochs=2, batch_size=10, aug="paper", lr=0.01)
@@ -181,7 +174,7 @@ def test_saved_state_of_another_network_or_device_is_not_taken_up(
 ) -> None:
     # Everything is computed on the CPU, whatever the stage is told.
     monkeypatch.setattr(training, "Trainer", lambda *stage: Trainer(*stage[:2]))
-    monkeypatch.setattr(training, "settle", lambda *stage: settle(*stage[:3]))
+    monkeypatch.setattr(training, "make_ready", lambda *stage: make_ready(*stage[:3]))
 
     def train(arch: str = "alexnet-small", image_size: int = 32, device: str = "cpu") -> int:
         steps: list[int] = []
@@ -495,12 +488,12 @@ def test_settling_repeats_and_moves_no_weight(images: Images) -> None:
     assert moved and all("running" in name or "tracked" in name for name in moved)
 
 
-def test_heads_by_kmeans_tell_more_of_the_digits_than_random_ones(images: Images) -> None:
+def test_heads_by_kmeans_tell_more_of_the_digits_than_random_ones() -> None:
     digits, _ = open_images("digits", 32, limit=600)
     found = {}
     for kind in HEAD_INITS:
         network = build("alexnet-small", 32, [10, 20], seed=3)
-        settle(network, digits, replace(RECIPE, head_init=kind))
+        make_ready(network, digits, replace(RECIPE, head_init=kind))
         logits = forward(network, network, digits, 200)
         found[kind] = [
             normalized_mutual_info_score(digits.truth_N, head_nK.argmax(1))
@@ -513,17 +506,64 @@ def test_heads_by_kmeans_tell_more_of_the_digits_than_random_ones(images: Images
 def test_heads_by_kmeans_repeat_and_leave_the_trunk_alone(images: Images) -> None:
     one, two, plain = (fresh() for _ in range(3))
     for network in (one, two):
-        settle(network, images, replace(RECIPE, head_init="kmeans"))
+        make_ready(network, images, replace(RECIPE, head_init="kmeans"))
     settle(plain, images, RECIPE)
     for name, array in one.arrays().items():
         assert np.array_equal(array, two.arrays()[name])
         assert np.array_equal(array, plain.arrays()[name]) != name.startswith("heads")
 
 
-def test_heads_by_kmeans_need_as_many_images_as_clusters(images: Images) -> None:
-    network = build("alexnet-small", 32, [41], seed=3)
+def test_heads_by_kmeans_of_some_of_the_images(
+    images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sela_cli.fresh._FITTED", (2, 12))
+    network, expected = fresh(), fresh()
+    fit_heads(network, images, seed=0)
+    # Twice as many as the wider head has clusters, both ends among them.
+    fit_heads(expected, images.subset(np.linspace(0, 39, 20).round().astype(int)), seed=0)
+    for name, array in network.arrays().items():
+        assert np.array_equal(array, expected.arrays()[name])
+
+
+def test_heads_that_can_not_be_fitted(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="41 clusters of 40 images"):
-        settle(network, images, replace(RECIPE, head_init="kmeans"))
+        fit_heads(build("alexnet-small", 32, [41], seed=3), images, seed=0)
+    network = fresh()
+    monkeypatch.setattr(interrupt, "requested", lambda: True)
+    with pytest.raises(StoppedEarly, match="run it again"):
+        fit_heads(network, images, seed=0)
+    network.trunk.conv1[0].weight.data.fill_(torch.nan)  # type: ignore[index, union-attr, operator]
+    with pytest.raises(BadData, match="not finite"):
+        fit_heads(network, images, seed=0)
+
+
+def test_a_network_is_made_ready_once(
+    images: Images, labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever calls, or by training; not where there is a state to go on from."""
+    calls: list[Network] = []
+
+    def counted(network: Network, *rest: Any) -> None:
+        calls.append(network)
+        make_ready(network, *rest)
+
+    monkeypatch.setattr(training, "make_ready", counted)
+    recipe = replace(RECIPE, head_init="kmeans")
+    network = fresh()
+    make_ready(network, images, recipe)
+    one, two = (
+        train_stage(images, labels, network, str(tmp_path / f"{ready}.h5"), recipe, ready=ready)
+        for network, ready in ((network, True), (fresh(), False))
+    )
+    assert len(calls) == 1
+    assert all(np.array_equal(one.model[name], two.model[name]) for name in one.model)
+    path = str(tmp_path / "stopped.h5")
+    monkeypatch.setattr(interrupt, "requested", lambda: len(calls) == 2)
+    with pytest.raises(StoppedEarly):
+        train_stage(images, labels, fresh(), path, RECIPE)
+    monkeypatch.setattr(interrupt, "requested", lambda: False)
+    train_stage(images, labels, fresh(), path, RECIPE)
+    assert len(calls) == 2
 
 
 def test_label_views_are_those_of_training_and_follow_the_step(images: Images) -> None:

@@ -15,7 +15,6 @@ from sela_cli.options import (
     DryRun,
     Dtype,
     Force,
-    HeadInit,
     Heads,
     ImageSize,
     Json,
@@ -41,7 +40,6 @@ def embed(
     ] = None,
     arch: Arch = None,
     heads: Heads = None,
-    head_init: HeadInit = None,
     image_size: ImageSize = None,
     store: Store = None,
     dtype: Dtype = None,
@@ -72,19 +70,18 @@ def embed(
 
     from sela_cli import formats
     from sela_cli.errors import UsageError
+    from sela_cli.fresh import settle
     from sela_cli.images.batches import open_images
     from sela_cli.logits import began_in, embed_stage, plan
     from sela_cli.networks import build, parse_heads
     from sela_cli.precision import decided
     from sela_cli.terminal import Terminal
-    from sela_cli.training import Recipe, label_view, network_of, settle
+    from sela_cli.training import Recipe, label_view, network_of
 
     if (checkpoint is None) == (arch is None):
         raise UsageError("give either --checkpoint, or --arch and --heads")
-    if checkpoint and (heads or image_size or head_init):
-        raise UsageError(
-            "--heads, --head-init and --image-size are the checkpoint's", "leave them out"
-        )
+    if checkpoint and (heads or image_size):
+        raise UsageError("--heads and --image-size are the checkpoint's", "leave them out")
     if arch and not heads:
         raise UsageError("--arch needs --heads, for instance --heads 128x10")
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
@@ -100,7 +97,7 @@ def embed(
             limit=limit,
             progress=progress,
         )
-    recipe = Recipe.of(state.recipe if state else {}, given(seed=seed, head_init=head_init))
+    recipe = Recipe.of(state.recipe if state else {}, {"seed": seed})
     if state and checkpoint:
         network = network_of(state, checkpoint)
     else:
@@ -126,7 +123,6 @@ def embed(
             "data": data,
             "arch": arch,
             "heads": heads,
-            "head_init": recipe.head_init,
             "seed": recipe.seed,
             "view": chosen,
             **options,

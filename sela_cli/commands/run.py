@@ -150,7 +150,6 @@ def run(
     The same command goes on with a run that was stopped.
     """
     from sela_cli import extras, formats, job
-    from sela_cli.errors import UsageError
     from sela_cli.events import Events
     from sela_cli.images.batches import open_images
     from sela_cli.loop import Watcher, plan, run, settings_of, text_of
@@ -189,20 +188,8 @@ def run(
         seed=seed,
     )
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
-    if start:
-        if arch or heads or image_size:
-            raise UsageError(
-                "--arch, --heads and --image-size are the checkpoint's", "leave them out"
-            )
-        assert start.header is not None
-        options |= {
-            "arch": start.arch,
-            "heads": ",".join(map(str, start.heads)),
-            "image_size": start.image_size,
-            "start": start.header.digest,
-        }
     name = preset.value if preset else ("digits" if data == "digits" else None)
-    settings = settings_of(name, image_size, options)
+    settings = settings_of(name, image_size, options, start)
     with terminal.progress("decode", "images") as progress:
         images, size = open_images(
             data,

@@ -18,7 +18,7 @@ from sela_cli.report import figures
 from sela_cli.report.contents import Contents, gallery, read, read_files
 
 # The probes that every run with classes writes.
-_NETWORKS = {"probe-000.h5": "fresh", "probe.h5": "trained"}
+_NETWORKS = {"probe-000.h5": "before training", "probe.h5": "trained"}
 _ABBREVIATIONS = ("nmi", "ami", "ari")
 
 
