@@ -36,7 +36,7 @@ TINY = (
 )
 # Each is given in a folder of its own, beside the files of the commands before it.
 COMMANDS = {
-    "run": f"run --out run --heads 10x2 --opts 3 {TINY} 2",
+    "run": f"run --out run --heads 10x2 --opts 3 --precision float32 {TINY} 2",
     "embed": "embed --data digits --limit 96 --arch alexnet-small --image-size 16 "
     "--batch-size 4 --heads 10x2 --device cpu -q -o embed.h5",
     "label": "label ../embed.h5 -q -o label.h5",

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "slurm_requeue.sh"
 WORDS = (
     "--data digits --limit 48 --arch alexnet-small --image-size 16 --heads 4 --epochs 2 "
-    "--opts 2 --batch-size 16 --device cpu --quiet"
+    "--opts 2 --batch-size 16 --precision float32 --device cpu --quiet"
 )
 OPTIONS = WORDS.split()
 
