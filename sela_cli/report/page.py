@@ -18,7 +18,7 @@ from sela_cli.report import figures
 from sela_cli.report.contents import Contents, gallery, read, read_files
 
 # The probes that every run with classes writes.
-_NETWORKS = {"probe-000.h5": "before training", "probe.h5": "trained"}
+_WHEN = {"probe-000.h5": "before training", "probe.h5": "after training"}
 _ABBREVIATIONS = ("nmi", "ami", "ari")
 
 
@@ -99,10 +99,10 @@ def _cards(contents: Contents) -> list[tuple[str, str]]:
     if "nmi" in last:
         cards.append(("NMI, mean of the heads", f"{last['nmi']:.3f}"))
     cards += [
-        (f"kNN accuracy, {_NETWORKS[name]} network", f"{row['top1']:.1%}")
+        (f"kNN accuracy, {_WHEN[name]}", f"{row['top1']:.1%}")
         for name, rows in contents.probes
         for row in rows
-        if name in _NETWORKS and row["method"] == "knn"
+        if name in _WHEN and row["method"] == "knn"
     ]
     return cards
 
