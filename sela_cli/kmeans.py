@@ -75,8 +75,8 @@ def heads_of(
     """Weight (K, D) and bias (K,) of linear heads whose logits tell clusters of the features.
 
     Spherical k-means of the features less their mean m: with c_k the direction of a centre
-    and l the mean length of a row, logit k is c_k . (x - m) / l. So logits are of order one,
-    as those of random heads; head number t is another run, from seed + t.
+    and l the mean length of a row, logit k is c_k . (x - m) / l: of order one, as ten times
+    larger ones lose the clusters again in training. Head number t is a run from seed + t.
     """
     pca = _components(features_ND, seed)
     points_NP = pca.transform(features_ND)

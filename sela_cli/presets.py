@@ -52,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_size": 16,
         "heads": "10,20,40,80",
         "relabel_heads": "all",
-        # Random heads know so little of digits that learning their labels loses more.
+        # Learning the labels of random heads would lose what a fresh network knows of digits.
         "head_init": "kmeans",
         "epochs": 16.0,
         "opts": 9,
