@@ -58,8 +58,7 @@ VARIANTS = {
 # What follows another in a chain is made from its labels.
 CHAINS = (
     ("sela", "retrained"), ("argmax",), ("one-head",), ("opts0",), ("often",), ("centre",),
-    ("kmeans",),
-    ("supervised",), ("fresh",),
+    ("kmeans",), ("supervised",), ("fresh",),
 )  # fmt: skip
 NAMES = {
     "fresh": "as it begins",

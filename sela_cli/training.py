@@ -319,9 +319,6 @@ def train_stage(
     job.meet()
     provenance = Provenance(command, asdict(recipe) | {"to": to}, dataset_id=images.dataset_id)
     provenance = provenance.reading("labels", labels.header)
-    if start:
-        assert start.header is not None
-        provenance = provenance.reading("checkpoint", start.header)
     identity = {
         "start": start.header.digest if start and start.header else "",
         "labels": labels.header.digest,
@@ -337,6 +334,7 @@ def train_stage(
     trainer = Trainer(network, recipe, device)
     if start:
         assert start.header is not None
+        provenance = provenance.reading("checkpoint", start.header)
         trainer.restore(start, start.header.path)
     if left:
         trainer.restore(left, str(unfinished.path))
