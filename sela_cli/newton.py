@@ -208,12 +208,18 @@ def _costs(problem: Problem, a_K: Tensor) -> _Costs:
     exact = entries * (1 + min(dense, sparse)) / (entries + _HOLDING * factoring)
     if problem.rows.device.type != "cpu" or taking[0] > _WORTH:
         return _Costs(spreads[0], exact, sparse < dense)
-    finest = max([0, *(n for n, cost in enumerate(taking) if cost <= _EASY)])
-    size = problem.count / parallel.size() * spreads[finest] * _ENTRY_BYTES
+    easy = max([1, *(n + 1 for n, cost in enumerate(taking) if cost <= _EASY)])
+    takes = [_fitting(problem, *plans) for plans in zip(spreads[:easy], _LEAST[:easy], strict=True)]
+    finest = next((take for take in reversed(takes) if take), None)
+    return _Costs(spreads[0], exact, sparse < dense, finest)
+
+
+def _fitting(problem: Problem, spread: float, least: float) -> Take | None:
+    """Plans of as many rows as memory has room for, unless these are too few."""
+    size = problem.count / parallel.size() * spread * _ENTRY_BYTES
     every = max(1, math.ceil(size / max(problem.memory, 1)))
-    enough = every == 1 or problem.count >= every * _LARGE[0] * clusters
-    take = Take(every, _LEAST[finest]) if enough else None
-    return _Costs(spreads[0], exact, sparse < dense, take)
+    enough = every == 1 or problem.count >= every * _LARGE[0] * problem.rows.shape[1]
+    return Take(every, least) if enough else None
 
 
 def _factoring(clusters: int) -> float:

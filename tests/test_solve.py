@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -362,6 +363,26 @@ def test_a_far_start_is_left_with_what_it_cost(monkeypatch: pytest.MonkeyPatch) 
     start_K = torch.arange(100.0, dtype=torch.float64) * 100
     solution = newton.solve(Watched(rows, uniform(100), 0.5, 1e-4, 100), start_K)
     assert solution.converged and taken[0] and not any(taken[1:])
+
+
+def test_plans_are_as_fine_as_memory_has_room_for() -> None:
+    """Coarse ones are better than none: they too save reads."""
+    taken: list[float] = []
+
+    class Watched(Problem):
+        def read(self, a_K: torch.Tensor, take: Take | None = None) -> Point:
+            taken.append(take.least if take else math.inf)
+            return super().read(a_K, take)
+
+    rows, finest, reads = InMemory.of(ArrayRows(logits(3000, 200, scale=10.0))), [], []
+    for memory in (1 << 24, 400_000, 0):
+        taken.clear()
+        solution = newton.solve(Watched(rows, uniform(200), 4.0, 1e-6, 100, memory=memory))
+        assert solution.converged
+        finest.append(min(taken))
+        reads.append(len(solution.trace))
+    assert finest[0] < finest[1] < finest[2] == math.inf
+    assert max(reads[:2]) < reads[2]
 
 
 @pytest.mark.parametrize("solve", SOLVERS)
