@@ -21,8 +21,8 @@ from functools import partial
 import torch
 
 from sela_cli import assignment, newton, semidual
-from sela_cli.labels import marginal
 from sela_cli.semidual import Problem, soft_sizes
+from sela_cli.shares import marginal
 from sela_cli.tiles import Resident
 
 HEADING = """# The label solve on a GPU

@@ -29,10 +29,11 @@ import numpy as np
 import torch
 
 from sela_cli import lbfgs, newton, sinkhorn
-from sela_cli.labels import ScoreRows, marginal
 from sela_cli.machine import processor
+from sela_cli.score_rows import ScoreRows
 from sela_cli.scores import Matrix
 from sela_cli.semidual import Problem
+from sela_cli.shares import marginal
 from sela_cli.tiles import InMemory, map_spans
 
 LAMB = 25.0

@@ -34,7 +34,8 @@ import numpy as np
 import torch
 
 from sela_cli import formats
-from sela_cli.formats import HeadLabels, Labels, Provenance
+from sela_cli.envelope import Provenance
+from sela_cli.formats import HeadLabels, Labels
 from sela_cli.images.batches import open_images
 from sela_cli.machine import processor
 

@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from sela_cli.devices import Graphed
-from sela_cli.formats import Provenance
+from sela_cli.envelope import Provenance
 from sela_cli.images.augment import MEAN, STD
 from sela_cli.images.batches import Images, open_images
 from sela_cli.images.pack import pack_stage

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from sela_cli import formats, metrics, probes
-from sela_cli.formats import Labels, Provenance
+from sela_cli.envelope import Provenance
+from sela_cli.formats import Labels
 from sela_cli.fresh import make_ready
 from sela_cli.images.batches import Images, open_images
 from sela_cli.kmeans import kmeans_labels

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sela_cli import interrupt
 from sela_cli.errors import StoppedEarly
-from sela_cli.labels import ScoreRows
+from sela_cli.score_rows import ScoreRows
 from sela_cli.scores import open_scores
 from sela_cli.tiles import evenly, map_spans
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sela_cli import extras, formats
+from sela_cli import extras, outputs
 from sela_cli.errors import UsageError
 from sela_cli.formats import Checkpoint
 from sela_cli.images.augment import MEAN, STD
@@ -32,7 +32,7 @@ def export_stage(
     `.onnx` maps `image` (n, 3, R, R), normalised, to `features` (n, D), for any n.
     Raises UsageError for another ending, MissingExtra where the extra `onnx` is missing.
     """
-    formats.check_output(output, force)
+    outputs.check_output(output, force)
     network.eval()
     facts = _facts(network, checkpoint)
     suffix = Path(output).suffix
@@ -40,13 +40,13 @@ def export_stage(
         from safetensors.torch import save_file
 
         state = {name: tensor.contiguous() for name, tensor in network.trunk.state_dict().items()}
-        with formats.replacing(output, force) as partial:
+        with outputs.replacing(output, force) as partial:
             save_file(state, partial, facts)
     elif suffix == ".onnx":
         model = _onnx_of(network)
         for name, value in facts.items():
             model.metadata_props.add(key=name, value=value)
-        with formats.replacing(output, force) as partial:
+        with outputs.replacing(output, force) as partial:
             partial.write_bytes(model.SerializeToString())
     else:
         raise UsageError(f"{output}: the ending says the format, one of {', '.join(SUFFIXES)}")

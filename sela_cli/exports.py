@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sela_cli import formats
+from sela_cli import outputs
 from sela_cli.errors import BadData, CannotCreate, UsageError
 from sela_cli.formats import Labels
 from sela_cli.labels import write_csv
@@ -37,7 +37,7 @@ def write_labels_as(labels: Labels, output: str, force: bool = False) -> None:
         _write_parquet(output, labels, force)
     else:
         columns = np.stack([head.labels_N for head in labels.heads], axis=1).astype(np.int32)
-        with formats.replacing(output, force) as partial, partial.open("wb") as stream:
+        with outputs.replacing(output, force) as partial, partial.open("wb") as stream:
             np.save(stream, columns[:, 0] if len(labels.heads) == 1 else columns)
 
 
@@ -54,7 +54,7 @@ def _write_parquet(output: str, labels: Labels, force: bool) -> None:
         ) from error
     columns = [pyarrow.array(head.labels_N, pyarrow.int32()) for head in labels.heads]
     table = pyarrow.table([keys, *columns], names=["key", *labels.columns])
-    with formats.replacing(output, force) as partial:
+    with outputs.replacing(output, force) as partial:
         parquet.write_table(table, partial)
 
 
@@ -98,7 +98,7 @@ def write_logits_as_npy(
     Features and heads are multiplied out. Raises UsageError where there is no such head,
     BadData where logits were stored and features are asked for, and as `check_output` does.
     """
-    formats.check_output(output, force, path)
+    outputs.check_output(output, force, path)
     with open_scores(path) as scores:
         if not 0 <= head < len(scores.heads):
             raise UsageError(f"{path} has heads 0..{len(scores.heads) - 1}, no head {head}")
@@ -107,7 +107,7 @@ def write_logits_as_npy(
             if scores.features is None:
                 raise BadData(f"{path} holds logits, no features", "sela embed --store features")
             matrix = scores.features.matrix
-        with formats.replacing(output, force) as partial:
+        with outputs.replacing(output, force) as partial:
             dtype = matrix.read(slice(0, 1)).dtype
             written = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=matrix.shape)
             for start in range(0, matrix.shape[0], _TILE_ROWS):

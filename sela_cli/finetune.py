@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sela_cli import extras, formats, interrupt, passes, voc
+from sela_cli import envelope, extras, formats, interrupt, outputs, passes, voc
+from sela_cli.envelope import Provenance
 from sela_cli.errors import SelaError, StoppedEarly, UsageError
-from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.formats import Checkpoint
 from sela_cli.images.augment import AUGMENTATIONS, MEAN, STD, random_view
 from sela_cli.images.batches import Images, stored_side
 from sela_cli.images.sources import Source
@@ -86,12 +87,12 @@ def finetune_stage(
     A signal saves the state beside `output` and raises StoppedEarly; the same call then
     goes on from there.
     """
-    formats.check_output(output, force)
+    outputs.check_output(output, force)
     recipe.check()
     identity = {
         "parameters": provenance.parameters,
         "inputs": [entry["digest"] for entry in provenance.inputs],
-        "images": [formats.dataset_id(source.keys) for source, _ in (train, test)],
+        "images": [envelope.dataset_id(source.keys) for source, _ in (train, test)],
         "recipe": asdict(recipe),
         "device": device.split(":")[0],
     }

@@ -7,65 +7,51 @@ from __future__ import annotations
 
 import csv
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
-from sela_cli import assignment, formats, interrupt, job, lbfgs, metrics, newton, parallel, sinkhorn
-from sela_cli.assignment import Bounds
-from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
-from sela_cli.formats import HeadLabels, Labels, Provenance
-from sela_cli.marginals import Given, Marginal
-from sela_cli.scores import Matrix, Scores, Which, open_scores
-from sela_cli.semidual import Problem, Solution, Step
-from sela_cli.spread import spread
-from sela_cli.tiles import (
-    CPU,
-    SQUARE_WORKERS,
-    InMemory,
-    Part,
-    Resident,
-    Rows,
-    evenly,
-    less,
-    tile_rows,
-    widened,
+from sela_cli import (
+    assignment,
+    formats,
+    interrupt,
+    job,
+    lbfgs,
+    metrics,
+    newton,
+    outputs,
+    parallel,
+    sinkhorn,
 )
+from sela_cli.assignment import Bounds
+from sela_cli.budget import Budget, keep_features
+from sela_cli.envelope import Provenance
+from sela_cli.errors import BadData, StoppedEarly, UsageError
+from sela_cli.formats import HeadLabels, Labels
+from sela_cli.marginals import Given, Marginal
+from sela_cli.score_rows import INPUT_KINDS, ScoreRows
+from sela_cli.scores import Matrix, Scores, open_scores
+from sela_cli.semidual import Problem, Solution, Step
+from sela_cli.shares import marginal, marginal_file
+from sela_cli.spread import spread
+from sela_cli.tiles import InMemory, Part, Rows, evenly, tile_rows
 
 ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
-INPUT_KINDS = ("logits", "probabilities")
 METHODS = ("sela", "kmeans")
 SOLVERS = ("auto", "newton", "lbfgs", "sinkhorn")
 _NOT_OF_KMEANS = ("assign", "marginal", "min_size", "max_size", "input_kind", "solver")
 
-# Python and torch without a matrix, in bytes.
-_BASE = 700 << 20
-# Of a GPU: torch's own, and the tiles being worked on; and for each pair of clusters, the
-# losses, Hessians and samples.
-_DEVICE_BASE = 4 << 30
-_DEVICE_MATRICES = 256
-# One part in so many of what is left is for the plans that Newton's steps go by.
-_PLANS = 4
-# Bytes of Newton's small sample for each pair of clusters.
-_SAMPLE = 16
-# Beyond this a matrix of K x K, whose factor grows with K^3, is never worth it.
-_SQUARE_CLUSTERS = 4096
 # A moved row may lose this share of the mean cost more than it must.
 _SLACK = 1e-4
 # Rows that this mean is taken over.
 _SOME = 4096
 # Rows that tell probabilities from logits, and how far from 1 the sum of one may be.
 _LOOKED_AT, _OFF_ONE = 100, 1e-2
-# Stands for a probability of exactly zero, so that any row can still go anywhere.
-_LEAST_PROBABILITY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -122,111 +108,6 @@ class LabelSettings:
             )
         if self.input_kind not in INPUT_KINDS:
             raise UsageError(f"--input-kind {self.input_kind} is none of {', '.join(INPUT_KINDS)}")
-
-
-class ScoreRows:
-    """A matrix as rows for the solver, every value checked the first time it is read."""
-
-    def __init__(
-        self, matrix: Matrix, path: str, input_kind: str = "logits", device: torch.device = CPU
-    ) -> None:
-        self.matrix, self.path, self.input_kind, self.device = matrix, path, input_kind, device
-        # NaN where a row has not been read yet.
-        self._maximum_N1 = torch.full((matrix.shape[0], 1), torch.nan, dtype=torch.float64)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return self.matrix.shape
-
-    def tile(self, start: int, stop: int, dtype: torch.dtype | None = torch.float64) -> Tensor:
-        """Rows start..stop-1, (n, K); logits as they are stored where `dtype` is None."""
-        rows = slice(start, stop)
-        return self._scores(self.matrix.tensor(rows, self.device), rows, dtype)
-
-    def take(self, rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
-        """The named rows, (n, K)."""
-        return self._scores(self.matrix.tensor(rows_n, self.device), rows_n, dtype)
-
-    def _scores(self, stored_nK: Tensor, rows: Which, dtype: torch.dtype | None) -> Tensor:
-        logits = self.input_kind == "logits"
-        tile_nK = widened(stored_nK, dtype or torch.float32) if logits else stored_nK.double()
-        maximum_n1 = self._maximum_N1[rows]
-        unread = bool(maximum_n1.isnan().any())
-        if unread:
-            self._check(tile_nK, rows)
-        if not logits:
-            tile_nK = tile_nK.clamp(min=_LEAST_PROBABILITY).log_()
-        if unread:
-            maximum_n1 = tile_nK.amax(1, keepdim=True).to(maximum_n1)
-            self._maximum_N1[rows] = maximum_n1
-        if dtype is None:
-            return stored_nK if tile_nK.dtype == torch.float32 else tile_nK
-        return less(tile_nK, maximum_n1.to(tile_nK), stored_nK, dtype)
-
-    def _check(self, tile_nK: Tensor, rows: Which) -> None:
-        if self.input_kind == "probabilities":
-            bad_n = (tile_nK < 0).any(1) | ~(tile_nK.sum(1) > 0) | tile_nK.isinf().any(1)
-            problem = "not probabilities (negative, all zero, NaN or infinite)"
-            mend = "leave out --input-kind if these are logits"
-        else:
-            # A sum is finite only if all its terms are, and quicker than looking at each.
-            bad_n = ~tile_nK.sum(1).isfinite()
-            if bad_n.any():
-                bad_n = ~tile_nK.isfinite().all(1)
-            problem = "NaN or infinite"
-            mend = "mend or drop the row; zeros among probabilities need --input-kind probabilities"
-        if bad_n.any():
-            first = int(bad_n.nonzero()[0, 0])
-            row = rows.start + first if isinstance(rows, slice) else int(rows[first])
-            raise BadData(f"{self.path}: '{self.matrix.name}', row {row}: {problem}", mend)
-
-
-def marginal(spec: str, clusters: int) -> Tensor:
-    """Wanted share of each cluster, float64, positive, sums to 1.
-
-    `uniform`; `zipf:S`, r_k ~ (k + 1)^-S; `gaussian:S`, shares normally distributed about
-    1/K with standard deviation S/K (quantiles, cut at a hundredth of 1/K); or the path of
-    K weights (.npy, or text).
-    """
-    name, _, parameter = spec.partition(":")
-    k = np.arange(clusters)
-    if _is_path(spec):
-        weights_K = _weights_of_file(spec)
-        if weights_K.shape != (clusters,):
-            raise BadData(f"{spec}: {weights_K.size} weights for {clusters} clusters")
-    elif spec == "uniform":
-        weights_K = np.ones(clusters)
-    else:
-        try:
-            by = float(parameter)
-        except ValueError:
-            raise UsageError(f"--marginal {spec}: '{parameter}' is not a number") from None
-        if name == "zipf":
-            weights_K = (k + 1.0) ** -by
-        else:
-            weights_K = np.maximum(1 + by * ndtri((k + 0.5) / clusters), 0.01)
-    if not (np.isfinite(weights_K).all() and (weights_K > 0).all()):
-        raise BadData(f"--marginal {spec}: weights must be positive and finite")
-    return torch.from_numpy(weights_K / weights_K.sum())
-
-
-def _is_path(spec: str) -> bool:
-    return spec != "uniform" and spec.partition(":")[0] not in ("zipf", "gaussian")
-
-
-def _weights_of_file(path: str) -> np.ndarray:
-    if not Path(path).is_file():
-        raise NoInput(f"--marginal {path}: neither uniform, zipf:S, gaussian:S nor a file")
-    try:
-        if path.endswith(".npy"):
-            return np.load(path, allow_pickle=False).astype(np.float64).ravel()
-        with warnings.catch_warnings():
-            # That a file is empty is for the caller to say.
-            warnings.simplefilter("ignore")
-            return np.loadtxt(path, dtype=np.float64, ndmin=1).ravel()
-    except (ValueError, OSError, EOFError) as error:
-        raise BadData(f"{path}: not a list of numbers ({error})") from error
 
 
 def label_stage(
@@ -296,12 +177,12 @@ def check_outputs(
 
     Labels may take the place of `init`. Raises UsageError and CannotCreate.
     """
-    if csv_path and formats.same_file(csv_path, output):
+    if csv_path and outputs.same_file(csv_path, output):
         raise UsageError(f"--output and --csv are both {output}", "name two files")
-    weights = settings.marginal if _is_path(settings.marginal) else None
-    formats.check_output(output, force, spec, weights)
+    weights = marginal_file(settings.marginal)
+    outputs.check_output(output, force, spec, weights)
     if csv_path:
-        formats.check_output(csv_path, force, spec, weights, init)
+        outputs.check_output(csv_path, force, spec, weights, init)
 
 
 def _seem_shares(matrix: Matrix) -> bool:
@@ -424,7 +305,10 @@ def label(
     check(scores, path, settings, init)
     generator = torch.Generator().manual_seed(settings.seed)
     where = torch.device(device)
-    taken = _keep_features(scores, settings, where)
+    taken = 0
+    if settings.assign != "random":
+        widest = max(matrix.shape[1] for matrix in scores.heads)
+        taken = keep_features(scores, _budget(widest, settings), where)
     heads = []
     for number, matrix in enumerate(scores.heads):
         rows = ScoreRows(matrix, path, settings.input_kind, where)
@@ -473,7 +357,8 @@ def check(scores: Scores, path: str, settings: LabelSettings, init: Labels | Non
                 "--fixed: these labels were not solved for", "solve with sela label first"
             )
         if settings.assign in ("balanced", "argmax"):
-            _check_memory(clusters, settings)
+            if settings.assign == "balanced":
+                _budget(clusters, settings).check_balancing()
             _bounds(count, clusters, settings)
             marginal(settings.marginal, clusters)
 
@@ -486,90 +371,8 @@ def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadL
     )
 
 
-def _check_memory(clusters: int, settings: LabelSettings) -> None:
-    most = settings.max_memory
-    if settings.assign == "balanced" and _balancing(clusters) > most:
-        raise UsageError(
-            f"--max-memory {most / 2**20:.0f}M is too little to balance {clusters} clusters",
-            f"allow {math.ceil(_balancing(clusters) / 2**20)}M, or use --assign argmax",
-        )
-
-
-def _square(clusters: int, settings: LabelSettings) -> bool:
-    """Whether Newton's matrices of K x K fit into the memory that is allowed."""
-    return clusters <= _SQUARE_CLUSTERS and _curvature(clusters) <= settings.max_memory
-
-
-def _solving(clusters: int, settings: LabelSettings) -> int:
-    """Bytes of what a solve keeps beside scores and plans."""
-    if settings.solver not in ("auto", "newton"):
-        return 0
-    return _curvature(clusters) if _square(clusters, settings) else clusters**2 * _SAMPLE
-
-
-def _balancing(clusters: int) -> int:
-    """Bytes of the losses between clusters, and of what is made of them."""
-    return clusters**2 * 8 * 3
-
-
-def _curvature(clusters: int) -> int:
-    """Bytes of Newton's Hessian and its factors, and of every worker's sparse product: the
-    entries, what they give, and that of the span before."""
-    return clusters**2 * (20 * SQUARE_WORKERS + 48)
-
-
-def _kept(rows: Rows, settings: LabelSettings, taken: int) -> Rows:
-    """The rows read once and kept, where they fit beside all else; or as they are.
-
-    In float32, or on a GPU as they are stored. `taken`: bytes that are in use already.
-    """
-    if rows.device.type != "cpu":
-        size = rows.tile(0, 0, None).element_size()
-        fit = _bytes(rows.shape, size) <= _spare(rows.shape[1], settings, rows.device)
-        return Resident.of(rows) if fit else rows
-    if _bytes(rows.shape) + taken <= _spare(rows.shape[1], settings, rows.device):
-        return InMemory.of(rows)
-    return rows
-
-
-def _bytes(shape: tuple[int, int], size: int = 4) -> int:
-    # A quarter more: samples, and what the allocator keeps.
-    return shape[0] * shape[1] * size * 5 // 4
-
-
-def _spare(clusters: int, settings: LabelSettings, device: torch.device) -> int:
-    """Bytes that are left for the scores, in memory or in that of the GPU."""
-    if device.type == "cpu":
-        unused = _unused(clusters, settings)
-        return unused - unused // _PLANS
-    # What a training before this has left to torch is free too, but for some fragments.
-    left = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + left
-    return free - _DEVICE_BASE - _DEVICE_MATRICES * clusters**2
-
-
-def _unused(clusters: int, settings: LabelSettings) -> int:
-    """Bytes of memory that are left for scores and plans."""
-    matrices = max(_balancing(clusters), _solving(clusters, settings))
-    return max(settings.max_memory - _BASE - matrices, 0)
-
-
-def _keep_features(scores: Scores, settings: LabelSettings, device: torch.device) -> int:
-    """Read the features once for all heads where they fit. Returns the bytes they take.
-
-    Beside the scores of a head at a time, or else in their place: keeping the scores saves
-    more, as making them again costs a product in every pass.
-    """
-    if scores.features is None or settings.assign == "random":
-        return 0
-    widest = max((matrix.shape for matrix in scores.heads), key=lambda shape: shape[1])
-    spare = _spare(widest[1], settings, device)
-    taken, one_head = _bytes(scores.features.shape, scores.features.size), _bytes(widest)
-    both = len(scores.heads) > 1 and taken + one_head <= spare
-    if both or (one_head > spare and taken <= spare):
-        scores.features.keep(device)
-        return taken
-    return 0
+def _budget(clusters: int, settings: LabelSettings) -> Budget:
+    return Budget(clusters, settings.max_memory, settings.solver in ("auto", "newton"))
 
 
 class _Sizes(NamedTuple):
@@ -615,9 +418,9 @@ def _solve_head(
         "lbfgs": (lbfgs.solve, lbfgs.solve),
         "sinkhorn": (sinkhorn.solve, sinkhorn.solve),
     }[settings.solver]
-    shared = parallel.size() > 1
+    budget, shared = _budget(rows.shape[1], settings), parallel.size() > 1
     mine = job.share(rows.shape[0])
-    part = _kept(Part(rows, mine.start, mine.stop) if shared else rows, settings, taken)
+    part = budget.kept(Part(rows, mine.start, mine.stop) if shared else rows, taken)
     # Every process makes the labels of all rows; solving is what takes time.
     whole = rows if shared else part
     sizes = _sizes(whole, settings)
@@ -631,9 +434,8 @@ def _solve_head(
             step.iteration, 0, f"{name}residual {step.residual:.1e} (tol {settings.tol:.0e})"
         ),
         stop=interrupt.requested,
-        # The same whether the rows are kept or not, so that the labels are.
-        memory=_unused(rows.shape[1], settings) // _PLANS,
-        square=_square(rows.shape[1], settings),
+        memory=budget.plans,
+        square=budget.square,
     )
     solution = solve(problem, init_K)
     # Far from the solution most rows would have to move, and a signal leaves little time.
@@ -648,7 +450,7 @@ def _solve_head(
 
         # What plans took is free again, and where rows are not kept so is all that they would.
         unkept = not isinstance(part, InMemory)
-        free = _unused(rows.shape[1], settings) - taken if unkept else problem.memory
+        free = budget.unused - taken if unkept else budget.plans
         with suppress(InterruptedError):
             result = _balanced(whole, problem, solution, sizes.allowed, refine, moving, free)
     assign = "argmax" if result is None else "balanced"
@@ -720,7 +522,7 @@ def _fixed_head(
 ) -> HeadLabels:
     """The labels that saved potentials give to rows that they were not solved for."""
     lamb = before.attributes["lamb"]
-    kept = _kept(rows, settings, taken)
+    kept = _budget(rows.shape[1], settings).kept(rows, taken)
     result = assignment.certified(kept, torch.from_numpy(before.potentials_K) / lamb, None)
     known = {"lamb": lamb, "objective": result.objective, "bytes-read": _bytes_read(rows)}
     return HeadLabels(
@@ -733,7 +535,7 @@ def _fixed_head(
 def write_csv(path: str, labels: Labels, force: bool = False) -> None:
     """One line an image: its key, then the label of each head. Written whole or not at all."""
     with (
-        formats.replacing(path, force) as partial,
+        outputs.replacing(path, force) as partial,
         partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
     ):
         writer = csv.writer(stream)

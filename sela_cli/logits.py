@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli import formats, interrupt, job, parallel, passes
+from sela_cli import envelope, formats, interrupt, job, outputs, parallel, passes
 from sela_cli.devices import Graphed, has_graphs
+from sela_cli.envelope import Provenance
 from sela_cli.errors import StoppedEarly
-from sela_cli.formats import Provenance
 from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
 from sela_cli.networks import Network
@@ -48,7 +48,7 @@ def embed_stage(
     process of a job writes. A signal leaves the rows that are done beside `output` and
     raises StoppedEarly; the same call then goes on from there.
     """
-    formats.check_output(output, force)
+    outputs.check_output(output, force)
     job.meet()
     heads: list[tuple[np.ndarray, np.ndarray]] = []
     if store == "logits":
@@ -58,7 +58,7 @@ def embed_stage(
         heads = network.head_arrays()
     same: list[Any] = [provenance.parameters, [entry["digest"] for entry in provenance.inputs]]
     same += [provenance.dataset_id, columns, dtype, batch_size, device.split(":")[0]]
-    part = formats.Part(f"{precision} {_identity(network, same)}")
+    part = envelope.Part(f"{precision} {_identity(network, same)}")
     file = formats.create_logits(
         output,
         images.keys,
@@ -78,25 +78,25 @@ def embed_stage(
         begun = torch.tensor([part.done // batch_size], dtype=torch.float32)
         skip = int(job.from_process(0, begun, (1,)))
         done = skip * batch_size
-        for outputs in forward(
+        for blocks in forward(
             module, network, images, batch_size, device, precision, augment, skip
         ):
             if dtype == "float16":
                 if store == "logits":
                     # Half precision is fine near zero: large ones would lose their differences.
-                    outputs = [tensor - tensor.amax(1, keepdim=True) for tensor in outputs]
+                    blocks = [tensor - tensor.amax(1, keepdim=True) for tensor in blocks]
                 # HDF5 itself takes ten times as long.
-                outputs = [tensor.half() for tensor in outputs]
-            job.once(partial(_write, datasets, done, outputs))
-            part.done = done = done + len(outputs[0])
+                blocks = [tensor.half() for tensor in blocks]
+            job.once(partial(_write, datasets, done, blocks))
+            part.done = done = done + len(blocks[0])
             progress(done, len(images), "")
             if parallel.any_of(interrupt.requested()) and done < len(images):
                 raise StoppedEarly(f"{output}: stopped after {done} images", "run it again")
         job.once(stack.close)
 
 
-def _write(datasets: dict[str, Any], start: int, outputs: list[Tensor]) -> None:
-    for item, tensor in zip(datasets.values(), outputs, strict=True):
+def _write(datasets: dict[str, Any], start: int, blocks: list[Tensor]) -> None:
+    for item, tensor in zip(datasets.values(), blocks, strict=True):
         item[start : start + len(tensor)] = tensor.numpy()
 
 
@@ -105,7 +105,11 @@ def began_in(output: str) -> str | None:
     path = f"{Path(output).resolve()}.unfinished"
     if output == "-" or not Path(path).exists():
         return None
-    with formats.removable(Path(path)), formats.open_hdf5(path) as file, formats.damage_named(path):
+    with (
+        outputs.removable(Path(path)),
+        envelope.open_hdf5(path) as file,
+        envelope.damage_named(path),
+    ):
         # Another command's state has no identity of this form.
         identity = file.attrs.get("identity")
         return None if identity is None else str(identity).split()[0]

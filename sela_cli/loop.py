@@ -13,12 +13,11 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,149 +31,28 @@ from sela_cli import (
     interrupt,
     job,
     metrics,
+    outputs,
     parallel,
-    presets,
     probes,
-    schedule,
 )
-from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
-from sela_cli.formats import Checkpoint, Labels, Provenance
+from sela_cli.envelope import Provenance
+from sela_cli.errors import StoppedEarly, UsageError
+from sela_cli.formats import Checkpoint, Labels
 from sela_cli.fresh import fit_heads, make_ready
 from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
-from sela_cli.labels import LabelSettings, label_stage, warning
-from sela_cli.locks import locked
+from sela_cli.labels import label_stage, warning
 from sela_cli.logits import embed_stage
-from sela_cli.logits import plan as embed_plan
-from sela_cli.networks import Network, build, parse_heads
+from sela_cli.networks import Network, build
 from sela_cli.precision import faster
 from sela_cli.relabel import relabel_stage
-from sela_cli.training import Recipe, label_view, network_of, train_stage
+from sela_cli.run_folder import claim, held, is_own, own_files, precision_of, write_json
+from sela_cli.run_settings import RunSettings, check_heads
+from sela_cli.training import label_view, network_of, train_stage
 
 Progress = Callable[[int, int, str], None]
 HOLDOUT = 0.2
 _PREDICTIONS = "predictions.json"
-# Whole, unfinished, being written or locked: a run touches no file of another name.
-_OWN = re.compile(
-    r"\.?(run\.json|predictions\.json|rounds\.csv"
-    r"|(labels|logits|checkpoint|probe)(-\d{3,})?\.h5((\.\d+)?\.unfinished)?)(\.partial|\.lock)?"
-)
-# Fields of RunSettings that are settings in themselves, or are said in words in a plan.
-_PARTS = ("recipe", "labels", "heads", "arch", "image_size", "start")
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Every option of a run that changes its result."""
-
-    arch: str
-    image_size: int
-    heads: tuple[int, ...]
-    opts: int
-    relabel: str
-    recipe: Recipe
-    labels: LabelSettings
-    store: str = "logits"
-    dtype: str = "float32"
-    view: str = "centre"
-    relabel_heads: str = "all"
-    # Digest of the checkpoint to begin with.
-    start: str = ""
-
-    def head_of(self, number: int) -> int | None:
-        """The head that round `number` labels; None for all of them, as at first where they
-        are not random ones."""
-        first = number == 1 and (self.start or self.recipe.head_init != "random")
-        if first or self.relabel_heads == "all":
-            return None
-        return (number - 1) % len(self.heads)
-
-    @property
-    def positions(self) -> list[float]:
-        """Where the images are relabelled, in epochs."""
-        return schedule.relabel_positions(self.recipe.epochs, self.opts, self.relabel)
-
-    def at(self, image_size: int) -> RunSettings:
-        """The same for a network of this input size."""
-        return replace(self, image_size=image_size)
-
-
-def settings_of(
-    preset_name: str | None,
-    image_size: int | None,
-    options: dict[str, Any],
-    start: Checkpoint | None = None,
-) -> RunSettings:
-    """A preset (or the defaults) with options over it. An image size of 0 is to be seen.
-
-    `start`: the checkpoint that a run is to begin with. Raises UsageError where an option
-    has no meaning.
-    """
-    defaults: dict[str, Any] = {
-        "arch": "alexnet",
-        "image_size": 0,
-        "heads": "128x10",
-        "opts": 80,
-        "relabel": "quadratic",
-        "epochs": 160.0,
-    }
-    merged = defaults | presets.preset(preset_name)
-    if start:
-        assert start.header is not None
-        if image_size is not None or options.keys() & {"arch", "heads"}:
-            raise UsageError("--arch, --heads and --image-size are the checkpoint's")
-        merged |= {
-            "arch": start.arch,
-            "heads": ",".join(map(str, start.heads)),
-            "image_size": start.image_size,
-            "start": start.header.digest,
-            # Its heads stay as they are, whatever the preset says of fresh ones.
-            "head_init": "random",
-        }
-    merged |= options
-    if image_size is not None:
-        merged["image_size"] = image_size
-    recipe = Recipe.of(merged)
-    recipe.check()
-    labels = LabelSettings(**_fields_of(LabelSettings, merged))
-    labels.check()
-    own = _fields_of(RunSettings, merged)
-    own |= {"heads": tuple(parse_heads(merged["heads"])), "recipe": recipe, "labels": labels}
-    return RunSettings(**own)
-
-
-def _fields_of(
-    settings: type[RunSettings | LabelSettings], options: dict[str, Any]
-) -> dict[str, Any]:
-    """The options that are fields of these settings, which have defaults for the others."""
-    names = [field.name for field in fields(settings)]
-    return {name: options[name] for name in names if name in options}
-
-
-def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
-    """What a dry run shows, as values and as text."""
-    _check_heads(images, settings)
-    network = build(settings.arch, settings.image_size, list(settings.heads), settings.recipe.seed)
-    count = len(images)
-    shown = embed_plan(images, network, settings.store, settings.dtype) | {
-        "rounds": len(settings.positions),
-        "positions": settings.positions,
-        "steps": settings.recipe.steps(settings.recipe.epochs, count),
-        "settings": formats.through_json(asdict(settings)),
-    }
-    lines = [
-        f"{count} images, {settings.arch} at {settings.image_size} pixels, "
-        + (f"begun from {settings.start}" if settings.start else "fresh"),
-        f"heads {list(settings.heads)}",
-        f"{shown['steps']} steps, {shown['rounds']} relabellings at epochs "
-        + ", ".join(f"{position:.2f}" for position in settings.positions[:20])
-        + (", ..." if len(settings.positions) > 20 else ""),
-        f"{shown['megabytes']:.1f} MB of {settings.store} a round",
-    ]
-    flat = {name: value for name, value in asdict(settings).items() if name not in _PARTS}
-    flat |= asdict(settings.recipe) | asdict(settings.labels)
-    lines += [f"{name} = {value}" for name, value in flat.items()]
-    return shown, "\n".join(lines)
 
 
 def text_of(summary: dict[str, Any]) -> str:
@@ -225,33 +103,17 @@ def run(
     run or one with other settings and `force` is off; UsageError where a head has more
     clusters than there are images; StoppedEarly after a signal.
     """
-    _check_heads(images, settings)
+    check_heads(images, settings)
     assert settings.start == (start.header.digest if start and start.header else "")
-    if start and start.header and _is_own(folder, start.header.path):
+    if start and start.header and is_own(folder, start.header.path):
         raise UsageError(
             f"{start.header.path} is a file of the run in {folder}", "choose another --out"
         )
     with ExitStack() as stack:
-        job.once(partial(stack.enter_context, _locked(folder)))
-        settings = _measured(images, settings, device, None if force else _precision_of(folder))
-        job.once(partial(_claim, images, folder, settings, force, resume))
+        job.once(partial(stack.enter_context, held(folder)))
+        settings = _measured(images, settings, device, None if force else precision_of(folder))
+        job.once(partial(claim, images, folder, settings, force, resume))
         return _Run(images, folder, settings, watcher, device, start).to_the_end()
-
-
-def _check_heads(images: Images, settings: RunSettings) -> None:
-    if max(settings.heads) > len(images):
-        raise UsageError(
-            f"--heads: {max(settings.heads)} clusters for {len(images)} images",
-            "use at most as many clusters as images",
-        )
-
-
-def _precision_of(folder: Path) -> str | None:
-    """The arithmetic that the run in the folder has begun in."""
-    try:
-        return json.loads((folder / "run.json").read_text())["settings"]["recipe"]["precision"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
 
 
 def _measured(
@@ -267,73 +129,6 @@ def _measured(
         batch_size = min(recipe.batch_size, len(images))
         chosen = faster(network, batch_size, device, training=True)
     return replace(settings, recipe=replace(recipe, precision=chosen))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / ".lock"))
-        except BlockingIOError:
-            raise CannotCreate(
-                f"{folder}: another `sela run` is at work there",
-                "wait for it, or choose another --out",
-            ) from None
-        except OSError as error:
-            raise CannotCreate(f"{folder}: {error.strerror}", "choose another --out") from error
-        yield
-
-
-def _claim(images: Images, folder: Path, settings: RunSettings, force: bool, resume: bool) -> None:
-    """Make sure that what lies in the folder is a beginning of this very run."""
-    path = folder / "run.json"
-    identity = formats.through_json({"dataset-id": images.dataset_id, "settings": asdict(settings)})
-    # The report finds the images by `data`; a run may go on with them in another place.
-    told = identity | {"data": images.spec}
-    if not path.exists():
-        # Hidden ones may be a run's that was killed before it had its run.json.
-        if found := [*own_files(folder, "[!.]*"), *_events(folder)]:
-            name = found[0].relative_to(folder)
-            raise CannotCreate(f"{folder} holds {name} and no run", "choose another --out")
-    elif force:
-        # From here on no run goes on with what is left of the old one.
-        _write_json(path, {})
-        for leftover in [*own_files(folder, "*"), *_events(folder)]:
-            if leftover != path:
-                leftover.unlink()
-    else:
-        try:
-            same = identity.items() <= json.loads(path.read_text()).items()
-        except (ValueError, AttributeError) as error:
-            raise BadData(f"{path}: damaged ({error})", "start over with --force") from error
-        if not same:
-            raise CannotCreate(
-                f"{folder} holds a run with other settings or images",
-                "choose another --out, or --force",
-            )
-        if not resume or (folder / "rounds.csv").exists():
-            state = "a finished" if (folder / "rounds.csv").exists() else "an unfinished"
-            raise CannotCreate(f"{folder} holds {state} run", "choose another --out, or --force")
-    _write_json(path, told)
-
-
-def own_files(folder: Path, pattern: str) -> list[Path]:
-    """The files in a run's folder that are the run's, of those that match `pattern`."""
-    return [path for path in folder.glob(pattern) if _OWN.fullmatch(path.name)]
-
-
-def _is_own(folder: Path, path: str) -> bool:
-    return any(formats.same_file(path, str(own)) for own in own_files(folder, "*.h5"))
-
-
-def _events(folder: Path) -> list[Path]:
-    return list(folder.glob("tensorboard/events.*"))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with formats.replacing(str(path), force=True) as file:
-        file.write_text(json.dumps(values, indent=1))
 
 
 @dataclass
@@ -382,7 +177,7 @@ class _Run:
         return self._summary(rounds)
 
     def _copy_labels(self, number: int) -> None:
-        with formats.replacing(self.path("labels.h5"), force=True) as copy:
+        with outputs.replacing(self.path("labels.h5"), force=True) as copy:
             shutil.copyfile(self.path(f"labels-{number:03d}.h5"), copy)
 
     def _finish(self, rounds: list[dict[str, Any]]) -> None:
@@ -663,7 +458,7 @@ class _Run:
     def _keep(self, number: int, make: Callable[[], dict[str, Any]]) -> None:
         """Note of a round what `make` gives, in place of what was noted."""
         path = self.folder / _PREDICTIONS
-        job.once(lambda: _write_json(path, self._kept() | {str(number): make()}))
+        job.once(lambda: write_json(path, self._kept() | {str(number): make()}))
 
     def _problems(self, row: dict[str, Any], losses: np.ndarray) -> dict[str, str]:
         """What looks wrong in a round that begins after these losses."""
@@ -729,7 +524,7 @@ def _round_line(row: dict[str, Any], rounds: int) -> str:
 
 
 def _write_rounds(path: str, rounds: list[dict[str, Any]]) -> None:
-    with formats.replacing(path, force=True) as file, file.open("w", newline="") as stream:
+    with outputs.replacing(path, force=True) as file, file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rounds[-1]))
         writer.writeheader()
         writer.writerows(rounds)

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.special import entr
 
-from sela_cli import formats
+from sela_cli import envelope, formats
 from sela_cli.errors import BadData, NoInput
 from sela_cli.formats import HeadLabels, Labels
 from sela_cli.images.sources import no_classes, open_source
@@ -219,5 +219,5 @@ def _truth_of_array(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
 
 def _holds_images(path: str) -> bool:
     """Whether an HDF5 file is one of images, packed or anybody's."""
-    with formats.open_hdf5(path) as file:
-        return not formats.is_ours(file) or file.attrs.get("kind") == "images"
+    with envelope.open_hdf5(path) as file:
+        return not envelope.is_ours(file) or file.attrs.get("kind") == "images"

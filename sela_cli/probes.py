@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from sela_cli import formats, interrupt, job, parallel, passes
+from sela_cli import formats, interrupt, job, outputs, parallel, passes
 from sela_cli.batchwide import BatchNorm2d
 from sela_cli.devices import sent
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, StoppedEarly, UsageError
-from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.formats import Checkpoint
 from sela_cli.images.augment import AUGMENTATIONS
 from sela_cli.images.batches import Images
 from sela_cli.images.sources import no_classes
@@ -164,7 +165,7 @@ def probe_stage(
     A signal while linear probes are trained or measured saves their state beside `output`
     and raises StoppedEarly; the same call then goes on from there.
     """
-    formats.check_output(output, force)
+    outputs.check_output(output, force)
     job.meet()
     if method not in METHODS:
         raise UsageError(f"--method {method} is none of {', '.join(METHODS)}")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli import formats
+from sela_cli import envelope, formats
 from sela_cli.devices import sent
 from sela_cli.errors import BadData, NoInput, SelaError
 from sela_cli.stored import Stored
@@ -154,13 +154,13 @@ class Scores:
     heads: list[Matrix]
     keys: list[str]
     index_N: np.ndarray
-    header: formats.Header | None
+    header: envelope.Header | None
     features: Features | None = None
 
     @property
     def dataset_id(self) -> str:
         """Hash of the ordered row keys."""
-        return self.header.dataset_id if self.header else formats.dataset_id(self.keys)
+        return self.header.dataset_id if self.header else envelope.dataset_id(self.keys)
 
 
 @contextmanager
@@ -174,7 +174,7 @@ def open_scores(spec: str) -> Iterator[Scores]:
     with ExitStack() as stack:
         actual = path
         if path == "-":
-            actual = formats.spool(sys.stdin.buffer)
+            actual = envelope.spool(sys.stdin.buffer)
             stack.callback(os.unlink, actual)
         if not os.path.exists(actual):
             raise NoInput(f"{path}: no such file")
@@ -213,15 +213,15 @@ def _kind_of(path: str, shown: str) -> str:
 
 
 def _open_hdf5(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
-    file = stack.enter_context(formats.open_hdf5(actual, path))
-    with formats.damage_named(path):
+    file = stack.enter_context(envelope.open_hdf5(actual, path))
+    with envelope.damage_named(path):
         return _scores_of_hdf5(stack, path, file, name)
 
 
 def _scores_of_hdf5(stack: ExitStack, path: str, file: h5py.File, name: str) -> Scores:
-    if not formats.is_ours(file):
+    if not envelope.is_ours(file):
         return _anonymous(_of_dataset(stack, path, file, name or _only_matrix(path, file)))
-    header = formats.read_header_of(path, file)
+    header = envelope.read_header_of(path, file)
     if header.kind != "logits":
         raise BadData(f"{path} holds {header.kind}, but logits are needed here")
     keys, index_N = formats.read_images(path, file)
@@ -270,7 +270,7 @@ def _only(path: str, names: list[str]) -> str:
 
 
 def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matrix:
-    item = formats.dataset(path, file, name.lstrip("/"), (None, None), "fiu")
+    item = envelope.dataset(path, file, name.lstrip("/"), (None, None), "fiu")
     # Contiguous data is read past HDF5, at three times the speed and from many threads.
     offset = item.id.get_offset() if item.chunks is None and item.size else None
     if offset is not None and item.dtype.isnative:
@@ -282,14 +282,14 @@ def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matr
 
     def read(rows: Which) -> np.ndarray:
         if isinstance(rows, slice) or not _dense(rows):
-            with formats.damage_named(path):
+            with envelope.damage_named(path):
                 return np.asarray(item[rows])
         # HDF5 looks up rows one by one: all that lie between are soon read.
         between = int(rows[-1] - rows[0]) + 1
         if between * item.shape[1] > _BETWEEN_VALUES and len(rows) > 1:
             halves = np.array_split(rows, 2)
             return np.concatenate([read(half) for half in halves])
-        with formats.damage_named(path):
+        with envelope.damage_named(path):
             block_nK = np.asarray(item[rows[0] : rows[-1] + 1])
         matrix.tally.add((between - len(rows)) * block_nK[:1].nbytes)
         return block_nK[rows - rows[0]]
@@ -308,8 +308,8 @@ def _factored(stack: ExitStack, path: str, file: h5py.File) -> tuple[list[Matrix
     width = features.matrix.shape[1]
     heads: list[Matrix] = []
     for number in range(len(file.get("heads", ()))):
-        weight_KD = formats.dataset(path, file, f"heads/{number}/weight", (None, width))[()]
-        bias_K = formats.dataset(path, file, f"heads/{number}/bias", (len(weight_KD),))[()]
+        weight_KD = envelope.dataset(path, file, f"heads/{number}/weight", (None, width))[()]
+        bias_K = envelope.dataset(path, file, f"heads/{number}/bias", (len(weight_KD),))[()]
         heads.append(Product(features, weight_KD, bias_K, f"features x heads/{number}"))
     return heads, features
 
@@ -323,7 +323,7 @@ def _open_npy(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
         raise BadData(f"{path}: not a readable .npy array ({error})") from error
     if isinstance(array, np.ndarray) and array.ndim == 2:
         declared = max(array.nbytes, *array.shape)
-        formats.check_expansion(path, "array", declared, os.path.getsize(actual))
+        envelope.check_expansion(path, "array", declared, os.path.getsize(actual))
     scores = _of_array(path, array, "array")
     if isinstance(array, np.memmap) and array.flags.c_contiguous and array.size:
         stored = Stored(actual, array.dtype, array.shape, array.offset, path)
@@ -341,7 +341,7 @@ def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
                 f"{path}: there is no array '{name}'", f"it holds {', '.join(archive.files)}"
             )
         for entry in archive.zip.infolist():
-            formats.check_expansion(path, entry.filename, entry.file_size, entry.compress_size)
+            envelope.check_expansion(path, entry.filename, entry.file_size, entry.compress_size)
         array = archive[name]
     except SelaError:
         raise
@@ -369,7 +369,7 @@ def _open_safetensors(stack: ExitStack, path: str, actual: str, name: str) -> Sc
 def _of_array(path: str, array: np.ndarray, name: str) -> Scores:
     if not isinstance(array, np.ndarray):
         raise BadData(f"{path}: '{name}' is not an array")
-    if not formats.usable(array.dtype, "fiu"):
+    if not envelope.usable(array.dtype, "fiu"):
         raise BadData(
             f"{path}: '{name}' has dtype {array.dtype}, scores are numbers of at most 64 bits"
         )

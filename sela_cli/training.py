@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from sela_cli import batchwide, formats, job, parallel, schedule
+from sela_cli import batchwide, formats, job, outputs, parallel, schedule
 from sela_cli.devices import Graphed, fetched, has_graphs, sent
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, SelaError, UsageError
-from sela_cli.formats import Checkpoint, Labels, Provenance
+from sela_cli.formats import Checkpoint, Labels
 from sela_cli.fresh import HEAD_INITS, make_ready
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw
 from sela_cli.images.batches import Images, open_images
@@ -313,7 +314,7 @@ def train_stage(
     """
     recipe.check()
     assert recipe.precision != "auto"
-    formats.check_output(output, force)
+    outputs.check_output(output, force)
     check_labels(images, labels, network)
     assert labels.header is not None
     job.meet()

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sela_cli import formats, interrupt, job, parallel
+from sela_cli import envelope, formats, interrupt, job, outputs, parallel
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, StoppedEarly
-from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.formats import Checkpoint
 
 _SAVE_SECONDS = 300.0
 
@@ -37,7 +38,7 @@ class Unfinished:
             return None
         assert checkpoint.header is not None
         # Through JSON, as the file's was: tuples become lists.
-        same = checkpoint.header.parameters == formats.through_json(self._identity)
+        same = checkpoint.header.parameters == envelope.through_json(self._identity)
         return checkpoint if same else None
 
     def write(self, checkpoint: Checkpoint) -> None:
@@ -50,7 +51,7 @@ class Unfinished:
     def remove(self) -> None:
         """When the work is done."""
         if self.path is not None:
-            formats.discard(self.path)
+            outputs.discard(self.path)
 
     def after_step(self, step: int, last: int, state: Callable[[], Checkpoint]) -> None:
         """Save now and then, by the first process; and where a stop is asked for, raising
@@ -82,8 +83,8 @@ def _state_at(path: Path) -> Checkpoint | None:
     """What is left there, unless `sela embed` has left it: its is no checkpoint."""
     if not path.exists():
         return None
-    with formats.removable(path):
-        with formats.open_hdf5(str(path)) as file:
+    with outputs.removable(path):
+        with envelope.open_hdf5(str(path)) as file:
             if file.attrs.get("kind") != "checkpoint":
                 return None
         return formats.read_checkpoint(str(path))

@@ -15,9 +15,10 @@ import h5py
 import torch
 from torch import Tensor
 
-from sela_cli import formats
+from sela_cli import formats, outputs
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, NoInput
-from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.formats import Checkpoint
 from sela_cli.networks import Network
 
 # Where training scripts keep the state dict within what they save.
@@ -44,7 +45,7 @@ def import_stage(
     The heads stay as they are. Returns how many tensors were taken and the names of those
     that were left out. Raises BadData naming what the trunk lacks.
     """
-    formats.check_output(output, force, path)
+    outputs.check_output(output, force, path)
     ours, unused = fitted(read_weights(path), network, path)
     network.trunk.load_state_dict(ours)
     state = Checkpoint(

@@ -32,12 +32,13 @@ import record
 from PIL import Image
 from safetensors.numpy import save_file
 
-from sela_cli import formats
+from sela_cli import envelope, formats
+from sela_cli.envelope import Provenance
 from sela_cli.errors import SelaError
-from sela_cli.formats import Checkpoint, HeadLabels, Labels, Provenance
+from sela_cli.formats import Checkpoint, HeadLabels, Labels
 from sela_cli.images.sources import open_source
-from sela_cli.labels import marginal
 from sela_cli.scores import open_scores
+from sela_cli.shares import marginal
 
 # Beyond what the process has at the start; the valid files are some kilobytes.
 MEMORY_BYTES = 1 << 30
@@ -60,7 +61,7 @@ class Outcome(NamedTuple):
 
 _ROWS = 12
 _KEYS = [f"class{row % 2}/{row}.png" for row in range(_ROWS)]
-_PROVENANCE = Provenance("fuzz", {"seed": 0}, dataset_id=formats.dataset_id(_KEYS))
+_PROVENANCE = Provenance("fuzz", {"seed": 0}, dataset_id=envelope.dataset_id(_KEYS))
 
 
 def _matrix() -> np.ndarray:
@@ -196,7 +197,7 @@ def _read_image(path: Path) -> None:
 
 def _our(read: Callable[[str], object]) -> Callable[[Path], None]:
     def call(path: Path) -> None:
-        formats.describe(str(path))
+        envelope.describe(str(path))
         read(str(path))
 
     return call

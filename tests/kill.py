@@ -28,7 +28,7 @@ import record
 import sklearn.datasets  # noqa: F401 (once here, instead of in each child)
 import torch._dynamo  # noqa: F401 (the same: an optimizer imports it, which takes 2 s)
 
-from sela_cli import cli, formats, loop, networks, probes, training, unfinished  # noqa: F401 (the same)
+from sela_cli import cli, envelope, loop, networks, probes, training, unfinished  # noqa: F401 (the same)
 
 TINY = (
     "--data digits --limit 96 --arch alexnet-small --image-size 16 --batch-size 32 "
@@ -125,7 +125,7 @@ def _count(folder: str, number: signal.Signals, event: int, seen: mmap.mmap) -> 
 def digests(folder: Path) -> dict[str, str]:
     """Payload digests of all files of ours."""
     return {
-        path.relative_to(folder).as_posix(): formats.read_header(str(path)).digest
+        path.relative_to(folder).as_posix(): envelope.read_header(str(path)).digest
         for path in sorted(folder.rglob("*.h5"))
     }
 

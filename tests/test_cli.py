@@ -27,8 +27,9 @@ import typer
 from PIL import Image
 from safetensors.numpy import save_file
 
-from sela_cli import __version__, cli, errors, formats, interrupt, options
-from sela_cli.formats import Checkpoint, Provenance
+from sela_cli import __version__, cli, envelope, errors, formats, interrupt, options
+from sela_cli.envelope import Provenance
+from sela_cli.formats import Checkpoint
 
 COMMANDS = list(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 TINY = "--arch alexnet-small --image-size 16 --device cpu --batch-size 4"
@@ -156,7 +157,7 @@ def write_logits(path: str, *heads_NK: np.ndarray, keys: list[str] | None = None
         path,
         keys,
         np.arange(len(keys)),
-        Provenance("test", {}, dataset_id=formats.dataset_id(keys)),
+        Provenance("test", {}, dataset_id=envelope.dataset_id(keys)),
         columns={f"logits/{number}": head.shape[1] for number, head in enumerate(heads_NK)},
         dtype="float32",
     ) as datasets:
@@ -442,7 +443,7 @@ def test_bug_is_one_line_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(path: str) -> NoReturn:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(formats, "describe", broken)
+    monkeypatch.setattr(envelope, "describe", broken)
     done = sela("info", "logits.h5")
     assert (done.code, done.out, done.err.count("\n")) == (70, b"", 1)
     assert "ZeroDivisionError: oops" in done.err and "--debug" in done.err
@@ -455,7 +456,7 @@ def test_too_little_memory_is_no_bug(
     def hungry(path: str) -> NoReturn:
         raise error("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr(formats, "describe", hungry)
+    monkeypatch.setattr(envelope, "describe", hungry)
     done = sela("info", "logits.h5")
     assert (done.code, done.err.count("\n")) == (70, 1)
     assert "a bug" not in done.err and "out of memory" in done.err and "; use" in done.err
@@ -487,7 +488,7 @@ def test_skip_bad_leaves_the_unreadable_image_out(tmp_path: Path) -> None:
     shown = json.loads(done.out)
     assert (shown["images"], shown["left_out"]) == (PHOTOS, 1)
     assert done.err == "warning: spoilt: 1 of 5 images can't be read, left out\n"
-    with formats.open_file(output, "logits") as (file, _):
+    with envelope.open_file(output, "logits") as (file, _):
         keys, index_N = formats.read_images(output, file)
     # The broken one comes after 0.png..3.png in the order of names.
     assert keys == [f"{number}.png" for number in range(PHOTOS)]
@@ -554,9 +555,9 @@ def test_label_through_pipes_is_label_of_files(tmp_path: Path, path: str, name: 
     # `--`: without it the name would look like an option.
     done = good("label", "-o", "-", "--", "-" + name, stdin=Path(path).read_bytes())
     Path(piped).write_bytes(done.out)
-    assert formats.read_header(piped).digest == formats.read_header(output).digest
+    assert envelope.read_header(piped).digest == envelope.read_header(output).digest
     with h5py.File(piped) as file:
-        assert formats.payload_digest(file) == file.attrs["digest"]
+        assert envelope.payload_digest(file) == file.attrs["digest"]
     assert "Traceback" not in done.err
 
 
@@ -862,7 +863,7 @@ def test_training_goes_on_after_sigterm_as_if_nothing_was(
     good(*line, parts)
     assert len(steps) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.h5", "whole.h5"]
-    assert formats.read_header(parts).digest == formats.read_header(whole).digest
+    assert envelope.read_header(parts).digest == envelope.read_header(whole).digest
 
 
 def test_unfinished_state_of_other_settings_is_not_taken_up(

@@ -24,9 +24,11 @@ from torch.overrides import TorchFunctionMode
 from sela_cli import assignment, newton, semidual, tiles
 from sela_cli.devices import Graphed
 from sela_cli.formats import HeadLabels
-from sela_cli.labels import LabelSettings, ScoreRows, label, label_stage, marginal
+from sela_cli.labels import LabelSettings, label, label_stage
+from sela_cli.score_rows import ScoreRows
 from sela_cli.scores import Features, Matrix, Product, Scores
 from sela_cli.semidual import Problem, laplacian
+from sela_cli.shares import marginal
 from sela_cli.tiles import CPU, InMemory, Resident
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +141,7 @@ def test_a_pass_by_the_kernel_is_a_pass() -> None:
         """
 import numpy as np, torch
 from sela_cli import fused, semidual
-from sela_cli.labels import ScoreRows
+from sela_cli.score_rows import ScoreRows
 from sela_cli.scores import Matrix
 from sela_cli.tiles import Resident
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sela_cli import formats, interrupt
+from sela_cli import envelope, formats, interrupt
 from sela_cli.cli import app
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly
-from sela_cli.formats import Provenance
 from sela_cli.images.augment import centre_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.logits import embed_stage, plan
@@ -124,7 +124,7 @@ def test_plan_tells_the_size(
 def test_embedding_twice_gives_one_digest(images: Images, network: Network, tmp_path: Path) -> None:
     for name in ("a.h5", "b.h5"):
         embedded(images, network, tmp_path / name)
-    digests = {formats.read_header(str(tmp_path / name)).digest for name in ("a.h5", "b.h5")}
+    digests = {envelope.read_header(str(tmp_path / name)).digest for name in ("a.h5", "b.h5")}
     assert len(digests) == 1
 
 
@@ -142,11 +142,11 @@ def test_seed_is_the_checkpoints_unless_given(network: Network, tmp_path: Path) 
     formats.write_checkpoint(str(tmp_path / "c.h5"), state, Provenance("test", {}))
     line = f"embed --data digits --limit 13 --checkpoint {tmp_path / 'c.h5'} --device cpu -q"
 
-    def made(*options: str) -> formats.Header:
+    def made(*options: str) -> envelope.Header:
         output = str(tmp_path / "a.h5")
         call = [*line.split(), "--view", "random", "--force", "-o", output, *options]
         assert CliRunner().invoke(app, call, catch_exceptions=False).exit_code == 0
-        return formats.read_header(output)
+        return envelope.read_header(output)
 
     plain, same, other = made(), made("--seed", "7"), made("--seed", "0")
     assert [each.parameters["seed"] for each in (plain, same, other)] == [7, 7, 0]
@@ -199,7 +199,7 @@ def test_stopped_after_every_batch_it_goes_on_and_gives_the_same_digest(
     embedded(images, network, parts, **options())
     assert seen == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.h5", "whole.h5"]
-    digests = {formats.read_header(str(path)).digest for path in (whole, parts)}
+    digests = {envelope.read_header(str(path)).digest for path in (whole, parts)}
     assert len(digests) == 1
 
 

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sela_cli import formats, loop, networks
 from sela_cli.events import Events
 from sela_cli.images.batches import open_images
-from sela_cli.loop import Watcher, settings_of
+from sela_cli.loop import Watcher
+from sela_cli.run_settings import settings_of
 
 
 @contextmanager

@@ -13,8 +13,9 @@ import pytest
 from pyarrow import parquet
 
 from sela_cli import cli, exports, extras, formats
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, MissingExtra, UsageError
-from sela_cli.formats import HeadLabels, Labels, Provenance
+from sela_cli.formats import HeadLabels, Labels
 
 KEYS = ["a/cat.jpg", "b/cat.jpg", "b/dög, two.jpg", "c.jpg"]
 LABELS_TN = ([2, 0, 1, 2], [0, 0, 1, 1])

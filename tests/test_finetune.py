@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
-from sela_cli import finetune, formats, interrupt, voc
+from sela_cli import envelope, finetune, formats, interrupt, voc
 from sela_cli.cli import app
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, NoInput, StoppedEarly, UsageError
 from sela_cli.finetune import FinetuneRecipe, classifier, detector, finetune_stage
-from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.formats import Checkpoint
 from sela_cli.networks import Network, build
 from sela_cli.voc import CLASSES, Objects, classification_precision, detection_precision
 
@@ -286,7 +287,7 @@ def test_detection_runs_and_repeats(arch: str, size: int, tree: Path, tmp_path: 
         options = {"iterations": 1, "batch_size": 2, "min_size": 64, "lr": 1e-3}
         rows = stage(tree, output, build(arch, size, [2], seed=0), task="detection", **options)
         assert sum(row["positives"] for row in rows) == 6
-        digests.add(formats.read_header(str(output)).digest)
+        digests.add(envelope.read_header(str(output)).digest)
     assert len(digests) == 1
 
 
@@ -320,7 +321,7 @@ def test_stopped_after_every_step_it_goes_on_and_gives_the_same_digest(
         assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5.unfinished"]
     call(parts)
     assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5"]
-    assert formats.read_header(str(parts)).digest == formats.read_header(str(whole)).digest
+    assert envelope.read_header(str(parts)).digest == envelope.read_header(str(whole)).digest
 
 
 def test_the_state_of_another_call_is_not_taken_up(

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from sela_cli import formats
+from sela_cli import envelope, formats, outputs
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, NoInput
-from sela_cli.formats import Checkpoint, HeadLabels, Labels, Provenance
+from sela_cli.formats import Checkpoint, HeadLabels, Labels
 
 PLAIN = Provenance("test", {"number": 1})
 ATTRIBUTES = {
@@ -122,10 +123,10 @@ def write_probe(path: str, provenance: Provenance = PLAIN) -> None:
 
 
 def read_logits(path: str) -> None:
-    with formats.open_file(path, "logits") as (file, _):
+    with envelope.open_file(path, "logits") as (file, _):
         keys, _ = formats.read_images(path, file)
         for name in ("logits/0",) if "logits" in file else ("features", "heads/0/weight"):
-            formats.dataset(path, file, name, (None, None))[()]
+            envelope.dataset(path, file, name, (None, None))[()]
         assert keys
 
 
@@ -173,10 +174,10 @@ ODD_KEYS = [" ", "a,b", 'q"uote', "new\nline", "trailing ", "naïve/Ωμέγα/�
 def test_any_key_survives(keys: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/labels.h5"
-        formats.write_labels(path, some_labels(keys), PLAIN.of(formats.dataset_id(keys)))
+        formats.write_labels(path, some_labels(keys), PLAIN.of(envelope.dataset_id(keys)))
         read = formats.read_labels(path)
     assert read.keys == keys
-    assert read.header is not None and read.header.dataset_id == formats.dataset_id(read.keys)
+    assert read.header is not None and read.header.dataset_id == envelope.dataset_id(read.keys)
 
 
 def test_odd_keys_survive_in_logits(path: str) -> None:
@@ -184,7 +185,7 @@ def test_odd_keys_survive_in_logits(path: str) -> None:
         path, ODD_KEYS, np.arange(7), PLAIN, columns={"logits/0": 1}, dtype="float32"
     ):
         pass
-    with formats.open_file(path, "logits") as (file, _):
+    with envelope.open_file(path, "logits") as (file, _):
         assert formats.read_images(path, file)[0] == ODD_KEYS
         assert h5py.check_string_dtype(file["keys"].dtype).encoding == "utf-8"
 
@@ -192,9 +193,9 @@ def test_odd_keys_survive_in_logits(path: str) -> None:
 def test_dataset_id_is_what_the_schema_says() -> None:
     keys = [*ODD_KEYS, "plain"]
     text = b"".join(os.fsencode(key) + b"\0" for key in keys)
-    assert formats.dataset_id(keys) == "sha256:" + hashlib.sha256(text).hexdigest()
-    assert formats.dataset_id(keys) != formats.dataset_id(keys[::-1])
-    assert formats.dataset_id(["ab", "c"]) != formats.dataset_id(["a", "bc"])
+    assert envelope.dataset_id(keys) == "sha256:" + hashlib.sha256(text).hexdigest()
+    assert envelope.dataset_id(keys) != envelope.dataset_id(keys[::-1])
+    assert envelope.dataset_id(["ab", "c"]) != envelope.dataset_id(["a", "bc"])
 
 
 def test_labels_come_back(path: str) -> None:
@@ -269,7 +270,7 @@ def test_logits_come_back(matrix: np.ndarray, dtype: str) -> None:
         ) as datasets:
             datasets["logits/0"][:2] = matrix[:2]
             datasets["logits/0"][2:] = matrix[2:]
-        with formats.open_file(path, "logits") as (file, _):
+        with envelope.open_file(path, "logits") as (file, _):
             read = file["logits/0"][()]
     assert read.dtype == dtype
     np.testing.assert_array_equal(read, matrix.astype(dtype))
@@ -340,7 +341,7 @@ def digest_of_schema(path: str) -> str:
             if name.split("/")[-1] == "seconds":
                 continue
             for attribute, value in sorted(item.attrs.items()):
-                if attribute != "bytes-read" and (name or attribute not in formats.ENVELOPE):
+                if attribute != "bytes-read" and (name or attribute not in envelope.ENVELOPE):
                     value = value.item() if isinstance(value, np.generic) else value
                     digest.update(f"{name}@{attribute}\0{json.dumps(value)}".encode())
             if isinstance(item, h5py.Dataset):
@@ -352,7 +353,7 @@ def digest_of_schema(path: str) -> str:
 @EACH
 def test_digest_is_that_of_the_schema(path: str, write: Callable[..., None]) -> None:
     write(path)
-    assert formats.read_header(path).digest == digest_of_schema(path)
+    assert envelope.read_header(path).digest == digest_of_schema(path)
 
 
 @EACH
@@ -364,7 +365,7 @@ def test_digest_does_not_depend_on_time_place_or_origin(
         monkeypatch.setenv("SOURCE_DATE_EPOCH", str(second))
         path = str(tmp_path / f"{second}.h5")
         write(path, Provenance(f"command {second}", {"second": second}))
-        headers.append(formats.read_header(path))
+        headers.append(envelope.read_header(path))
     assert [header.creation_date for header in headers] == [
         "1970-01-01T00:00:00Z",
         "2001-09-09T01:46:40Z",
@@ -387,7 +388,7 @@ def test_later_attributes_are_kept_and_may_be_missing(path: str) -> None:
     later = {"status": "max-iter", "bytes-read": 1 << 40}
     labels.heads[0].attributes = ATTRIBUTES | later
     formats.write_labels(path, labels, PLAIN)
-    assert formats.read_header(path).digest == digest_of_schema(path)
+    assert envelope.read_header(path).digest == digest_of_schema(path)
     first, second = formats.read_labels(path).heads
     assert first.attributes == ATTRIBUTES | later and second.attributes == ATTRIBUTES
 
@@ -398,14 +399,14 @@ def test_bytes_read_are_no_result(tmp_path: Path) -> None:
         labels = some_labels()
         labels.heads[0].attributes = ATTRIBUTES | {"status": "converged", "bytes-read": count}
         formats.write_labels(str(tmp_path / f"{count}.h5"), labels, PLAIN)
-        digests.append(formats.read_header(str(tmp_path / f"{count}.h5")).digest)
+        digests.append(envelope.read_header(str(tmp_path / f"{count}.h5")).digest)
     assert digests[0] == digests[1]
 
 
 def test_seconds_are_no_result(tmp_path: Path) -> None:
     for name, seconds in (("one.h5", 1.0), ("two.h5", 2.0)):
         write_labels(str(tmp_path / name), seconds=seconds)
-    one, two = (formats.read_header(str(tmp_path / name)) for name in ("one.h5", "two.h5"))
+    one, two = (envelope.read_header(str(tmp_path / name)) for name in ("one.h5", "two.h5"))
     assert one.digest == two.digest
 
 
@@ -417,7 +418,7 @@ def test_any_other_payload_bit_changes_the_digest(path: str, write: Callable[...
         file.visititems(
             lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
         )
-        digest = formats.payload_digest(file)
+        digest = envelope.payload_digest(file)
         seen = {digest}
         changed = [name for name in names if not name.endswith("seconds")]
         for name in changed:
@@ -428,9 +429,9 @@ def test_any_other_payload_bit_changes_the_digest(path: str, write: Callable[...
                 flipped = data.copy()
                 flipped[place] ^= 1
                 item[()] = np.frombuffer(flipped, item.dtype).reshape(item.shape)
-                seen.add(formats.payload_digest(file))
+                seen.add(envelope.payload_digest(file))
             item[()] = before
-        assert formats.payload_digest(file) == digest
+        assert envelope.payload_digest(file) == digest
         assert len(seen) == 1 + 2 * len(changed) - sum(
             file[name].size * file[name].dtype.itemsize == 1 for name in changed
         )
@@ -448,11 +449,11 @@ def test_payload_attributes_change_the_digest(
 ) -> None:
     write(path)
     with h5py.File(path, "r+") as file:
-        seen = {formats.payload_digest(file)}
+        seen = {envelope.payload_digest(file)}
         for name in attributes:
             before = file[item].attrs[name]
             file[item].attrs[name] = "other"
-            seen.add(formats.payload_digest(file))
+            seen.add(envelope.payload_digest(file))
             file[item].attrs[name] = before
     assert len(seen) == 1 + len(attributes)
 
@@ -461,9 +462,9 @@ def test_digest_does_not_depend_on_the_size_of_the_blocks(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_logits(path)
-    monkeypatch.setattr(formats, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(envelope, "_CHUNK_BYTES", 1)
     with h5py.File(path) as file:
-        assert formats.payload_digest(file) == formats.read_header(path).digest
+        assert envelope.payload_digest(file) == envelope.read_header(path).digest
 
 
 # ---- provenance -------------------------------------------------------------
@@ -472,11 +473,11 @@ def test_digest_does_not_depend_on_the_size_of_the_blocks(
 def test_history_and_inputs_lead_from_file_to_file(tmp_path: Path) -> None:
     logits, labels, model = (str(tmp_path / f"{name}.h5") for name in ("logits", "labels", "model"))
     write_logits(logits, Provenance("embed", {"seed": 0}, dataset_id="sha256:images"))
-    embedded = formats.read_header(logits)
+    embedded = envelope.read_header(logits)
 
     provenance = Provenance("label", {"lamb": 25.0}).reading("logits", embedded)
     write_labels(labels, provenance.of(embedded.dataset_id))
-    labelled = formats.read_header(labels)
+    labelled = envelope.read_header(labels)
     assert labelled.inputs == [{"role": "logits", "path": logits, "digest": embedded.digest}]
     assert labelled.dataset_id == "sha256:images"
 
@@ -484,10 +485,10 @@ def test_history_and_inputs_lead_from_file_to_file(tmp_path: Path) -> None:
     again = (
         Provenance("train", {"to": 2.0})
         .reading("labels", labelled)
-        .reading("checkpoint", formats.read_header(model))
+        .reading("checkpoint", envelope.read_header(model))
     )
     formats.write_checkpoint(model, some_checkpoint(step=6), again, force=True)
-    trained = formats.read_header(model)
+    trained = envelope.read_header(model)
     assert [entry["role"] for entry in trained.inputs] == ["labels", "checkpoint"]
     assert [entry["command"] for entry in trained.history] == ["embed", "label", "train", "train"]
     assert [entry["digest"] for entry in trained.history[:2]] == [embedded.digest, labelled.digest]
@@ -501,7 +502,7 @@ def test_history_and_inputs_lead_from_file_to_file(tmp_path: Path) -> None:
 
 def test_foreign_input_has_no_digest(path: str) -> None:
     write_labels(path, PLAIN.reading_foreign("scores", "scores.npy"))
-    assert formats.read_header(path).inputs == [
+    assert envelope.read_header(path).inputs == [
         {"role": "scores", "path": "scores.npy", "digest": ""}
     ]
 
@@ -514,7 +515,7 @@ def test_history_keeps_the_newest_entries_of_a_long_run(tmp_path: Path) -> None:
         if header:
             provenance = provenance.reading("checkpoint", header)
         formats.write_checkpoint(path, some_checkpoint(step=number), provenance, force=True)
-        header = formats.read_header(path)
+        header = envelope.read_header(path)
     assert header is not None
     assert [entry["parameters"]["number"] for entry in header.history] == list(range(4, 20))
 
@@ -526,7 +527,7 @@ def test_history_of_long_parameters_can_still_be_written(tmp_path: Path, length:
     provenance = Provenance("train", {"data": "x" * length})
     for number in range(16):
         formats.write_checkpoint(path, some_checkpoint(step=number), provenance, force=True)
-        header = formats.read_header(path)
+        header = envelope.read_header(path)
         provenance = Provenance("train", {"data": "x" * length}).reading("checkpoint", header)
     assert header.history[-1]["digest"] == header.digest
 
@@ -544,7 +545,7 @@ def test_failure_inside_create_leaves_nothing(
         target.write_bytes(old)
     with (
         pytest.raises(error),
-        formats.create(str(target), "labels", PLAIN, force=True) as file,
+        envelope.create(str(target), "labels", PLAIN, force=True) as file,
     ):
         file["half"] = np.ones(10)
         raise error("on the way")
@@ -566,7 +567,7 @@ def test_failure_of_the_last_step_leaves_nothing(
 
 def test_target_appears_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "file.h5"
-    with formats.create(str(target), "labels", PLAIN):
+    with envelope.create(str(target), "labels", PLAIN):
         assert not target.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["file.h5"]
 
@@ -588,9 +589,9 @@ def test_force_replaces(path: str) -> None:
 
 def test_output_that_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CannotCreate, match="no such folder"):
-        formats.check_output(str(tmp_path / "nowhere" / "file.h5"), force=True)
+        outputs.check_output(str(tmp_path / "nowhere" / "file.h5"), force=True)
     with pytest.raises(CannotCreate, match="is a folder"):
-        formats.check_output(str(tmp_path), force=True)
+        outputs.check_output(str(tmp_path), force=True)
 
 
 def test_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
@@ -598,7 +599,7 @@ def test_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(CannotCreate):
-        formats.check_output(str(pipe), force=True)
+        outputs.check_output(str(pipe), force=True)
 
 
 # ---- reading what does not fit ----------------------------------------------
@@ -612,7 +613,7 @@ def test_newer_version_is_refused_and_names_the_release(
     with h5py.File(path, "r+") as file:
         file.attrs["format-version"] = 2
         file.attrs["generated-by"] = "sela-9.8.7"
-    for read in (READERS[write], formats.read_header, formats.describe):
+    for read in (READERS[write], envelope.read_header, envelope.describe):
         with pytest.raises(BadData, match=r"format-version 2.*sela-9\.8\.7"):
             read(path)
 
@@ -633,15 +634,15 @@ def test_unknown_kind_is_refused(path: str) -> None:
     with h5py.File(path, "r+") as file:
         file.attrs["kind"] = "poem"
     with pytest.raises(BadData, match="'poem'"):
-        formats.read_header(path)
+        envelope.read_header(path)
 
 
-@pytest.mark.parametrize("name", [n for n in formats.ENVELOPE if n != "format"])
+@pytest.mark.parametrize("name", [n for n in envelope.ENVELOPE if n != "format"])
 def test_missing_root_attribute_is_named(path: str, name: str) -> None:
     write_labels(path)
     with h5py.File(path, "r+") as file:
         del file.attrs[name]
-    for read in (formats.read_labels, formats.describe):
+    for read in (formats.read_labels, envelope.describe):
         with pytest.raises(BadData, match=name) as caught:
             read(path)
         assert path in str(caught.value)
@@ -655,7 +656,7 @@ def test_root_attribute_of_another_structure_is_bad_data(
     write_labels(path)
     with h5py.File(path, "r+") as file:
         file.attrs[name] = value
-    for read in (formats.read_labels, formats.describe):
+    for read in (formats.read_labels, envelope.describe):
         with pytest.raises(BadData) as caught:
             read(path)
         assert path in str(caught.value)
@@ -788,7 +789,7 @@ def test_truncated_file_is_bad_data_at_any_length(
     data = Path(whole).read_bytes()
     for size in {0, 1, 7, 8, 9, 95, 96, 97, len(data) - 1, *range(0, len(data), len(data) // 20)}:
         Path(cut).write_bytes(data[:size])
-        for read in (READERS[write], formats.read_header, formats.describe):
+        for read in (READERS[write], envelope.read_header, envelope.describe):
             with pytest.raises(BadData) as caught:
                 read(cut)
             assert cut in str(caught.value) and "\n" not in str(caught.value)
@@ -806,7 +807,7 @@ def test_damaged_object_header_is_bad_data(path: str, write: Callable[..., None]
     with Path(path).open("r+b") as stream:
         stream.seek(address)
         stream.write(b"\xff" * 8)
-    for read in (READERS[write], formats.describe):
+    for read in (READERS[write], envelope.describe):
         with pytest.raises(BadData) as caught:
             read(path)
         assert path in str(caught.value)
@@ -817,7 +818,7 @@ def test_foreign_missing_and_folder(tmp_path: Path) -> None:
     with h5py.File(foreign, "w") as file:
         file["x"] = np.ones(3)
     (tmp_path / "text.h5").write_text("no HDF5")
-    for read in (formats.read_header, formats.describe, *READERS.values()):
+    for read in (envelope.read_header, envelope.describe, *READERS.values()):
         with pytest.raises(BadData, match="not a sela file") as caught:
             read(foreign)
         assert foreign in str(caught.value)
@@ -831,8 +832,8 @@ def test_foreign_missing_and_folder(tmp_path: Path) -> None:
 
 def test_describe_tells_everything_but_the_numbers(path: str) -> None:
     write_labels(path)
-    shown = formats.describe(path)
-    assert formats.through_json(shown) == shown
+    shown = envelope.describe(path)
+    assert envelope.through_json(shown) == shown
     assert (shown["kind"], shown["command"], shown["parameters"]) == (
         "labels",
         "test",
@@ -850,7 +851,7 @@ def test_describe_tells_everything_but_the_numbers(path: str) -> None:
 def test_reading_does_not_lock_a_copy_out(path: str) -> None:
     """A reader can hold the old file while a new one takes its place."""
     write_probe(path)
-    with formats.open_file(path, "probe") as (file, _):
+    with envelope.open_file(path, "probe") as (file, _):
         formats.write_probe(path, [some_row(n=99)], PLAIN, force=True)
         assert file["results"]["n"].tolist() == [9]
     assert formats.read_probe(path)[0]["n"] == 99
@@ -859,4 +860,6 @@ def test_reading_does_not_lock_a_copy_out(path: str) -> None:
 def test_copy_has_the_same_digest(tmp_path: Path, path: str) -> None:
     write_factored(path)
     shutil.copy(path, tmp_path / "copy.h5")
-    assert formats.read_header(path).digest == formats.read_header(str(tmp_path / "copy.h5")).digest
+    assert (
+        envelope.read_header(path).digest == envelope.read_header(str(tmp_path / "copy.h5")).digest
+    )

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from sela_cli import formats
+from sela_cli import envelope, formats
 from sela_cli.images.sources import open_source
 from sela_cli.scores import open_scores
 
@@ -18,11 +18,11 @@ KEYS = ["a/1.jpg", "a/2.jpg", "b/é.png"]
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("v*.h5")), ids=lambda path: path.stem)
 def test_header_and_digest_still_hold(path: Path) -> None:
-    header = formats.read_header(str(path))
+    header = envelope.read_header(str(path))
     assert header.kind == path.stem.split("-")[1].replace("features", "logits")
-    assert header.dataset_id == formats.dataset_id(KEYS)
+    assert header.dataset_id == envelope.dataset_id(KEYS)
     with h5py.File(path) as file:
-        assert formats.payload_digest(file) == header.digest
+        assert envelope.payload_digest(file) == header.digest
 
 
 def test_version_1_logits() -> None:
@@ -75,5 +75,5 @@ def test_version_1_finetune() -> None:
 
 
 def test_every_kind_has_a_file() -> None:
-    kinds = {formats.read_header(str(path)).kind for path in DATA.glob("v1-*.h5")}
-    assert kinds == set(formats.KINDS)
+    kinds = {envelope.read_header(str(path)).kind for path in DATA.glob("v1-*.h5")}
+    assert kinds == set(envelope.KINDS)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from sela_cli import batchwide, cli, formats, interrupt, job, loop, networks, parallel
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
-from sela_cli.formats import Provenance
 from sela_cli.fresh import make_ready, settle
 from sela_cli.images.augment import AUGMENTATIONS, draw
 from sela_cli.images.batches import Images, open_images
@@ -35,6 +35,7 @@ from sela_cli.logits import embed_stage, forward
 from sela_cli.networks import Network, build
 from sela_cli.options import device_name
 from sela_cli.probes import LinearProbe, LinearRecipe
+from sela_cli.run_settings import settings_of
 from sela_cli.scores import open_scores
 from sela_cli.training import Recipe, Trainer
 from sela_cli.unfinished import Unfinished
@@ -248,7 +249,7 @@ def refused(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES
     )
     watcher = loop.Watcher(lambda title: nullcontext(print), print)
-    settings = loop.settings_of("digits", 16, {"arch": "alexnet-small", "heads": "4x1"})
+    settings = settings_of("digits", 16, {"arch": "alexnet-small", "heads": "4x1"})
     try:
         loop.run(open_images("digits", 16, limit=4)[0], Path(folder) / "run", settings, watcher)
     except Exception as error:

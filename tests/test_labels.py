@@ -16,12 +16,15 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.special import log_softmax
 
-from sela_cli import assignment, formats, labels, tiles
+from sela_cli import assignment, envelope, formats, tiles
 from sela_cli.assignment import Bounds
+from sela_cli.budget import Budget
 from sela_cli.errors import BadData, UsageError
-from sela_cli.labels import LabelSettings, ScoreRows, label_stage, marginal, summary, warning
+from sela_cli.labels import LabelSettings, label_stage, summary, warning
 from sela_cli.relabel import relabel_stage
+from sela_cli.score_rows import ScoreRows
 from sela_cli.scores import Features, Matrix, Product, open_scores
+from sela_cli.shares import marginal
 
 ROOT = Path(__file__).parent.parent
 
@@ -178,7 +181,7 @@ def test_one_head_is_labelled_and_the_others_kept(tmp_path: Path) -> None:
         path,
         keys,
         np.arange(200),
-        formats.Provenance("test", {}),
+        envelope.Provenance("test", {}),
         columns={"logits/0": 4, "logits/1": 4},
         dtype="float32",
     ) as datasets:
@@ -227,7 +230,7 @@ def factored(path: Path, dtype: str = "float16") -> str:
         str(path),
         keys,
         np.arange(len(keys)),
-        formats.Provenance("test", {}),
+        envelope.Provenance("test", {}),
         columns={"features": 12},
         dtype=dtype,
         heads=heads,
@@ -371,10 +374,10 @@ def test_solver_and_memory_are_the_same_whatever_the_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of the largest preset, with the memory that is allowed by default."""
-    settings, found = LabelSettings(), []
+    budget, found = Budget(3000, LabelSettings().max_memory, newton=True), []
     for threads in (1, 256):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append((labels._square(3000, settings), labels._unused(3000, settings)))
+        found.append((budget.square, budget.unused))
     assert found[0] == found[1] and found[0][0] and found[0][1] > 1 << 30
 
 

@@ -23,12 +23,14 @@ import pytest
 import torch
 from sklearn.metrics import cluster
 
-from sela_cli import formats, interrupt, loop, metrics, networks
+from sela_cli import envelope, formats, interrupt, loop, metrics, networks, run_settings
+from sela_cli.envelope import Provenance
 from sela_cli.errors import CannotCreate, StoppedEarly, UsageError
-from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.formats import Checkpoint
 from sela_cli.fresh import HEAD_INITS, settle
 from sela_cli.images.batches import Images, open_images
-from sela_cli.loop import RunSettings, Watcher, settings_of
+from sela_cli.loop import Watcher
+from sela_cli.run_settings import RunSettings, plan, settings_of
 from sela_cli.training import Recipe, Trainer
 
 OPTIONS: dict[str, Any] = {
@@ -65,13 +67,13 @@ def test_more_clusters_than_images_are_refused_before_any_work(tmp_path: Path) -
     images, _ = open_images("digits", 32, limit=20)
     settings = settings_of("digits", 32, {"heads": "21x2"})
     with pytest.raises(UsageError, match="21 clusters for 20 images"):
-        loop.plan(images, settings)
+        plan(images, settings)
     with pytest.raises(UsageError, match="21 clusters for 20 images"):
         loop.run(
             images,
             tmp_path / "run",
             settings,
-            loop.Watcher(lambda title: nullcontext(print), print),
+            Watcher(lambda title: nullcontext(print), print),
         )
     assert not (tmp_path / "run").exists()
 
@@ -81,7 +83,7 @@ def test_a_default_is_said_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None
     class OfFeatures(RunSettings):
         store: str = "features"
 
-    monkeypatch.setattr(loop, "RunSettings", OfFeatures)
+    monkeypatch.setattr(run_settings, "RunSettings", OfFeatures)
     assert settings_of("digits", 32, OPTIONS).store == "features"
     assert settings_of("digits", 32, OPTIONS | {"store": "logits"}).store == "logits"
 
@@ -93,7 +95,7 @@ def first_steps(settings: RunSettings) -> int:
 
 def digests(folder: Path) -> dict[str, str]:
     """Payload digests of the files that a finished run keeps."""
-    return {path.name: formats.read_header(str(path)).digest for path in folder.glob("*.h5")}
+    return {path.name: envelope.read_header(str(path)).digest for path in folder.glob("*.h5")}
 
 
 def test_every_round_is_balanced_and_told(
@@ -124,7 +126,7 @@ def test_rounds_begin_at_the_positions_of_the_schedule(
     before = formats.read_labels(str(tmp_path / "run" / "labels-000.h5"))
     assert {head.attributes["assign"] for head in before.heads} == {"random"}
     for number, position in enumerate(settings.positions, start=1):
-        header = formats.read_header(str(tmp_path / "run" / f"labels-{number:03d}.h5"))
+        header = envelope.read_header(str(tmp_path / "run" / f"labels-{number:03d}.h5"))
         trained = [entry for entry in header.history if entry["command"] == "train"]
         assert trained[-1]["parameters"]["to"] == position
 

@@ -12,8 +12,9 @@ import pytest
 from sklearn import metrics as theirs
 
 from sela_cli import formats
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, NoInput
-from sela_cli.formats import HeadLabels, Labels, Provenance
+from sela_cli.formats import HeadLabels, Labels
 from sela_cli.metrics import (
     agreement,
     agreement_but_ami,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sela_cli import formats, interrupt
+from sela_cli import envelope, interrupt
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, StoppedEarly
-from sela_cli.formats import Provenance
 from sela_cli.images import batches, pack
 from sela_cli.images.batches import Images, open_images
 from sela_cli.images.pack import pack_stage, plan
@@ -55,7 +55,7 @@ def test_a_packed_folder_is_the_folder(side: int | None, folder: str, tmp_path: 
     assert one.truth_N is not None and two.truth_N is not None
     assert one.truth_N.tolist() == two.truth_N.tolist()
     assert torch.equal(all_of(one), all_of(two))
-    assert formats.read_header(path).dataset_id == one.dataset_id
+    assert envelope.read_header(path).dataset_id == one.dataset_id
     assert plan(two)["megabytes"] == pytest.approx(COUNT * 3 * two.side**2 / 1e6)
 
 
@@ -132,7 +132,7 @@ def test_a_signal_after_the_last_batch_stops_nothing(
 ) -> None:
     monkeypatch.setattr(interrupt, "requested", lambda: True)
     monkeypatch.setattr(pack, "_BATCH", COUNT)
-    assert formats.read_header(packed(folder, tmp_path / "a.h5", 32)).kind == "images"
+    assert envelope.read_header(packed(folder, tmp_path / "a.h5", 32)).kind == "images"
 
 
 def test_batches_decoded_ahead_are_the_batches(

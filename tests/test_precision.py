@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from sela_cli import (
+    envelope,
     formats,
     interrupt,
     logits,
@@ -25,12 +26,13 @@ from sela_cli import (
     unfinished,
 )
 from sela_cli.cli import app
+from sela_cli.envelope import Provenance
 from sela_cli.errors import StoppedEarly, UsageError
-from sela_cli.formats import Provenance
 from sela_cli.images.batches import Images, open_images
 from sela_cli.labels import LabelSettings, label_stage
 from sela_cli.logits import embed_stage
 from sela_cli.networks import build
+from sela_cli.run_settings import settings_of
 from sela_cli.training import Recipe, Trainer
 
 
@@ -86,7 +88,7 @@ def test_a_run_keeps_the_arithmetic_it_began_in(
         "arch": "alexnet-small", "heads": "5", "epochs": 1.0, "opts": 2, "batch_size": 20,
         "precision": "auto",
     }  # fmt: skip
-    settings = loop.settings_of("digits", 16, options)
+    settings = settings_of("digits", 16, options)
     watcher = loop.Watcher(no_progress, lambda text: None)
     monkeypatch.setattr(loop, "faster", lambda *_, **__: "bfloat16")
     monkeypatch.setattr(interrupt, "requested", lambda: True)
@@ -161,7 +163,7 @@ def test_an_embedding_keeps_the_arithmetic_it_began_in_and_tells_it(
         assert f"after {done} images" in str(embed(chosen, stop=True))
         assert logits.began_in(str(output)) == "bfloat16"
     assert embed("float32", stop=False) is None
-    assert formats.read_header(str(output)).parameters["precision"] == "bfloat16"
+    assert envelope.read_header(str(output)).parameters["precision"] == "bfloat16"
 
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

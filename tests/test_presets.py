@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from sela_cli import formats, loop
+from sela_cli import envelope, formats
 from sela_cli.cli import app
 from sela_cli.images.augment import AUGMENTATIONS, Augmentation
 from sela_cli.images.batches import open_images
 from sela_cli.presets import PRESETS, retraining
+from sela_cli.run_settings import settings_of
 from sela_cli.training import Recipe
 
 IMAGENET: dict[str, Any] = {
@@ -61,8 +62,8 @@ def planned(*options: str) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.parametrize("name", WANTED)
 def test_constants_are_those_of_the_paper(name: str) -> None:
-    settings = loop.settings_of(name, None, {})
-    shown = flat(formats.through_json(asdict(settings)))
+    settings = settings_of(name, None, {})
+    shown = flat(envelope.through_json(asdict(settings)))
     assert {option: shown[option] for option in WANTED[name]} == WANTED[name]
     kind = "imagenet" if "imagenet" in name else "cifar"
     for epoch, rate in RATES[kind].items():
@@ -77,7 +78,7 @@ def test_constants_are_those_of_the_paper(name: str) -> None:
 def test_shorter_and_longer_cifar_runs_have_the_papers_milestones(
     epochs: int, milestones: tuple[int, int]
 ) -> None:
-    recipe = loop.settings_of("cifar10", None, {"epochs": float(epochs)}).recipe
+    recipe = settings_of("cifar10", None, {"epochs": float(epochs)}).recipe
     for number, epoch in enumerate(milestones):
         assert recipe.lr_at(epoch - 1, 128) == pytest.approx(0.03 * 0.1**number)
         assert recipe.lr_at(epoch, 128) == pytest.approx(0.03 * 0.1 ** (number + 1))
@@ -120,7 +121,7 @@ def test_any_constant_can_be_overridden(name: str) -> None:
     for option, before in PRESETS[name].items():
         other = OTHER[option]
         value = other[before] if isinstance(other, dict) else other
-        settings = loop.settings_of(name, None, {option: value})
+        settings = settings_of(name, None, {option: value})
         shown = flat(asdict(settings))
         expected = (7, 7) if option == "heads" else value
         assert shown[option] == expected != before
@@ -130,7 +131,7 @@ def test_the_papers_ablations_are_options() -> None:
     """Table 1 and 2: #opts, K and T at 160 epochs."""
     for opts, heads in ((0, "3000x1"), (40, "3000x1"), (160, "3000x1"), (80, "10000x1")):
         options = {"opts": opts, "heads": heads, "epochs": 160.0}
-        settings = loop.settings_of("imagenet-alexnet", None, options)
+        settings = settings_of("imagenet-alexnet", None, options)
         assert settings.heads == (int(heads.split("x")[0]),)
         assert len(settings.positions) == max(opts - 1, 0)
         assert all(position < 160 for position in settings.positions)
@@ -146,12 +147,12 @@ def test_retraining_is_the_papers(options: list[str], batch_size: int, tmp_path:
     formats.write_labels(
         path,
         formats.Labels(images.keys, images.index_N, [head]),
-        formats.Provenance("test", {}, dataset_id=images.dataset_id),
+        envelope.Provenance("test", {}, dataset_id=images.dataset_id),
     )
     line = ["retrain", "--data", "digits", "--limit", "20", "--labels", path, "-o", "absent.h5"]
     line += ["--arch", "alexnet-small", "--image-size", "16", "--dry-run", "--json", *options]
     shown = json.loads(CliRunner().invoke(app, line).stdout)
-    constants = formats.through_json(retraining(rotation=bool(options)))
+    constants = envelope.through_json(retraining(rotation=bool(options)))
     assert constants.items() <= shown["recipe"].items()
     recipe = Recipe.of(shown["recipe"])
     assert (recipe.epochs, recipe.batch_size, recipe.weight_decay) == (90, batch_size, 1e-5)

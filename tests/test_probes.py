@@ -16,9 +16,9 @@ from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from sela_cli import formats, interrupt, parallel, probes, unfinished
+from sela_cli import envelope, formats, interrupt, parallel, probes, unfinished
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
-from sela_cli.formats import Provenance
 from sela_cli.images.augment import ten_views
 from sela_cli.images.batches import Images
 from sela_cli.images.sources import Source
@@ -184,7 +184,7 @@ def test_probing_repeats_bit_for_bit(
     for _ in range(2):
         torch.manual_seed(len(digests))
         probe(coloured(24, 1), coloured(9, 2), epochs=1, batch_size=8, force=True)
-        digests.add(formats.read_header(str(tmp_path / "probe.h5")).digest)
+        digests.add(envelope.read_header(str(tmp_path / "probe.h5")).digest)
     assert len(digests) == 1
 
 
@@ -342,7 +342,7 @@ def test_stopped_after_every_step_it_goes_on_and_gives_the_same_digest(
         assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5.unfinished"]
     monkeypatch.setattr(interrupt, "requested", lambda: False)
     assert call(parts) == []
-    assert formats.read_header(parts).digest == formats.read_header(whole).digest
+    assert envelope.read_header(parts).digest == envelope.read_header(whole).digest
     assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5"]
 
 
@@ -374,7 +374,7 @@ def test_killed_it_goes_on_from_the_last_state_saved(
     call(parts)
     # What was not saved yet is made again.
     assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
-    assert formats.read_header(parts).digest == formats.read_header(whole).digest
+    assert envelope.read_header(parts).digest == envelope.read_header(whole).digest
     assert [path.name for path in tmp_path.glob("parts*")] == ["parts.h5"]
 
 

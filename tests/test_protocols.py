@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from sela_cli import formats
 from sela_cli.cli import app
-from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.envelope import Provenance
+from sela_cli.formats import Checkpoint
 from sela_cli.networks import build
 
 

@@ -30,7 +30,7 @@ import pytest
 import record
 from PIL import Image
 
-from sela_cli import cli, formats, interrupt, locks, watchdog
+from sela_cli import cli, envelope, formats, interrupt, locks, outputs, watchdog
 from sela_cli.errors import BadData, CannotCreate, NoInput, StoppedEarly
 from sela_cli.images import sources
 from sela_cli.images.sources import open_source
@@ -63,7 +63,7 @@ def room_for(count: int) -> Iterator[None]:
 @pytest.mark.parametrize("name", OURS)
 def test_full_disk_is_told_and_leaves_the_old_file(name: str, tmp_path: Path) -> None:
     old = made(name, tmp_path)
-    size, digest = old.stat().st_size, formats.read_header(str(old)).digest
+    size, digest = old.stat().st_size, envelope.read_header(str(old)).digest
     kept = tmp_path / "kept.h5"
     old.rename(kept)
     held = h5py.h5f.get_obj_count()
@@ -73,13 +73,13 @@ def test_full_disk_is_told_and_leaves_the_old_file(name: str, tmp_path: Path) ->
         assert list(tmp_path.iterdir()) == [kept]
     # Nothing is left open that libhdf5 would try to write once more at exit.
     assert h5py.h5f.get_obj_count() == held
-    assert formats.read_header(str(made(name, tmp_path))).digest == digest
+    assert envelope.read_header(str(made(name, tmp_path))).digest == digest
 
 
 def test_full_disk_keeps_the_file_that_was_to_be_replaced(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("old")
-    with room_for(2), pytest.raises(CannotCreate), formats.replacing(str(path), True) as partial:
+    with room_for(2), pytest.raises(CannotCreate), outputs.replacing(str(path), True) as partial:
         partial.write_text("newer")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
@@ -95,7 +95,7 @@ def test_pipe_that_finds_no_room_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with room_for(1000), pytest.raises(CannotCreate, match="TMPDIR"):
-        formats.spool(io.BytesIO(bytes(2000)))
+        envelope.spool(io.BytesIO(bytes(2000)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,9 +148,9 @@ def test_what_is_discarded_leaves_nothing_unless_another_process_writes_it(tmp_p
     for item in (path, partial, lock):
         item.touch()
     with locks.locked(lock):
-        formats.discard(path)
+        outputs.discard(path)
         assert path.exists() and partial.exists()
-    formats.discard(path)
+    outputs.discard(path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,12 +199,12 @@ def test_file_that_another_program_writes_is_named(tmp_path: Path) -> None:
 
 def test_reader_of_a_replaced_file_goes_on_with_the_old_one(tmp_path: Path) -> None:
     path = made("labels", tmp_path)
-    with formats.open_file(str(path)) as (file, _):
+    with envelope.open_file(str(path)) as (file, _):
         made_anew = tmp_path / "new"
         made_anew.mkdir()
         os.replace(made("logits", made_anew), path)
         assert file["labels"].shape == (2, 12)
-    assert formats.read_header(str(path)).kind == "logits"
+    assert envelope.read_header(str(path)).kind == "logits"
 
 
 def test_image_that_vanishes_is_named(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_signal_ends_the_wait_for_a_pipe(tmp_path: Path, monkeypatch: pytest.Mon
         interrupt.listen()
         for _ in range(2):  # During the wait, and before it.
             with pytest.raises(StoppedEarly, match="standard input"):
-                formats.spool(Slow())
+                envelope.spool(Slow())
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGUSR1, usr1)
@@ -264,7 +264,7 @@ def test_endless_loop_of_libhdf5_is_ended(tmp_path: Path, monkeypatch: pytest.Mo
     length = data.find(b"GCOL") + 24
     data[length : length + 8] = struct.pack("<Q", 2**64 - 16)
     path.write_bytes(data)
-    monkeypatch.setattr(formats, "_LEAST_SECONDS", 0.2)
+    monkeypatch.setattr(envelope, "_LEAST_SECONDS", 0.2)
     with pytest.raises(BadData, match="does not come back"):
         formats.read_labels(str(path))
 
@@ -334,7 +334,7 @@ def archive_of(path: Path, name: str, data: bytes) -> Path:
 
 
 def test_tar_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_SMALL_BYTES", 1 << 20)
+    monkeypatch.setattr(envelope, "_SMALL_BYTES", 1 << 20)
     bomb = archive_of(tmp_path / "bomb.tgz", "a.png", bytes(4 << 20))
     with pytest.raises(BadData, match="claims"):
         open_source(str(bomb))
@@ -406,7 +406,7 @@ def test_pipe_among_the_files_is_not_waited_for(tmp_path: Path, suffix: str) -> 
             open_source(str(tmp_path / "list.lst")).image(0)
     elif suffix == "h5":
         with pytest.raises(BadData, match="a device or a pipe"):
-            formats.read_header(str(tmp_path / "pipe.h5"))
+            envelope.read_header(str(tmp_path / "pipe.h5"))
     else:
         with pytest.raises(BadData, match="no image in it"):
             open_source(str(tmp_path))
@@ -589,7 +589,7 @@ def test_many_readers_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     _, seen, codes = load.readers(16, tmp_path)
     assert codes == {0} and len(seen) == 1
     shown = json.loads(seen.pop())
-    assert shown["digest"] == formats.read_header(str(tmp_path / "labels.h5")).digest
+    assert shown["digest"] == envelope.read_header(str(tmp_path / "labels.h5")).digest
 
 
 def test_listing_is_measured(tmp_path: Path) -> None:
@@ -616,8 +616,8 @@ def test_stages_work_through_pipes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert ended.value.code == 0
-    named = formats.read_header(str(tmp_path / "named.h5"))
-    assert formats.read_header(str(tmp_path / "piped.h5")).digest == named.digest
+    named = envelope.read_header(str(tmp_path / "named.h5"))
+    assert envelope.read_header(str(tmp_path / "piped.h5")).digest == named.digest
 
 
 @pytest.mark.slow

@@ -30,10 +30,11 @@ from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
 from sela_cli.formats import HeadLabels, Labels
 from sela_cli.images.batches import open_images
 from sela_cli.images.sources import open_source
-from sela_cli.loop import Watcher, settings_of
+from sela_cli.loop import Watcher
 from sela_cli.report import contents as contents_of
 from sela_cli.report import figures, page
 from sela_cli.report.contents import Contents
+from sela_cli.run_settings import settings_of
 from sela_cli.spread import spread
 
 IMAGES, HEADS, ROUNDS = 60, (5, 8), 3

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
-from sela_cli import formats, scores
+from sela_cli import envelope, formats, scores
 from sela_cli.errors import BadData, NoInput
 
 N, K, D = 11, 4, 3
@@ -41,7 +41,7 @@ def ours(
         str(path),
         keys,
         np.arange(N),
-        formats.Provenance("test", {}, dataset_id=formats.dataset_id(keys)),
+        envelope.Provenance("test", {}, dataset_id=envelope.dataset_id(keys)),
         columns={name: array.shape[1] for name, array in arrays.items()},
         dtype=next(iter(arrays.values())).dtype.str,
         heads=heads or [],
@@ -179,12 +179,12 @@ def test_rows_have_keys(tmp_path: Path, write: Write) -> None:
         letter = "k" if opened.header else ""
         assert opened.keys == [f"{letter}{row}" for row in range(N)]
         assert opened.index_N.tolist() == list(range(N))
-        assert opened.dataset_id == formats.dataset_id(opened.keys)
+        assert opened.dataset_id == envelope.dataset_id(opened.keys)
 
 
 def test_only_our_files_have_a_header(tmp_path: Path) -> None:
     with scores.open_scores(explicit(tmp_path, MATRIX)) as opened:
-        assert opened.header == formats.read_header(str(tmp_path / "ours.h5"))
+        assert opened.header == envelope.read_header(str(tmp_path / "ours.h5"))
     with scores.open_scores(foreign(tmp_path, MATRIX)) as opened:
         assert opened.header is None
 
@@ -465,5 +465,5 @@ def test_groups_that_are_datasets_are_refused(tmp_path: Path) -> None:
 
 def test_another_kind_of_our_files_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "probe.h5")
-    formats.write_probe(path, [], formats.Provenance("test", {}))
+    formats.write_probe(path, [], envelope.Provenance("test", {}))
     assert "holds probe" in refusal(path)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from sela_cli import cli, formats
+from sela_cli import cli, envelope
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "slurm_requeue.sh"
@@ -75,7 +75,7 @@ def submit(folder: Path) -> list[int]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: formats.read_header(str(path)).digest for path in folder.glob("*.h5")}
+    return {path.name: envelope.read_header(str(path)).digest for path in folder.glob("*.h5")}
 
 
 @pytest.mark.slow

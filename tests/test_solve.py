@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sela_cli import assignment, lbfgs, newton, sinkhorn
 from sela_cli.curvature import Products
-from sela_cli.labels import marginal
 from sela_cli.marginals import Between
 from sela_cli.plans import Take
 from sela_cli.semidual import Point, Problem, Solution, laplacian, soft_sizes
+from sela_cli.shares import marginal
 from sela_cli.tiles import InMemory, Rows
 
 Solver = Callable[..., Solution]

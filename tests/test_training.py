@@ -15,10 +15,11 @@ import torch
 from sklearn.metrics import log_loss, normalized_mutual_info_score
 from torch import Tensor
 
-from sela_cli import formats, interrupt, networks, training
+from sela_cli import envelope, formats, interrupt, networks, training
 from sela_cli.commands.run import run
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
-from sela_cli.formats import Checkpoint, HeadLabels, Labels, Provenance
+from sela_cli.formats import Checkpoint, HeadLabels, Labels
 from sela_cli.fresh import HEAD_INITS, fit_heads, make_ready, settle
 from sela_cli.images.augment import AUGMENTATIONS, drawn_view, random_view
 from sela_cli.images.batches import Images, open_images
@@ -123,7 +124,7 @@ def test_stages_in_two_parts_give_the_digest_of_one(
     train_stage(images, labels, fresh(), half, RECIPE, to=0.5)
     start = formats.read_checkpoint(half)
     train_stage(images, labels, network_of(start, half), two, RECIPE, start=start, to=1.0)
-    assert formats.read_header(one).digest == formats.read_header(two).digest
+    assert envelope.read_header(one).digest == envelope.read_header(two).digest
     done = formats.read_checkpoint(two)
     assert (done.step, done.epoch, len(done.losses)) == (4, 1.0, 4)
     assert done.arch == "alexnet-small" and done.heads == HEADS and done.image_size == 32
@@ -144,7 +145,7 @@ def test_interrupted_stage_saves_and_goes_on(
     progress = lambda done, total, note: steps.append(done)  # noqa: E731
     train_stage(images, labels, fresh(), parted, RECIPE, to=1.0, progress=progress)
     assert len(steps) == 3
-    assert formats.read_header(whole).digest == formats.read_header(parted).digest
+    assert envelope.read_header(whole).digest == envelope.read_header(parted).digest
     assert not Path(f"{parted}.unfinished").exists()
 
 
@@ -159,7 +160,7 @@ def test_saved_state_of_another_recipe_is_not_taken_up(
         train_stage(images, labels, fresh(), parted, RECIPE, to=0.5)
     monkeypatch.setattr(interrupt, "requested", lambda: False)
     train_stage(images, labels, fresh(), parted, other, to=0.5)
-    assert formats.read_header(whole).digest == formats.read_header(parted).digest
+    assert envelope.read_header(whole).digest == envelope.read_header(parted).digest
 
 
 @pytest.mark.parametrize(

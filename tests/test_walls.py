@@ -100,11 +100,16 @@ def test_core_does_not_know_how_it_is_shown(name: str) -> None:
 )
 def test_solvers_are_pure(name: str) -> None:
     assert not packages(name) & {"h5py", "typer", "rich", "pathlib", "io", "os", "shutil"}
-    assert not {item.split(".")[0] for item in siblings(name)} & {"formats", "scores", "labels"}
+    assert not {item.split(".")[0] for item in siblings(name)} & {
+        "formats",
+        "envelope",
+        "scores",
+        "labels",
+    }
     assert not {func.rsplit(".", 1)[-1] for func in called(name)} & {"open", "load", "save"}
 
 
-@pytest.mark.parametrize("name", ["formats", "metrics", "images.sources"])
+@pytest.mark.parametrize("name", ["envelope", "formats", "metrics", "images.sources"])
 def test_files_are_read_without_torch(name: str) -> None:
     assert "torch" not in packages(name)
     # Nor through another module of ours.

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from sela_cli import formats
 from sela_cli.cli import app
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
 from sela_cli.export import FixedMaxPool, export_stage
-from sela_cli.formats import Checkpoint, Provenance
+from sela_cli.formats import Checkpoint
 from sela_cli.networks import Network, build
 from sela_cli.training import network_of
 from sela_cli.weights import import_stage

@@ -68,7 +68,7 @@ def embed(
     """
     from functools import partial
 
-    from sela_cli import formats
+    from sela_cli import envelope, formats, outputs
     from sela_cli.errors import UsageError
     from sela_cli.fresh import settle
     from sela_cli.images.batches import open_images
@@ -86,7 +86,7 @@ def embed(
         raise UsageError("--arch needs --heads, for instance --heads 128x10")
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force, data, checkpoint)
+        outputs.check_output(output, force, data, checkpoint)
     state = formats.read_checkpoint(checkpoint) if checkpoint else None
     with terminal.progress("decode", "images") as progress:
         images, size = open_images(
@@ -127,7 +127,7 @@ def embed(
             "view": chosen,
             **options,
         }
-        provenance = formats.Provenance("embed", parameters, dataset_id=images.dataset_id)
+        provenance = envelope.Provenance("embed", parameters, dataset_id=images.dataset_id)
         if state:
             assert state.header is not None
             provenance = provenance.reading("checkpoint", state.header)

@@ -33,12 +33,12 @@ def export(
     Its input is RGB in 0..1, less the mean and over the standard deviation that the file
     names.
     """
-    from sela_cli import formats
+    from sela_cli import formats, outputs
     from sela_cli.export import export_stage
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
 
-    formats.check_output(output, force, checkpoint)
+    outputs.check_output(output, force, checkpoint)
     state = formats.read_checkpoint(checkpoint)
     facts = export_stage(network_of(state, checkpoint), state, output, force)
     Terminal(as_json=as_json).result(

@@ -39,7 +39,7 @@ def export_labels(
     A table has a row an image: its key, and the label of each head. An array has the labels
     alone, in the file's order. Parquet needs the extra `parquet`.
     """
-    from sela_cli import extras, formats
+    from sela_cli import extras, formats, outputs
     from sela_cli.terminal import Terminal
 
     if not output and not links:
@@ -47,7 +47,7 @@ def export_labels(
     if (links is None) != (data is None):
         raise UsageError("--links and --data go together")
     if output:
-        formats.check_output(output, force, labels)
+        outputs.check_output(output, force, labels)
     if output and output.endswith(".parquet"):
         extras.require("parquet")
     from sela_cli import exports

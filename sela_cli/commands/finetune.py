@@ -77,14 +77,14 @@ def finetune(
     """
     from dataclasses import asdict
 
-    from sela_cli import formats, voc
+    from sela_cli import envelope, formats, outputs, voc
     from sela_cli.finetune import FinetuneRecipe, finetune_stage
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force, checkpoint)
+        outputs.check_output(output, force, checkpoint)
     recipe = FinetuneRecipe(
         task=task.value,
         part=train.value,
@@ -113,8 +113,8 @@ def finetune(
         return
     assert state.header is not None
     parameters = {"data": data, "test": test, "limit": limit} | resolved
-    provenance = formats.Provenance(
-        "finetune", parameters, dataset_id=formats.dataset_id(learned[0].keys)
+    provenance = envelope.Provenance(
+        "finetune", parameters, dataset_id=envelope.dataset_id(learned[0].keys)
     )
     with terminal.progress("finetune", "images") as progress:
         rows = finetune_stage(

@@ -40,7 +40,7 @@ def import_weights(
     as_json: Json = False,
 ) -> None:
     """Weights from elsewhere as a checkpoint: a backbone to start from, with fresh heads."""
-    from sela_cli.formats import Provenance
+    from sela_cli.envelope import Provenance
     from sela_cli.networks import build, parse_heads
     from sela_cli.terminal import Terminal
     from sela_cli.weights import import_stage

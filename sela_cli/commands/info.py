@@ -29,7 +29,8 @@ def info(
 ) -> None:
     """Show what a file holds: its kind, digest, origin, datasets and attributes."""
     from sela_cli import extras
-    from sela_cli.formats import check_output, describe
+    from sela_cli.envelope import describe
+    from sela_cli.outputs import check_output
     from sela_cli.terminal import Terminal
 
     if plot:

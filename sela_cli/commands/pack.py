@@ -47,20 +47,20 @@ def pack(
     --data takes the file wherever it takes the collection: images keep their keys, their
     order and their classes.
     """
-    from sela_cli import formats
+    from sela_cli import envelope, outputs
     from sela_cli.images.batches import open_images
     from sela_cli.images.pack import pack_stage, plan
     from sela_cli.terminal import Terminal
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force, data)
+        outputs.check_output(output, force, data)
     images, _ = open_images(
         data, None, download=download, skip_bad=skip_bad, limit=limit, side=size, hold=False
     )
     shown = plan(images) | terminal.left_out(images, limit)
     if not dry_run:
-        provenance = formats.Provenance("pack", {"data": data, "size": images.side})
+        provenance = envelope.Provenance("pack", {"data": data, "size": images.side})
         with terminal.progress("pack", "images") as progress:
             pack_stage(images, output, provenance, force=force, progress=progress)
     verb = "would write" if dry_run else "wrote"

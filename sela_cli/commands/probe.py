@@ -132,7 +132,7 @@ def probe(
     """
     from functools import partial
 
-    from sela_cli import formats, presets, probes
+    from sela_cli import envelope, formats, outputs, presets, probes
     from sela_cli.images.batches import open_images
     from sela_cli.precision import decided
     from sela_cli.terminal import Terminal
@@ -141,7 +141,7 @@ def probe(
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
-        formats.check_output(output, force, data, test, checkpoint)
+        outputs.check_output(output, force, data, test, checkpoint)
     state = formats.read_checkpoint(checkpoint)
     network = network_of(state, checkpoint)
     opening: dict[str, Any] = {"download": download, "skip_bad": skip_bad, "limit": limit}
@@ -179,7 +179,7 @@ def probe(
         terminal.result(plan, f"would probe with {len(train)} images, test on {len(tested)}")
         return
     parameters = {"data": data, "test": test, "holdout": holdout, "seed": seed} | options
-    provenance = formats.Provenance("probe", parameters, dataset_id=train.dataset_id)
+    provenance = envelope.Provenance("probe", parameters, dataset_id=train.dataset_id)
     assert state.header is not None
     arithmetic = decided(
         precision.value if precision else state.recipe.get("precision", "float32"),

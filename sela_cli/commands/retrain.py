@@ -78,7 +78,7 @@ def retrain(
 
     Defaults are the paper's (Table 5). The labels stay as they are.
     """
-    from sela_cli import formats, presets
+    from sela_cli import outputs, presets
     from sela_cli.terminal import Terminal
     from sela_cli.training import prepare
 
@@ -99,7 +99,7 @@ def retrain(
         rotation=rotation,
     )
     if not dry_run:
-        formats.check_output(output, force, data, labels)
+        outputs.check_output(output, force, data, labels)
     with terminal.progress("decode", "images") as progress:
         training = prepare(
             "retrain",

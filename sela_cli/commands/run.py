@@ -152,7 +152,8 @@ def run(
     from sela_cli import extras, formats, job
     from sela_cli.events import Events
     from sela_cli.images.batches import open_images
-    from sela_cli.loop import Watcher, plan, run, settings_of, text_of
+    from sela_cli.loop import Watcher, run, text_of
+    from sela_cli.run_settings import plan, settings_of
     from sela_cli.terminal import Terminal
 
     terminal = Terminal(quiet, as_json)

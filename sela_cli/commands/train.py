@@ -81,7 +81,7 @@ def train(
     Starts from --checkpoint, whose training settings hold unless given here, or from a
     fresh network of --arch, with the labels' clusters as its heads.
     """
-    from sela_cli import formats
+    from sela_cli import outputs
     from sela_cli.terminal import Terminal
     from sela_cli.training import prepare
 
@@ -102,7 +102,7 @@ def train(
         seed=seed,
     )
     if not dry_run:
-        formats.check_output(output, force, data, labels)
+        outputs.check_output(output, force, data, labels)
     with terminal.progress("decode", "images") as progress:
         training = prepare(
             "train",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli import formats, interrupt
+from sela_cli import envelope, interrupt
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.images.sources import Source, open_source
 from sela_cli.spread import spread
@@ -61,7 +61,7 @@ class Images:
         self.keys = [source.keys[row] for row in rows]
         self.truth_N = None if source.truth_N is None else source.truth_N[rows]
         self.classes = source.classes
-        self.dataset_id = formats.dataset_id(self.keys)
+        self.dataset_id = envelope.dataset_id(self.keys)
         self._held: Tensor | None = None
         fits = source.pixels is not None and source.pixels.shape[-1] == side
         self._stored = source.pixels if fits else None

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sela_cli import formats, interrupt
+from sela_cli.envelope import Provenance
 from sela_cli.errors import StoppedEarly
-from sela_cli.formats import Provenance
 from sela_cli.images.batches import Images
 
 _BATCH = 256

@@ -19,7 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from sela_cli import formats
+from sela_cli import envelope
 from sela_cli.errors import BadData, NoInput, UsageError
 from sela_cli.stored import Stored
 
@@ -305,7 +305,7 @@ def _bounded(spec: str, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The members, each before what it claims is unpacked."""
     stored = os.path.getsize(spec)
     for member in archive:
-        formats.check_expansion(spec, member.name, archive.offset, stored)
+        envelope.check_expansion(spec, member.name, archive.offset, stored)
         yield member
 
 
@@ -324,7 +324,7 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
 
     `labels` are any values, or numbers of the names in `classes`.
     """
-    with formats.open_hdf5(path) as file, formats.damage_named(path):
+    with envelope.open_hdf5(path) as file, envelope.damage_named(path):
         names = [inner.lstrip("/")] if inner else _image_datasets(file)
         if len(names) != 1:
             raise BadData(
@@ -334,7 +334,7 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
         if not _could_be_images(file.get(names[0])):
             raise BadData(f"{spec}: dataset '{names[0]}' is not uint8 images")
         rank = file[names[0]].ndim
-        shape = formats.dataset(path, file, names[0], (None,) * rank, "u").shape
+        shape = envelope.dataset(path, file, names[0], (None,) * rank, "u").shape
         keys = [f"{names[0]}/{number:07d}" for number in range(shape[0])]
         if _is_column(file.get("keys"), shape[0], "SO"):
             keys = [_text(key) for key in file["keys"][()]]
@@ -369,7 +369,7 @@ def _hdf5_classes(spec: str, path: str, file: h5py.File) -> tuple[np.ndarray, tu
         return truth_N, tuple(
             _text(value) if isinstance(value, bytes) else str(value) for value in values
         )
-    names_C = formats.dataset(path, file, "classes", (None,), "SO")[()]
+    names_C = envelope.dataset(path, file, "classes", (None,), "SO")[()]
     names = tuple(_text(name) for name in names_C)
     if labels_N.dtype.kind not in "iu" or labels_N.min() < 0 or labels_N.max() >= len(names):
         raise BadData(f"{spec}: dataset 'labels' does not number the {len(names)} 'classes'")

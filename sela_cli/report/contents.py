@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from scipy.special import logsumexp
 
-from sela_cli import formats, metrics
+from sela_cli import envelope, formats, metrics
 from sela_cli.errors import BadData, NoInput, SelaError
 from sela_cli.formats import Checkpoint, Labels
 from sela_cli.images.batches import square
 from sela_cli.images.sources import Source, open_source
-from sela_cli.loop import own_files
+from sela_cli.run_folder import own_files
 from sela_cli.scores import open_scores
 from sela_cli.spread import spread
 
@@ -110,7 +110,7 @@ def read(folder: Path, data: str | None = None) -> Contents:
         truth_N=None if source.truth_N is None else source.truth_N[labels.index_N],
         confidence_TN=confidences(str(folder / "logits.h5"), labels),
         digests={
-            path.name: formats.read_header(str(path)).digest for path in sorted({*own, *probes})
+            path.name: envelope.read_header(str(path)).digest for path in sorted({*own, *probes})
         },
         problems=problems,
     )
@@ -123,7 +123,7 @@ def read_files(folder: Path) -> list[Path]:
 
 def _is_probe(path: Path) -> bool:
     try:
-        return formats.read_header(str(path)).kind == "probe"
+        return envelope.read_header(str(path)).kind == "probe"
     except SelaError:
         return False
 
@@ -139,7 +139,7 @@ def _check_images(source: Source, labels: Labels) -> None:
 
 
 def _traces(path: str) -> list[Trace]:
-    with formats.open_file(path, "labels") as (file, _):
+    with envelope.open_file(path, "labels") as (file, _):
         return [
             {name: item[()] for name, item in file[f"trace/{head}"].items()}
             for head in range(len(file["labels"]))

@@ -20,7 +20,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sela_cli import formats
+from sela_cli import formats, outputs
 from sela_cli.errors import BadData
 from sela_cli.report.contents import Contents, Trace
 
@@ -218,7 +218,7 @@ def svg(figure: Figure) -> str:
 
 def write_png(figure: Figure, path: str, force: bool = False) -> None:
     """A figure as a PNG for print."""
-    with matplotlib.rc_context(_STYLE), formats.replacing(path, force) as partial:
+    with matplotlib.rc_context(_STYLE), outputs.replacing(path, force) as partial:
         figure.savefig(partial, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sela_cli import __version__, formats
+from sela_cli import __version__, outputs
 from sela_cli.report import figures
 from sela_cli.report.contents import Contents, gallery, read, read_files
 
@@ -33,16 +33,16 @@ def report_stage(
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the page of the run in `folder`, and its figures into `png`; returns what was shown."""
-    formats.check_output(output, force, *map(str, read_files(folder)))
+    outputs.check_output(output, force, *map(str, read_files(folder)))
     contents = read(folder, data)
-    formats.check_output(output, force, contents.source.spec)
+    outputs.check_output(output, force, contents.source.spec)
     drawn = figures.draw(contents)
     if png:
         png.mkdir(parents=True, exist_ok=True)
         figures.write_pngs(drawn, png, force)
     shown = gallery(contents, clusters, images)
     text = page(contents, drawn, shown)
-    with formats.replacing(output, force) as partial:
+    with outputs.replacing(output, force) as partial:
         # A file name that is no UTF-8 is shown with question marks.
         partial.write_text(text, encoding="utf-8", errors="replace")
     return {
