@@ -17,14 +17,6 @@ from torch.nn import functional
 from sela_cli import parallel
 
 
-class BatchNorm1d(nn.BatchNorm1d):
-    """(n, C) -> (n, C), by the mean and variance over the images of all processes."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        """See torch's."""
-        return _over_all(self, values) if _divided(self) else super().forward(values)
-
-
 class BatchNorm2d(nn.BatchNorm2d):
     """(n, C, H, W) -> (n, C, H, W), by the mean and variance over all processes."""
 
@@ -54,7 +46,7 @@ def _sum(values: Tensor) -> Tensor:
     return total
 
 
-def _over_all(norm: nn.BatchNorm1d | nn.BatchNorm2d, values: Tensor) -> Tensor:
+def _over_all(norm: nn.BatchNorm2d, values: Tensor) -> Tensor:
     assert norm.running_mean is not None and norm.running_var is not None
     assert norm.num_batches_tracked is not None
     x = values.float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import io
 import os
 import sys
 from contextlib import nullcontext
@@ -81,6 +82,10 @@ for _module in _COMMANDS:
     app.command(_verb, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
 
 
+# They stop between steps; a signal ends the others where they are.
+_POLLING = ("run", "embed", "label", "train", "retrain", "probe", "finetune", "pack")
+
+
 def main() -> None:
     """Run the command line; never returns."""
     from sela_cli import interrupt, job
@@ -94,7 +99,10 @@ def main() -> None:
     interrupt.listen()
     who = f"sela, process {job.number()}" if job.number() else "sela"
     try:
-        with job.joined() if verb in job.VERBS else nullcontext():
+        with (
+            job.joined() if verb in job.VERBS else nullcontext(),
+            nullcontext() if verb in _POLLING else interrupt.not_polling("at work"),
+        ):
             app()
     except job.FailedElsewhere as error:
         sys.exit(error.exit_code)
@@ -123,6 +131,9 @@ def _open_standard_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files need not be of the terminal's characters.
+        sys.stdout.reconfigure(errors="surrogateescape")
 
 
 def _unforeseen(error: Exception) -> tuple[str, int]:

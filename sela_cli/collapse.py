@@ -35,7 +35,7 @@ def predictions(spec: str, device: str = "cpu") -> dict[str, float]:
     """How sure and how varied the predictions in the logits `spec` are, mean over the heads.
 
     `entropy`: mean of H(p(y|x)) / ln K, 1 where nothing is told apart. `spread`:
-    H(mean p) / ln K, near 0 where all images get one cluster. `unwanted`: share of the
+    H(mean p) / ln K, near 0 where all images get one cluster of several. `unwanted`: share of the
     clusters that no image prefers. Of max(50,000, 32 K) images, evenly spread, where there
     are more: a cluster that very few prefer may then count as unwanted. Raises StoppedEarly
     after a signal.
@@ -71,7 +71,7 @@ def _of_head(rows: ScoreRows) -> dict[str, float]:
         wanted_K += chosen_K
     return {
         "entropy": entropy / some.shape[0] / most,
-        "spread": float(-xlogy(mean_K, mean_K).sum()) / most,
+        "spread": float(-xlogy(mean_K, mean_K).sum()) / most if clusters > 1 else 1.0,
         "unwanted": float((wanted_K == 0).mean()),
     }
 

@@ -167,7 +167,7 @@ def create(
     assert kind in KINDS
     created = _now()
     with replacing(path, force) as partial:
-        beside = Path(f"{Path(path).resolve()}.unfinished") if part and path != "-" else None
+        beside = Path(f"{Path(path).resolve()}.unfinished") if path != "-" else None
         goes_on = part is not None and beside is not None and _taken_up(part, beside, partial)
         try:
             with (
@@ -286,12 +286,10 @@ def spool(stream: Any) -> str:
         raise UsageError("several processes can't share standard input", "write it to a file first")
     handle, name = tempfile.mkstemp(prefix="sela-stdin-")
     try:
-        with _Output(handle, "w") as copy, interrupt.waiting():
+        with _Output(handle, "w") as copy, interrupt.not_polling("reading standard input"):
             shutil.copyfileobj(stream, copy)
     except BaseException as error:
         os.unlink(name)
-        if isinstance(error, InterruptedError):
-            raise StoppedEarly("stopped while reading standard input", "run it again") from None
         if isinstance(error, OSError):
             raise CannotCreate(f"{name}: {reason(error)}", "free space, or set TMPDIR") from error
         raise
@@ -460,7 +458,7 @@ def datasets(path: str, file: h5py.File, group: str) -> dict[str, np.ndarray]:
 
 
 def dataset(
-    path: str, file: h5py.File, name: str, shape: Sequence[int | None], kinds: str = "f"
+    path: str, file: h5py.Group, name: str, shape: Sequence[int | None], kinds: str = "f"
 ) -> h5py.Dataset:
     """The named dataset, checked: its rank, its fixed extents, its dtype's kind (NumPy's letter).
 
@@ -530,14 +528,14 @@ def read_header(path: str) -> Header:
 def describe(path: str) -> dict[str, Any]:
     """What `sela info` shows: the header, then every dataset and payload attribute."""
     with open_file(path) as (file, header):
-        datasets: dict[str, str] = {}
+        shapes: dict[str, str] = {}
         attributes = {
             name: plain(value) for name, value in file.attrs.items() if name not in ENVELOPE
         }
 
         def add(name: str, item: h5py.Group | h5py.Dataset) -> None:
             if isinstance(item, h5py.Dataset):
-                datasets[name] = f"{item.shape} {item.dtype}"
+                shapes[name] = f"{item.shape} {item.dtype}"
             for key, value in item.attrs.items():
                 attributes[f"{name}@{key}"] = plain(value)
 
@@ -552,6 +550,6 @@ def describe(path: str) -> dict[str, Any]:
         "command": header.history[-1]["command"] if header.history else "",
         "parameters": header.parameters,
         "inputs": header.inputs,
-        "datasets": datasets,
+        "datasets": shapes,
         "attributes": attributes,
     }

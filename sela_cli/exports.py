@@ -19,6 +19,8 @@ from sela_cli.scores import open_scores
 
 LABEL_SUFFIXES = (".csv", ".parquet", ".npy")
 _TILE_ROWS = 4096
+# Bytes of a name: file systems take 255, a row's number included.
+_LONGEST = 200
 
 
 def write_labels_as(labels: Labels, output: str, force: bool = False) -> None:
@@ -81,13 +83,18 @@ def write_links(labels: Labels, images: str, output: str) -> int:
                 for row in np.flatnonzero(head.labels_N == cluster).tolist():
                     # The row's number keeps apart what has one name in two subfolders.
                     key = labels.keys[row]
-                    (folder / f"{row:07d}-{Path(key).name}").symlink_to(root / key)
+                    (folder / f"{row:07d}-{_ending(Path(key).name)}").symlink_to(root / key)
         partial.rename(target)
     except OSError as error:
         raise CannotCreate(f"{output}: {error.strerror}", "choose another --links") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return len(labels.heads) * len(labels.keys)
+
+
+def _ending(name: str) -> str:
+    """As much of a name as has room behind a number."""
+    return os.fsdecode(os.fsencode(name)[-_LONGEST:])
 
 
 def write_logits_as_npy(

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 set a flag that long loops poll between steps."""
+"""SIGTERM and SIGUSR1 set a flag that long loops poll between steps, or end what can't poll."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sela_cli.errors import StoppedEarly
+
 _requested = False
-_waiting = False
+# What a block that can't poll was doing, while it is at it.
+_doing = ""
 
 
 def _request(signum: int, frame: FrameType | None) -> None:
     global _requested
     _requested = True
-    if _waiting:
-        raise InterruptedError
+    if _doing:
+        raise _stopped(_doing)
+
+
+def _stopped(doing: str) -> StoppedEarly:
+    return StoppedEarly(f"stopped while {doing}", "run it again")
 
 
 def listen() -> None:
@@ -30,13 +37,13 @@ def requested() -> bool:
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
-    """A block that waits for something and can't poll: there a request is an InterruptedError."""
-    global _waiting
-    _waiting = True
+def not_polling(doing: str) -> Iterator[None]:
+    """A block that can't poll: there a request is StoppedEarly, raised wherever it is."""
+    global _doing
+    before, _doing = _doing, doing
     try:
         if _requested:
-            raise InterruptedError
+            raise _stopped(doing)
         yield
     finally:
-        _waiting = False
+        _doing = before

@@ -18,6 +18,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
+from sela_cli import interrupt
 from sela_cli.errors import BadData
 from sela_cli.formats import HeadLabels, Labels, unsolved
 from sela_cli.scores import Matrix, Scores
@@ -48,7 +49,8 @@ def kmeans_labels(
     `clusters`: K of each head, by default as many as the head has columns; of a single
     matrix (features) each head is then another run, from seed, seed + 1, ... Clusters are
     numbered as those of `before` that they share most images with, so that a network in
-    training keeps its head. Raises BadData where K or `before` does not fit.
+    training keeps its head. Raises BadData where K or `before` does not fit, StoppedEarly
+    after a signal.
 
     Source: Caron et al. 2018 (DeepCluster): principal components, whitened, rows of unit
     length, then k-means.
@@ -57,9 +59,10 @@ def kmeans_labels(
     heads: list[HeadLabels] = []
     points_NP = np.empty((0, 0), np.float32)
     for number, (matrix, count) in enumerate(pairs):
-        if number == 0 or matrix is not pairs[number - 1][0]:
-            points_NP = whitened(matrix, path, seed)
-        head = _cluster(points_NP, count, seed + number, max_iter)
+        with interrupt.not_polling("clustering"):
+            if number == 0 or matrix is not pairs[number - 1][0]:
+                points_NP = whitened(matrix, path, seed)
+            head = _cluster(points_NP, count, seed + number, max_iter)
         if before:
             earlier_N = before.heads[number].labels_N
             head.labels_N = renumbered(head.labels_N, earlier_N, count)
@@ -142,7 +145,12 @@ def whitened(matrix: Matrix, path: str, seed: int) -> np.ndarray:
 def _components(values_ND: np.ndarray, seed: int) -> PCA:
     # Rows that are all the same have no variance to divide by.
     with np.errstate(invalid="ignore"):
-        return PCA(min(COMPONENTS, *values_ND.shape), random_state=seed).fit(values_ND)
+        return PCA(min(COMPONENTS, *values_ND.shape), random_state=_state(seed)).fit(values_ND)
+
+
+def _state(seed: int) -> int:
+    """A seed as scikit-learn takes it."""
+    return seed % (1 << 32)
 
 
 def _finite(values: np.ndarray, rows: np.ndarray, path: str) -> np.ndarray:
@@ -164,7 +172,7 @@ def _fitted(
     points_NP: np.ndarray, clusters: int, seed: int, max_iter: int
 ) -> KMeans | MiniBatchKMeans:
     if len(points_NP) <= _SAMPLE:
-        model = KMeans(clusters, n_init=1, max_iter=max_iter, random_state=seed)
+        model = KMeans(clusters, n_init=1, max_iter=max_iter, random_state=_state(seed))
     else:
         model = MiniBatchKMeans(
             *(clusters,),
@@ -172,7 +180,7 @@ def _fitted(
             # Starts are compared on a sample only: cheap, and batches mend no bad start.
             n_init=3,
             max_iter=max_iter,
-            random_state=seed,
+            random_state=_state(seed),
         )
     with warnings.catch_warnings():
         # Fewer distinct rows than clusters: the sizes tell.

@@ -44,7 +44,10 @@ from sela_cli.tiles import InMemory, Part, Rows, evenly, tile_rows
 ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
 METHODS = ("sela", "kmeans")
 SOLVERS = ("auto", "newton", "lbfgs", "sinkhorn")
-_NOT_OF_KMEANS = ("assign", "marginal", "min_size", "max_size", "input_kind", "solver")
+_NOT_OF_KMEANS = (
+    *("lamb", "tol", "max_memory", "assign", "marginal", "min_size", "max_size"),
+    *("input_kind", "solver"),
+)
 
 # A moved row may lose this share of the mean cost more than it must.
 _SLACK = 1e-4
@@ -94,8 +97,7 @@ class LabelSettings:
             for name in _NOT_OF_KMEANS:
                 if getattr(self, name) != getattr(LabelSettings, name):
                     raise UsageError(
-                        f"--{name.replace('_', '-')} is not for --method kmeans, whose clusters "
-                        "are of any size",
+                        f"--{name.replace('_', '-')} is not for --method kmeans",
                         "drop one of them",
                     )
         if self.solver not in SOLVERS:
@@ -207,9 +209,10 @@ def provenance_of(
     return provenance.of(scores.dataset_id)
 
 
-def warning(labels: Labels, output: str) -> StoppedEarly | None:
-    """What to raise or to say if a head did not converge."""
-    failed = [head.attributes for head in labels.heads if not head.attributes["converged"]]
+def warning(labels: Labels, output: str, head: int | None = None) -> StoppedEarly | None:
+    """What to raise or to say if a head did not converge, or `head` alone."""
+    looked_at = labels.heads if head is None else [labels.heads[head]]
+    failed = [each.attributes for each in looked_at if not each.attributes["converged"]]
     if not failed:
         return None
     worst = max(attributes["residual"] for attributes in failed)
@@ -221,7 +224,7 @@ def warning(labels: Labels, output: str) -> StoppedEarly | None:
             how = " (stopped before the sizes were balanced)"
         mend = f"go on with --init {output}, or a larger --max-iter or --tol"
     return StoppedEarly(
-        f"{output}: {len(failed)} of {len(labels.heads)} heads did not converge{how}; "
+        f"{output}: {len(failed)} of {len(looked_at)} heads did not converge{how}; "
         "labels are written",
         mend,
     )
@@ -285,10 +288,13 @@ def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
                 line += f"gap {max(values['gap'], 0.0):.1e}, "
             line += (
                 f"residual {values['residual']:.1e}, {values['n-iters']} passes, "
-                f"{values['seconds']:.1f} s, {values['bytes-read'] / 1e6:.1f} MB read"
+                f"{values['seconds']:.1f} s"
             )
+            # Labels of earlier versions, kept as they are, lack these.
+            if "bytes-read" in values:
+                line += f", {values['bytes-read'] / 1e6:.1f} MB read"
             if not values["converged"]:
-                line += f" ({values['status']})"
+                line += f" ({values.get('status', 'not converged')})"
         lines.append(line)
     return {"output": output, "rows": len(labels.keys), "heads": heads}, "\n".join(lines)
 

@@ -162,8 +162,8 @@ def forward(
 
     def compute(view: Tensor) -> Tensor:
         with autocast(device, precision):
-            outputs = module(view)
-        return torch.cat(outputs, 1) if isinstance(outputs, list) else outputs
+            made = module(view)
+        return torch.cat(made, 1) if isinstance(made, list) else made
 
     step = Graphed(compute) if has_graphs(device) else compute
     return passes.in_order(

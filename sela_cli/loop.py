@@ -289,7 +289,7 @@ class _Run:
                 )
 
             solved = self._label(labels, solve)
-        if problem := warning(solved, labels):
+        if problem := warning(solved, labels, head):
             self.watcher.say(f"warning: {problem.args[0]}")
         row = self._describe(number)
         self._keep(number, lambda: row)

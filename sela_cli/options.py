@@ -14,10 +14,10 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="SPEC",
-        help="Images: 'digits' (embedded), a folder (with or without class subfolders), a .tar, "
-        "a text list (.txt), an HDF5 of images (FILE or FILE::/DATASET), or NAME:ROOT[@SPLIT] "
-        "with NAME one of cifar10, cifar100, mnist, fashion-mnist, svhn, stl10, voc2007, imagenet, "
-        "places365.",
+        help="Images: 'digits' (embedded), a folder (with or without class subfolders; linked "
+        "folders are not entered), a .tar, a text list (.txt; # begins a comment), an HDF5 of "
+        "images (FILE or FILE::/DATASET), or NAME:ROOT[@SPLIT] with NAME one of cifar10, "
+        "cifar100, mnist, fashion-mnist, svhn, stl10, voc2007, imagenet, places365.",
     ),
 ]
 Output = Annotated[
@@ -33,6 +33,15 @@ DryRun = Annotated[
 ]
 Seed = Annotated[
     int, typer.Option("--seed", min=0, max=(1 << 63) - 1, help="Seed of every random draw.")
+]
+OptionalSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        min=0,
+        max=(1 << 63) - 1,
+        help="Seed of every random draw; default: that of the checkpoint gone on from, else 0.",
+    ),
 ]
 Device = Annotated[
     str,
@@ -235,7 +244,8 @@ Precision = Annotated[
     typer.Option(
         "--precision",
         help="Arithmetic of the network: float32, the often faster bfloat16, or auto, the faster "
-        "one, measured at the start; default: the checkpoint's, else float32.",
+        "one, measured at the start; default: the checkpoint's where one is gone on from, "
+        "the preset's, else float32.",
     ),
 ]
 Compile = Annotated[

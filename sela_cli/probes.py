@@ -485,7 +485,7 @@ class LinearProbe:
         if left:
             self._restore(left, str(unfinished.path))
         milestones = [max(1, round(recipe.epochs * part)) for part in recipe.milestones]
-        # BatchNorm needs two rows: a last batch of one is left out.
+        # Whole batches only: BatchNorm would take the statistics of what few are left.
         batch_size = min(recipe.batch_size, len(images))
         if batch_size < parallel.size():
             raise UsageError(
@@ -564,7 +564,7 @@ class LinearProbe:
             logits = self._logits(view, rates)
             return torch.cat([logits[key] for key in each], 1)
 
-        outputs = (passes.in_order if crops == 1 else passes.over_ten_crops)(
+        batches = (passes.in_order if crops == 1 else passes.over_ten_crops)(
             images,
             self.network.image_size,
             all_logits,
@@ -573,7 +573,7 @@ class LinearProbe:
             self.device,
         )
         done = 0
-        for batch in outputs:
+        for batch in batches:
             for key, logits in zip(each, batch, strict=True):
                 scores[key].append(logits)
             done += len(batch[0])

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sela_cli import envelope, outputs
 from sela_cli.errors import BadData, CannotCreate
-from sela_cli.images.batches import Images
 from sela_cli.locks import locked
-from sela_cli.run_settings import RunSettings
+
+if TYPE_CHECKING:
+    from sela_cli.images.batches import Images
+    from sela_cli.run_settings import RunSettings
 
 # Whole, unfinished, being written or locked: a run touches no file of another name.
 _OWN = re.compile(

@@ -443,6 +443,8 @@ def prepare(
         raise UsageError("give --checkpoint to go on from, or --arch for a fresh network")
     if to is not None and not 0 <= to < math.inf:
         raise UsageError(f"--to {to} must be at least 0 and finite")
+    if checkpoint and image_size is not None:
+        raise UsageError("--image-size is the checkpoint's", "leave it out")
     if checkpoint and options.get("head_init"):
         raise UsageError("--head-init is for a fresh network", "leave it out")
     labels = formats.read_labels(labels_path)

@@ -284,6 +284,7 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("embed --data photos --arch resnet18 -c tiny.h5 -o new.h5", 2, ["--checkpoint"]),
     ("run --data photos -c tiny.h5 --arch resnet18 --out new", 2, ["the checkpoint's"]),
     (f"{GO_ON} --head-init kmeans", 2, ["--head-init"]),
+    (f"{GO_ON} --image-size 16", 2, ["--image-size"]),
     ("embed --data photos --arch vgg --heads 2 -o new.h5", 2, ["vgg", "resnet18"]),
     *[
         (f"embed --data photos --arch alexnet-small --heads {heads} -o new.h5", 2, [heads])
@@ -414,6 +415,7 @@ def test_dry_run_refuses_what_label_does(world: Path, options: str) -> None:
         ("label logits.h5 -o new.h5 --max-iter 0", "--max-iter"),
         (f"{EMBED} --data photos --no-such-option", "--no-such-option"),
         (f"{EMBED} --data photos --image-size 8", "--image-size"),
+        ("run --data photos --out new --seed -1", "--seed"),
         (f"{TRAIN} -l labels.h5 --lr-milestones a,b", "a,b"),
         (f"{PROBE} --holdout 1", "--holdout"),
         ("schedule --epochs -1 --opts 3", "--epochs"),
@@ -480,6 +482,12 @@ def test_bad_source_date_is_refused(
     done = sela(*words("label logits.h5 -o new.h5"))
     assert (done.code, done.err.count("\n")) == (2, 1) and "SOURCE_DATE_EPOCH" in done.err
     assert snapshot(world) == before
+
+
+def test_a_name_of_any_bytes_is_printed(world: Path) -> None:
+    name = "caf\udce9.h5"
+    done = good("label", "logits.h5", "-o", name)
+    assert os.fsencode(name) in done.out and os.fsencode(name) in good("info", name).out
 
 
 def test_skip_bad_leaves_the_unreadable_image_out(tmp_path: Path) -> None:
@@ -792,6 +800,16 @@ def test_signal_is_a_request(monkeypatch: pytest.MonkeyPatch, name: str) -> None
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
+
+
+def test_a_signal_ends_what_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits(path: str) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(interrupt, "_requested", False)
+    monkeypatch.setattr(envelope, "describe", waits)
+    done = sela("info", "absent.h5")
+    assert done.code == 75 and "run it again" in done.err
 
 
 # The first question comes while images are decoded, the second while they are embedded.

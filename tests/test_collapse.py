@@ -85,6 +85,8 @@ def test_extremes(write_logits: WriteLogits) -> None:
     assert one == pytest.approx({"entropy": 0, "spread": 0, "unwanted": 0.75})
     each = collapse.predictions(write_logits(np.eye(4)[np.arange(8) % 4] * 99, name="each.h5"))
     assert each == pytest.approx({"entropy": 0, "spread": 1, "unwanted": 0})
+    alone = collapse.predictions(write_logits(np.zeros((8, 1)), name="alone.h5"))
+    assert alone == pytest.approx({"entropy": 0, "spread": 1, "unwanted": 0})
 
 
 def test_a_healthy_round_has_no_problem() -> None:

@@ -92,6 +92,17 @@ def test_links_lead_from_each_cluster_to_its_images(photos: Path, tmp_path: Path
             assert found == wanted and len(list(folder.iterdir())) == len(wanted)
 
 
+def test_links_to_long_names(tmp_path: Path) -> None:
+    """A row's number leaves less room than there was."""
+    (tmp_path / "photos").mkdir()
+    name = f"{'é' * 125}.jpg"
+    (tmp_path / "photos" / name).write_text("here")
+    labels = labels_of([0], keys=[name])
+    exports.write_links(labels, str(tmp_path / "photos"), str(tmp_path / "links"))
+    (link,) = (tmp_path / "links/head-0/cluster-0").iterdir()
+    assert link.read_text() == "here" and link.suffix == ".jpg"
+
+
 def test_links_replace_nothing_and_are_made_whole_or_not_at_all(
     photos: Path, tmp_path: Path
 ) -> None:

@@ -572,6 +572,13 @@ def test_target_appears_when_it_is_complete(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file.h5"]
 
 
+def test_what_another_command_left_unfinished_goes(tmp_path: Path) -> None:
+    path, beside = tmp_path / "a.h5", tmp_path / "a.h5.unfinished"
+    beside.write_text("of a training")
+    write_labels(str(path))
+    assert [each.name for each in tmp_path.iterdir()] == ["a.h5"]
+
+
 @EACH
 def test_existing_output_is_refused_without_force(path: str, write: Callable[..., None]) -> None:
     Path(path).write_bytes(b"precious")

@@ -10,6 +10,7 @@ import pytest
 
 from sela_cli import envelope, formats
 from sela_cli.images.sources import open_source
+from sela_cli.labels import summary
 from sela_cli.scores import open_scores
 
 DATA = Path(__file__).with_name("data")
@@ -46,6 +47,8 @@ def test_version_1_labels() -> None:
     assert head.labels_N.tolist() == [0, 1, 1] and head.potentials_K.tolist() == [0.5, -0.5]
     assert head.attributes["assign"] == "balanced" and head.attributes["converged"]
     assert head.trace["residual"].tolist() == [0.25, 5e-5]
+    # It does not know yet how many bytes were read.
+    assert "head 0: " in summary(labels, "labels.h5")[1]
 
 
 def test_version_1_checkpoint() -> None:

@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 from sela_cli import assignment, envelope, formats, tiles
 from sela_cli.assignment import Bounds
 from sela_cli.budget import Budget
-from sela_cli.errors import BadData, UsageError
+from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.labels import LabelSettings, label_stage, summary, warning
 from sela_cli.relabel import relabel_stage
 from sela_cli.score_rows import ScoreRows
@@ -190,7 +190,9 @@ def test_one_head_is_labelled_and_the_others_kept(tmp_path: Path) -> None:
     before = str(tmp_path / "before.h5")
     label_stage(path, before, LabelSettings(assign="random"))
     after = str(tmp_path / "after.h5")
-    relabel_stage(path, after, LabelSettings(), 1, before)
+    relabelled = relabel_stage(path, after, LabelSettings(), 1, before)
+    relabelled.heads[0].attributes["converged"] = False
+    assert warning(relabelled, after) and warning(relabelled, after, 1) is None
     kept, solved = formats.read_labels(after).heads
     assert (kept.labels_N == formats.read_labels(before).heads[0].labels_N).all()
     whole = str(tmp_path / "whole.h5")
@@ -343,11 +345,30 @@ def test_kmeans_is_a_method_of_the_command(matrix: Path) -> None:
         {"max_size": 300},
         {"input_kind": "probabilities"},
         {"solver": "lbfgs"},
+        {"lamb": 10.0},
+        {"tol": 1e-3},
+        {"max_memory": 1 << 30},
     ],
 )
 def test_kmeans_refuses_what_it_would_ignore(matrix: Path, option: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(option)).replace("_", "-")):
         label(matrix, method="kmeans", **option)
+
+
+def test_kmeans_ends_at_a_signal(matrix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sela_cli.interrupt._requested", True)
+    with pytest.raises(StoppedEarly, match="clustering"):
+        label(matrix, method="kmeans")
+
+
+@pytest.mark.parametrize("seed", [0, (1 << 32) - 1, (1 << 63) - 1])
+def test_kmeans_takes_any_seed(matrix: Path, seed: int) -> None:
+    labels = label_stage(
+        str(matrix),
+        str(matrix.parent / "k.h5"),
+        LabelSettings(method="kmeans", clusters=(3, 3), seed=seed),
+    )
+    assert [head.usage_K.sum() for head in labels.heads] == [600, 600]
 
 
 def test_kmeans_that_was_stopped_early_converges_with_more_iterations(matrix: Path) -> None:

@@ -184,6 +184,16 @@ def test_hdf5_classes_are_the_words_of_its_labels(kind: str, tmp_path: Path) -> 
     assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
 
 
+def test_hdf5_labels_are_those_beside_the_images(tmp_path: Path) -> None:
+    path = write_hdf5(tmp_path / "a.h5", labels=np.array(TRUTH)[::-1])
+    with h5py.File(path, "r+") as file:
+        file["train/images"], file["test/images"] = PIXELS, PIXELS
+        file["train/labels"] = np.array(TRUTH)
+    train, test = (open_source(f"{path}::/{part}/images") for part in ("train", "test"))
+    assert train.truth_N is not None and train.truth_N.tolist() == TRUTH
+    assert test.truth_N is None
+
+
 @pytest.mark.parametrize(
     "arrays",
     [
@@ -478,6 +488,9 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
     Image.fromarray(levels).save(tmp_path / "a.png")
     image = open_source(str(tmp_path)).image(0)
     np.testing.assert_allclose(image[:, :, 1] / 255, levels / 65535, atol=1.5 / 255)
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "a.pgm").write_bytes(b"P5 7 9 65535\n" + levels.astype(">u2").tobytes())
+    np.testing.assert_array_equal(open_source(str(tmp_path)).image(0), image)
 
 
 def _huge_header() -> bytes:
@@ -615,6 +628,15 @@ def test_square_is_resize_and_centre_crop(height: int, width: int, side: int) ->
     noise = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = v2.Compose([v2.Resize(side), v2.CenterCrop(side)])(Image.fromarray(noise))
     np.testing.assert_array_equal(square(noise, side), np.asarray(expected))
+
+
+@pytest.mark.parametrize("shape", [(1, 1_000_000, 3), (999_999, 1, 3), (3, 300_001, 3)])
+def test_of_a_line_the_middle_is_taken(shape: tuple[int, ...]) -> None:
+    """Resized whole the first would have 65 GB."""
+    line = np.zeros(shape, np.uint8)
+    middle = [slice(max(0, n // 2 - 20), n // 2 + 21) for n in shape[:2]]
+    line[tuple(middle)] = 200
+    assert (square(line, 256) == 200).all()
 
 
 @pytest.mark.parametrize(

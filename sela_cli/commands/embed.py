@@ -19,6 +19,7 @@ from sela_cli.options import (
     ImageSize,
     Json,
     Limit,
+    OptionalSeed,
     Output,
     Precision,
     Quiet,
@@ -46,12 +47,7 @@ def embed(
     view: View = None,
     precision: Precision = None,
     batch_size: BatchSize = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed", help="Seed of every random draw; default: the checkpoint's, else 0."
-        ),
-    ] = None,
+    seed: OptionalSeed = None,
     limit: Limit = None,
     skip_bad: SkipBad = False,
     download: Download = False,

@@ -185,5 +185,5 @@ def label(
             )
     values, text = summary(labels, output)
     terminal.result(values, text)
-    if problem := warning(labels, output):
+    if problem := warning(labels, output, head):
         raise problem

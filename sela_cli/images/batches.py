@@ -24,6 +24,8 @@ from sela_cli.spread import spread
 
 # Images that the side of a collection's is taken from.
 _SIDES = 15
+# Of a picture so many times as long as it is wide only the middle is looked at.
+_LONG = 16
 # Images of up to this side are taken as they are, by networks with the small stem.
 SMALL = 64
 _MEMORY_BYTES = 4 << 30
@@ -145,6 +147,11 @@ def square(image: np.ndarray, side: int) -> np.ndarray:
     height, width = image.shape[:2]
     if (height, width) == (side, side):
         return image
+    if max(height, width) > _LONG * min(height, width):
+        # Of a line a pixel wide only the middle is kept: resized whole it would fill memory.
+        half = _LONG * min(height, width) // 2
+        top, left = max(height // 2 - half, 0), max(width // 2 - half, 0)
+        return square(image[top : top + 2 * half, left : left + 2 * half], side)
     scale = side / min(height, width)
     size = (max(side, round(width * scale)), max(side, round(height * scale)))
     resized = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BILINEAR)

@@ -136,8 +136,8 @@ def _rgb(file: Any, side: int = 0) -> np.ndarray:
         if side:
             # A JPEG of 3000 x 2250 for 256 pixels: 8 ms instead of 38; nothing for small ones.
             image.draft("RGB", (side, side))
-        if image.mode.startswith("I;16"):
-            # Pillow's own conversion cuts at 255 instead of scaling.
+        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+            # 16 bits, of which Pillow's own conversion cuts at 255 instead of scaling.
             grey = np.round(np.asarray(image) / 257).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
         return np.asarray(image.convert("RGB"))
@@ -226,7 +226,8 @@ def _list(spec: str) -> Source:
         text = Path(spec).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise NoInput(f"{spec}: {error.strerror}") from error
-    entries = [line.split("\t") for line in text.splitlines() if line.strip() and line[0] != "#"]
+    # Not splitlines, which also ends lines at characters that names may have.
+    entries = [line.split("\t") for line in text.split("\n") if line.strip() and line[0] != "#"]
     keys = [entry[0].strip() for entry in entries]
     source = _files(spec, Path(spec).parent, keys)
     if entries and all(len(entry) > 1 for entry in entries):
@@ -320,7 +321,7 @@ def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _hdf5(spec: str, path: str, inner: str) -> Source:
-    """uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W); `keys` and `labels` (N,) beside it count.
+    """uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W); `keys` and `labels` (N,) beside them count.
 
     `labels` are any values, or numbers of the names in `classes`.
     """
@@ -329,19 +330,22 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
         if len(names) != 1:
             raise BadData(
                 f"{spec}: {len(names)} datasets could be images ({', '.join(names[:5])})",
-                f"name one: {path}::DATASET",
+                f"name one: {path}::DATASET"
+                if names
+                else "they are uint8 of shape (N, H, W, 3), (N, 3, H, W) or (N, H, W)",
             )
         if not _could_be_images(file.get(names[0])):
             raise BadData(f"{spec}: dataset '{names[0]}' is not uint8 images")
         rank = file[names[0]].ndim
         shape = envelope.dataset(path, file, names[0], (None,) * rank, "u").shape
         keys = [f"{names[0]}/{number:07d}" for number in range(shape[0])]
-        if _is_column(file.get("keys"), shape[0], "SO"):
-            keys = [_text(key) for key in file["keys"][()]]
+        beside = file[names[0]].parent
+        if _is_column(beside.get("keys"), shape[0], "SO"):
+            keys = [_text(key) for key in beside["keys"][()]]
         truth_N: np.ndarray | None = None
         classes: tuple[str, ...] = ()
-        if _is_column(file.get("labels"), shape[0], "iuSO"):
-            truth_N, classes = _hdf5_classes(spec, path, file)
+        if _is_column(beside.get("labels"), shape[0], "iuSO"):
+            truth_N, classes = _hdf5_classes(spec, path, beside)
         item = file[names[0]]
         offset = item.id.get_offset() if item.chunks is None else None
     stored = None if offset is None else Stored(path, np.dtype(np.uint8), shape, offset, path)
@@ -362,14 +366,14 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
     return Source(spec, keys, decode, truth_N, classes, pixels=stored if square else None)
 
 
-def _hdf5_classes(spec: str, path: str, file: h5py.File) -> tuple[np.ndarray, tuple[str, ...]]:
-    labels_N = file["labels"][()]
-    if "classes" not in file:
+def _hdf5_classes(spec: str, path: str, group: h5py.Group) -> tuple[np.ndarray, tuple[str, ...]]:
+    labels_N = group["labels"][()]
+    if "classes" not in group:
         values, truth_N = np.unique(labels_N, return_inverse=True)
         return truth_N, tuple(
             _text(value) if isinstance(value, bytes) else str(value) for value in values
         )
-    names_C = envelope.dataset(path, file, "classes", (None,), "SO")[()]
+    names_C = envelope.dataset(path, group, "classes", (None,), "SO")[()]
     names = tuple(_text(name) for name in names_C)
     if labels_N.dtype.kind not in "iu" or labels_N.min() < 0 or labels_N.max() >= len(names):
         raise BadData(f"{spec}: dataset 'labels' does not number the {len(names)} 'classes'")
@@ -457,7 +461,10 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
     truth_N = None if labels is None else np.asarray(labels, dtype=np.int64)
     if truth_N is not None and (truth_N < 0).any():
         truth_N = None
-    classes = tuple(str(c) for c in getattr(data, "classes", ()))
+    # ImageNet's have several names each.
+    classes = tuple(
+        ", ".join(c) if isinstance(c, tuple) else str(c) for c in getattr(data, "classes", ())
+    )
     return Source(
         spec, keys, lambda number: np.asarray(data[number][0].convert("RGB")), truth_N, classes
     )

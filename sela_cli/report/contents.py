@@ -140,11 +140,8 @@ def _check_images(source: Source, labels: Labels) -> None:
 
 def _traces(path: str) -> list[Trace]:
     with envelope.open_file(path, "labels") as (file, _):
-        return [
-            {name: item[()] for name, item in file[f"trace/{head}"].items()}
-            for head in range(len(file["labels"]))
-            if f"trace/{head}" in file
-        ]
+        traces = [f"trace/{head}" for head in range(len(file["labels"]))]
+        return [envelope.datasets(path, file, trace) for trace in traces if trace in file]
 
 
 def confidences(logits_path: str, labels: Labels) -> list[np.ndarray]:

@@ -94,8 +94,9 @@ def _cards(contents: Contents) -> list[tuple[str, str]]:
         ("epochs", f"{contents.checkpoint.epoch:g}"),
         ("rounds", f"{len(contents.rounds) - 1}"),
         ("loss after the last round", _number(last["loss"])),
-        ("labels changed by the last round", f"{last['churn']:.1%}"),
     ]
+    if len(contents.rounds) > 1:
+        cards.append(("labels changed by the last round", f"{last['churn']:.1%}"))
     if "nmi" in last:
         cards.append(("NMI, mean of the heads", f"{last['nmi']:.3f}"))
     cards += [
