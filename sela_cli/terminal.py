@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from sela_cli.options import device_name
+
 if TYPE_CHECKING:
     from sela_cli.images.batches import Images
+    from sela_cli.training import Training
 
 Progress = Callable[[int, int, str], None]
 _PLAIN_SECONDS = 30.0
@@ -53,6 +56,21 @@ class Terminal:
             print(json.dumps(_finite(values)), file=self._results, flush=True)
         elif text and not (self.quiet and self._results is sys.stderr):
             print(text, file=self._results, flush=True)
+
+    def train(
+        self, training: Training, output: str, limit: int | None, device: str, dry_run: bool
+    ) -> None:
+        """Train and say what came of it, or only what would be done."""
+        shown = training.plan() | self.left_out(training.images, limit)
+        steps = f"steps {shown['from_step']}..{shown['to_step']} of {training.network.arch}"
+        if dry_run:
+            settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
+            self.result(shown, f"would write {output}: {steps}\n{settings}")
+            return
+        with self.progress("train", "images") as progress:
+            trained = training.run(device_name(device), progress)
+        loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
+        self.result(shown | {"loss": loss}, f"wrote {output}: {steps}, loss {loss:.3f}")
 
     @contextmanager
     def progress(self, title: str, unit: str = "") -> Iterator[Progress]:

@@ -30,7 +30,6 @@ from sela_cli.options import (
     Seed,
     SkipBad,
     WeightDecay,
-    device_name,
     fractions,
     given,
 )
@@ -115,17 +114,4 @@ def retrain(
             force=force,
             progress=progress,
         )
-    shown = training.plan() | terminal.left_out(training.images, limit)
-    if dry_run:
-        settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
-        terminal.result(
-            shown, f"would write {output}: {shown['to_step']} steps of {arch}\n{settings}"
-        )
-        return
-    with terminal.progress("retrain", "images") as progress:
-        trained = training.run(device_name(device), progress)
-    loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
-    terminal.result(
-        shown | {"loss": loss},
-        f"wrote {output}: {shown['to_step']} steps of {arch}, loss {loss:.3f}",
-    )
+    terminal.train(training, output, limit, device, dry_run)

@@ -32,7 +32,6 @@ from sela_cli.options import (
     Quiet,
     SkipBad,
     WeightDecay,
-    device_name,
     fractions,
     given,
 )
@@ -121,13 +120,4 @@ def train(
             force=force,
             progress=progress,
         )
-    shown = training.plan() | terminal.left_out(training.images, limit)
-    steps = f"steps {shown['from_step']}..{shown['to_step']} of {training.network.arch}"
-    if dry_run:
-        settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
-        terminal.result(shown, f"would write {output}: {steps}\n{settings}")
-        return
-    with terminal.progress("train", "images") as progress:
-        trained = training.run(device_name(device), progress)
-    loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
-    terminal.result(shown | {"loss": loss}, f"wrote {output}: {steps}, loss {loss:.3f}")
+    terminal.train(training, output, limit, device, dry_run)
