@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models import detection
 from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
@@ -24,6 +26,7 @@ from sela_cli.formats import Checkpoint
 from sela_cli.networks import Network, build
 from sela_cli.voc import CLASSES, Objects, classification_precision, detection_precision
 
+MODES = ("train", "test")
 COLOURS = {"bird": (230, 30, 30), "cat": (30, 230, 30), "person": (30, 30, 230)}
 
 
@@ -289,6 +292,33 @@ def test_detection_runs_and_repeats(arch: str, size: int, tree: Path, tmp_path: 
         assert sum(row["positives"] for row in rows) == 6
         digests.add(envelope.read_header(str(output)).digest)
     assert len(digests) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "size", "recipe"),
+    [
+        ("alexnet-small", 32, {"iterations": 200, "batch_size": 4, "lr": 0.02}),
+        ("resnet18", 224, {"iterations": 60, "batch_size": 6, "lr": 0.005}),
+    ],
+)
+def test_detection_learns_squares(
+    arch: str,
+    size: int,
+    recipe: dict[str, Any],
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torchmetrics")
+    # A tenth of the boxes that are looked at, and of the time.
+    counts = {f"rpn_{when}_nms_top_n_{mode}": 100 for when in ("pre", "post") for mode in MODES}
+    fewer = partial(detection.FasterRCNN, box_batch_size_per_image=32, **counts)
+    monkeypatch.setattr(detection, "FasterRCNN", fewer)
+    network = build(arch, size, [2], seed=0)
+    rows = stage(tree, tmp_path / "voc.h5", network, task="detection", min_size=64, **recipe)
+    assert {row["class"] for row in rows if row["positives"]} == set(COLOURS)
+    assert voc.mean_precision(rows)["map"] > 0.5
 
 
 @pytest.mark.parametrize(
