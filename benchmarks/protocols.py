@@ -35,7 +35,7 @@ RECIPE += " --weight-decay 0.0005 --aug paper --lamb 10 --relabel linear --view 
 RECIPE += " --head-init kmeans"
 EPOCHS, ROUNDS = 100, 30
 CLASSIFICATION = "--task classification --iterations 200 --lr 0.01"
-DETECTION = "--task detection --min-size 200 --iterations 100 --batch-size 2 --lr 0.01"
+DETECTION = "--task detection --min-size 200 --iterations 600 --batch-size 4 --lr 0.02"
 # Half the example's own.
 IMBALANCE = "--data digits --epochs 20 --rounds 10"
 NETWORKS = ("fresh", "trained")
