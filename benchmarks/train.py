@@ -198,7 +198,7 @@ def ours(
         while True:
             whole = len(images) // batch_size
             yield from islice(
-                forward(network, network, images, batch_size, device, precision), whole
+                forward(network, images, batch_size, device, precision, features=False), whole
             )
 
     embedded = passes()

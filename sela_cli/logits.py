@@ -74,12 +74,12 @@ def embed_stage(
     datasets: dict[str, Any] = {}
     with ExitStack() as stack:
         job.once(lambda: datasets.update(stack.enter_context(file)))
-        module = network if store == "logits" else network.trunk
         begun = torch.tensor([part.done // batch_size], dtype=torch.float32)
         skip = int(job.from_process(0, begun, (1,)))
         done = skip * batch_size
         for blocks in forward(
-            module, network, images, batch_size, device, precision, augment, skip
+            *(network, images, batch_size, device, precision, augment, skip),
+            features=store == "features",
         ):
             if dtype == "float16":
                 if store == "logits":
@@ -144,7 +144,6 @@ def plan(images: Images, network: Network, store: str, dtype: str) -> dict[str, 
 
 
 def forward(
-    module: Any,
     network: Network,
     images: Images,
     batch_size: int,
@@ -152,18 +151,22 @@ def forward(
     precision: str = "float32",
     augment: DrawOf | None = None,
     skip: int = 0,
+    *,
+    features: bool,
 ) -> Iterator[list[Tensor]]:
-    """Outputs of the network or of its trunk, batch by batch, as float32 on the CPU.
-
-    The first `skip` batches are left out.
+    """The features of a network, or the logits of each head, batch by batch, as float32 on the
+    CPU. The first `skip` batches are left out.
     """
     network.eval().to(device)
-    columns = network.clusters if module is network else [network.width]
+    columns = [network.width] if features else network.clusters
 
     def compute(view: Tensor) -> Tensor:
         with autocast(device, precision):
-            made = module(view)
-        return torch.cat(made, 1) if isinstance(made, list) else made
+            features_nD = network.trunk(view)
+        if features:
+            return features_nD
+        # Not in bfloat16, which rounds logits of 10 by 0.03: lambda makes that e^0.8.
+        return torch.cat([head(features_nD.float()) for head in network.heads], 1)
 
     step = Graphed(compute) if has_graphs(device) else compute
     return passes.in_order(

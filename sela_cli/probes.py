@@ -296,7 +296,7 @@ def features(
     """The trunk's output for every image, (N, D) float32."""
     blocks: list[Tensor] = []
     done = 0
-    for (block,) in forward(network.trunk, network, images, 256, device, precision):
+    for (block,) in forward(network, images, 256, device, precision, features=True):
         blocks.append(block)
         done += len(block)
         progress(done, len(images), note)

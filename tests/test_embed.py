@@ -111,6 +111,18 @@ def test_bfloat16_is_close_but_not_equal(images: Images, network: Network, tmp_p
     np.testing.assert_allclose(arrays["logits/0"], expected, atol=0.05 * np.abs(expected).max())
 
 
+def test_heads_are_applied_in_full_precision(
+    images: Images, network: Network, tmp_path: Path
+) -> None:
+    """Lambda times what bfloat16 rounds away of a logit would change labels."""
+    logits = embedded(images, network, tmp_path / "a.h5", precision="bfloat16")
+    kept = embedded(images, network, tmp_path / "b.h5", precision="bfloat16", store="features")
+    for number in range(len(HEADS)):
+        weight_KD, bias_K = (kept[f"heads/{number}/{name}"] for name in ("weight", "bias"))
+        expected = kept["features"] @ weight_KD.T + bias_K
+        np.testing.assert_allclose(logits[f"logits/{number}"], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("store", ["logits", "features"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_plan_tells_the_size(

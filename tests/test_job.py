@@ -104,7 +104,9 @@ def everything(folder: Path) -> dict[str, Any]:
 
     logits = [
         torch.cat(blocks)
-        for blocks in zip(*forward(network, network, images, 13, augment=augment), strict=True)
+        for blocks in zip(
+            *forward(network, images, 13, augment=augment, features=False), strict=True
+        )
     ]
     recipe = LinearRecipe(epochs=2, lrs=(0.01, 0.1), batch_size=25)
     with LinearProbe(network, ["conv2", "conv5"], 10, recipe, "cpu", "float32") as probe:

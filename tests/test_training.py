@@ -495,7 +495,7 @@ def test_heads_by_kmeans_tell_more_of_the_digits_than_random_ones() -> None:
     for kind in HEAD_INITS:
         network = build("alexnet-small", 32, [10, 20], seed=3)
         make_ready(network, digits, replace(RECIPE, head_init=kind))
-        logits = forward(network, network, digits, 200)
+        logits = forward(network, digits, 200, features=False)
         found[kind] = [
             normalized_mutual_info_score(digits.truth_N, head_nK.argmax(1))
             for head_nK in (torch.cat(blocks) for blocks in zip(*logits, strict=True))
