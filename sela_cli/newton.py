@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -51,11 +51,11 @@ _BOX, _STALE_BOX = 5.0, 20.0
 # Where a cluster has less than this share of its due, the quadratic model says nothing
 # about it: Sinkhorn steps bring it back.
 _STARVED = 1e-6
-# Costs in softmax entries: a multiply-add of a dense product (in bfloat16 where the
-# processor has it) and of a Cholesky factor in float64; looking for entries that are not
+# Costs in softmax entries: a multiply-add of a dense product, also in bfloat16 where the
+# processor has it, and of a Cholesky factor in float64; looking for entries that are not
 # negligible, taking one, going over one that was taken; and in sparse products, an entry
 # and a pair of entries in a row. And the part of a factor's work that a step takes.
-_DENSE, _FACTOR = 1 / 128 if has_fast_bfloat16() else 1 / 64, 1 / 16
+_DENSE, _DENSE_BFLOAT16, _FACTOR = 1 / 64, 1 / 128, 1 / 16
 _LOOK, _TAKE, _KEPT = 0.5, 10.0, 6.0
 _ENTRY, _PAIR = 50.0, 2.4
 _HOLDING = 1 / 4
@@ -201,7 +201,7 @@ def _costs(problem: Problem, a_K: Tensor) -> _Costs:
     clusters = problem.rows.shape[1]
     spreads = breadth(problem.rows, problem.lamb, a_K, _LEAST)
     taking = [_LOOK + _TAKE * spread / clusters for spread in spreads]
-    dense = _DENSE * clusters
+    dense = _dense(parallel.size()) * clusters
     sparse = taking[0] + (_ENTRY * spreads[0] + _PAIR * spreads[0] ** 2) / clusters
     # A step is a read and, where coordinates are held in the box, part of a factor's work.
     entries, factoring = problem.count * clusters, _factoring(clusters)
@@ -222,6 +222,13 @@ def _fitting(problem: Problem, spread: float, least: float) -> Take | None:
     return Take(every, least) if enough else None
 
 
+@cache
+def _dense(processes: int) -> float:
+    """What a multiply-add of a dense product costs on the slowest of the processors: all
+    processes have to take the same steps."""
+    return _DENSE if parallel.any_of(not has_fast_bfloat16()) else _DENSE_BFLOAT16
+
+
 def _factoring(clusters: int) -> float:
     """What the Cholesky factor of a Hessian costs."""
     return _FACTOR * clusters**3 / 3
@@ -232,7 +239,8 @@ def _has_squares(problem: Problem, sample: int, count: int) -> bool:
     if not problem.square:
         return False
     clusters = problem.rows.shape[1]
-    cost = sample * clusters * (1 + _DENSE * clusters) + (1 + _HOLDING) * _factoring(clusters)
+    cost = sample * clusters * (1 + _dense(parallel.size()) * clusters)
+    cost += (1 + _HOLDING) * _factoring(clusters)
     return problem.rows.device.type != "cpu" or cost < _PATIENCE * count * clusters
 
 
@@ -277,7 +285,7 @@ class _OfPlans:
         share, least = _LARGE
         self._plans = plans
         self._every = max(1, plans.rows // max(share * clusters, least))
-        dense = clusters * (1 + _DENSE * clusters)
+        dense = clusters * (1 + _dense(parallel.size()) * clusters)
         sparse = _ENTRY * spread + _PAIR * spread**2
         read, factoring = _KEPT * plans.entries, _factoring(clusters)
         made = plans.rows * min(dense, sparse)

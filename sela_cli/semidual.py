@@ -299,7 +299,9 @@ def _log_sizes(rows: Rows, lamb: float, a_K: Tensor, columns: Tensor) -> Tensor:
             logs = torch.logaddexp(logs, torch.logsumexp(log_q, 0))
         return logs.cpu()
 
-    logs = torch.stack(list(map_spans(rows, work)))
+    # A process of a job may have no rows.
+    none = torch.full((len(columns),), -torch.inf, dtype=a_K.dtype)
+    logs = torch.stack([none, *map_spans(rows, work)])
     return parallel.logsumexp_of(torch.logsumexp(logs, 0)) - math.log(total(rows))
 
 
@@ -340,7 +342,8 @@ def _laplacian_on_device(rows: Rows, lamb: float, a_K: Tensor) -> Tensor:
     overlap_KK = torch.zeros(clusters, clusters, dtype=torch.float64, device=rows.device)
     for part_KK in map_spans(rows, overlap, torch.float32):
         overlap_KK += part_KK
-    return hessian_of(overlap_KK, rows.shape[0])
+    # The halves may be rounded differently, and what is not symmetric may have no factor.
+    return hessian_of((overlap_KK + overlap_KK.T) / 2, rows.shape[0])
 
 
 def breadth(rows: Rows, lamb: float, a_K: Tensor, least: Sequence[float]) -> list[float]:

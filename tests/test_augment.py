@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -19,6 +20,8 @@ from sela_cli.images.augment import (
     STD,
     Augmentation,
     centre_view,
+    draw,
+    drawn_view,
     random_view,
 )
 
@@ -303,6 +306,21 @@ def test_shares_of_jitter_and_blur() -> None:
     assert kstest(draws.hue_n.numpy(), "uniform", (-0.1, 0.2)).pvalue > 1e-4
 
 
+def test_what_was_grey_before_the_jitter_stays_grey() -> None:
+    """And no hue or saturation changes it."""
+    batch, always = noise(50, 16), replace(AUGMENTATIONS["imagenet"], grey=1.0, scale=(0.999, 1.0))
+    draws = draw(50, 16, always, seeded(3))
+    assert draws.factors_n3 is not None and draws.hue_n is not None
+    view = colours(drawn_view(batch, 16, draws))
+    plain = draws.factors_n3.clone()
+    plain[:, 2] = 1
+    same = replace(draws, factors_n3=plain, hue_n=torch.zeros_like(draws.hue_n))
+    assert torch.allclose(view, colours(drawn_view(batch, 16, same)), atol=1e-5)
+    assert torch.allclose(view, view.mean(1, keepdim=True).expand_as(view), atol=1e-5)
+    after = colours(drawn_view(batch, 16, replace(draws, grey_first=False)))
+    assert not torch.allclose(view, after, atol=1e-2)
+
+
 def torchvisions(name: str, side: int) -> v2.Compose:
     """The same set, put together from torchvision's parts, for one uint8 image."""
     if name == "strong":
@@ -313,6 +331,8 @@ def torchvisions(name: str, side: int) -> v2.Compose:
         ]
     else:
         colours_ = [v2.ColorJitter(0.4, 0.4, 0.4, 0.4), v2.RandomGrayscale(0.2)]
+        if name == "imagenet":
+            colours_.reverse()
     scale = (0.08, 1.0) if name == "imagenet" else (0.2, 1.0)
     crop = v2.RandomResizedCrop(side, scale, antialias=False)
     to_float = v2.ToDtype(torch.float32, scale=True)

@@ -442,11 +442,12 @@ def test_two_processes_label_as_one(tmp_path: Path, assign: str) -> None:
 
 
 @pytest.mark.slow
-def test_more_processes_than_rows(tmp_path: Path) -> None:
-    """The share of one of them is empty."""
-    np.save(tmp_path / "scores.npy", [[9.0, 0.0], [8.0, 0.0]])
+@pytest.mark.parametrize(("scale", "solver"), [(1, "auto"), (1000, "lbfgs")])
+def test_more_processes_than_rows(scale: int, solver: str, tmp_path: Path) -> None:
+    """The share of one of them is empty; and without annealing one cluster is, at first."""
+    np.save(tmp_path / "scores.npy", [[9.0 * scale, 0.0], [8.0 * scale, 0.0]])
     done = run_label(
-        str(tmp_path / "scores.npy"), "-o", str(tmp_path / "labels.h5"),
+        str(tmp_path / "scores.npy"), "-o", str(tmp_path / "labels.h5"), "--solver", solver,
         launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

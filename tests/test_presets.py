@@ -86,7 +86,7 @@ def test_shorter_and_longer_cifar_runs_have_the_papers_milestones(
 
 def test_augmentations_are_those_of_the_paper() -> None:
     common = {"jitter": 0.4, "hue": 0.4, "jitter_share": 1.0, "grey": 0.2, "blur": 0, "flip": 0.5}
-    assert AUGMENTATIONS["imagenet"] == Augmentation(scale=(0.08, 1.0), **common)
+    assert AUGMENTATIONS["imagenet"] == Augmentation((0.08, 1.0), grey_first=True, **common)
     assert AUGMENTATIONS["paper"] == Augmentation(scale=(0.2, 1.0), **common)
 
 

@@ -37,7 +37,7 @@ class Augmentation:
 
     RandomResizedCrop(scale); ColorJitter(jitter, jitter, jitter, hue) of a share
     `jitter_share`; RandomGrayscale(grey); GaussianBlur(sigma 0.1..2) of a share `blur`;
-    RandomHorizontalFlip(flip).
+    RandomHorizontalFlip(flip). `grey_first`: before the jitter.
     """
 
     scale: tuple[float, float] | None = (0.2, 1.0)
@@ -47,12 +47,13 @@ class Augmentation:
     grey: float = 0.2
     blur: float = 0.0
     flip: float = 0.5
+    grey_first: bool = False
 
 
 AUGMENTATIONS = {
-    # The reference leaves torchvision's scale for ImageNet; (.2, 1) is its CIFAR setting.
+    # The reference leaves torchvision's scale for ImageNet, and makes grey first there.
     "paper": Augmentation(),
-    "imagenet": Augmentation(scale=(0.08, 1.0)),
+    "imagenet": Augmentation(scale=(0.08, 1.0), grey_first=True),
     # MoCo v2 (Chen et al. 2020), which took jitter and blur from SimCLR.
     "strong": Augmentation(hue=0.1, jitter_share=0.8, blur=0.5),
     "crop": Augmentation(scale=(0.5, 1.0), jitter=0.0, hue=0.0, grey=0.0, flip=0.0),
@@ -113,6 +114,7 @@ class Draws:
     hue_n: Tensor | None = None
     jittered_n: Tensor | None = None
     grey_n: Tensor | None = None
+    grey_first: bool = False
     sigma_n: Tensor | None = None
 
     def of(self, rows: slice) -> Draws:
@@ -154,7 +156,8 @@ def draw(count: int, side: int, augmentation: Augmentation, generator: torch.Gen
             jittered_n = _uniform(count, 0, 1, generator) < augmentation.jitter_share
             draws = replace(draws, jittered_n=jittered_n)
     if augmentation.grey:
-        draws = replace(draws, grey_n=_uniform(count, 0, 1, generator) < augmentation.grey)
+        grey_n = _uniform(count, 0, 1, generator) < augmentation.grey
+        draws = replace(draws, grey_n=grey_n, grey_first=augmentation.grey_first)
     if augmentation.blur:
         blurred_n = _uniform(count, 0, 1, generator) < augmentation.blur
         draws = replace(draws, sigma_n=_uniform(count, *_SIGMA, generator) * blurred_n)
@@ -175,16 +178,24 @@ def drawn_view(batch: Tensor, size: int, draws: Draws) -> Tensor:
 def _drawn(batch: Tensor, size: int, draws: Draws) -> Tensor:
     assert draws.boxes_n4 is not None and draws.flip_n is not None
     view = _cropped(batch.float() / 255, size, draws.boxes_n4, draws.flip_n)
+    if draws.grey_first:
+        view = _greyed(view, draws)
     if draws.factors_n3 is not None and draws.hue_n is not None:
         jittered = _jittered(view, draws.order, draws.factors_n3, draws.hue_n)
         if draws.jittered_n is not None:
             jittered = torch.where(_to_images(draws.jittered_n, view), jittered, view)
         view = jittered
-    if draws.grey_n is not None:
-        view = torch.where(_to_images(draws.grey_n, view), _luma(view), view)
+    if not draws.grey_first:
+        view = _greyed(view, draws)
     if draws.sigma_n is not None:
         view = _blurred(view, draws.sigma_n)
     return _normalised(view)
+
+
+def _greyed(view: Tensor, draws: Draws) -> Tensor:
+    if draws.grey_n is None:
+        return view
+    return torch.where(_to_images(draws.grey_n, view), _luma(view), view)
 
 
 def _to_images(values_n: Tensor, view: Tensor) -> Tensor:

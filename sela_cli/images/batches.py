@@ -11,13 +11,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli import envelope, interrupt
+from sela_cli import envelope, interrupt, job
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.images.sources import Source, open_source
 from sela_cli.spread import spread
@@ -190,6 +190,10 @@ def open_images(
     BadData only if none is left. `side`: another than the network's `stored_side`;
     `hold`: decode now what fits into memory.
     """
+    if download and job.launched():
+        # What several processes fetch at a time is damaged.
+        job.once(partial(_fetch, spec))
+        download = False
     source = open_source(spec, download)
     rows = spread(len(source), len(source) if limit is None else limit)
     if skip_bad:
@@ -207,6 +211,10 @@ def open_images(
     if hold:
         images.hold(progress)
     return images, image_size
+
+
+def _fetch(spec: str) -> None:
+    open_source(spec, download=True)
 
 
 def _readable(source: Source, row: int) -> bool:
