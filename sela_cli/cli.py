@@ -6,6 +6,7 @@ import errno
 import faulthandler
 import io
 import os
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -86,6 +87,10 @@ for _module in _COMMANDS:
 _POLLING = ("run", "embed", "label", "train", "retrain", "probe", "finetune", "pack")
 
 
+# What torch's ways between processes say when one of these has gone.
+_OF_A_JOB = re.compile("gloo|NCCL|closed by peer|reset by peer")
+
+
 def main() -> None:
     """Run the command line; never returns."""
     from sela_cli import interrupt, job
@@ -138,6 +143,10 @@ def _open_standard_streams() -> None:
 
 def _unforeseen(error: Exception) -> tuple[str, int]:
     """The line and the exit code for what no stage has a message for."""
+    from sela_cli import job
+
+    if job.launched() and isinstance(error, RuntimeError) and _OF_A_JOB.search(str(error)):
+        return "another process of the job has failed", 1
     if isinstance(error, MemoryError):
         return f"out of memory ({error}); use less data, or a machine with more", 70
     # torch's, by its name: importing torch here would cost every --help a second.

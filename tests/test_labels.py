@@ -456,6 +456,19 @@ def test_more_processes_than_rows(scale: int, solver: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_what_one_process_finds_is_no_bug_of_the_others(tmp_path: Path) -> None:
+    bad = scores(200, 4)
+    bad[150] = np.nan
+    np.save(tmp_path / "scores.npy", bad)
+    done = run_label(
+        str(tmp_path / "scores.npy"), "-o", str(tmp_path / "labels.h5"),
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    )  # fmt: skip
+    assert done.returncode != 0 and not (tmp_path / "labels.h5").exists()
+    assert "row 150: NaN" in done.stderr and "a bug" not in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's accounting")
 def test_memory_stays_within_what_was_allowed(tmp_path: Path) -> None:
     """A file of more than the limit leaves the process below it."""

@@ -161,6 +161,12 @@ def test_list_may_carry_classes(tmp_path: Path) -> None:
     assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
 
 
+def test_list_ends_lines_at_line_ends_only(tmp_path: Path) -> None:
+    """Not at characters that are line ends elsewhere; and at those of Windows."""
+    (tmp_path / "list.txt").write_bytes("a\x85b.jpg\r\nc\u2028d.jpg\r\n".encode())
+    assert open_source(str(tmp_path / "list.txt")).keys == ["a\x85b.jpg", "c\u2028d.jpg"]
+
+
 def test_list_with_some_classes_has_none(tmp_path: Path) -> None:
     source = open_source(write_list(tmp_path, [*NAMES[:4], f"{NAMES[4]}\tbee"]))
     assert source.keys == NAMES and source.truth_N is None
