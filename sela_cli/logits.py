@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def embed_stage(
     )
     # Of the first process; empty in the others.
     datasets: dict[str, Any] = {}
-    with ExitStack() as stack:
+    with _leaving_together(), ExitStack() as stack:
         job.once(lambda: datasets.update(stack.enter_context(file)))
         begun = torch.tensor([part.done // batch_size], dtype=torch.float32)
         skip = int(job.from_process(0, begun, (1,)))
@@ -93,6 +93,16 @@ def embed_stage(
             if parallel.any_of(interrupt.requested()) and done < len(images):
                 raise StoppedEarly(f"{output}: stopped after {done} images", "run it again")
         job.once(stack.close)
+
+
+@contextmanager
+def _leaving_together() -> Iterator[None]:
+    """Where one process of a job ends the others are ended too: not while one saves its rows."""
+    try:
+        yield
+    except StoppedEarly:
+        job.meet()
+        raise
 
 
 def _write(datasets: dict[str, Any], start: int, blocks: list[Tensor]) -> None:

@@ -182,6 +182,16 @@ def seen(network: Network) -> list[int]:
     return rows
 
 
+def test_rows_are_saved_before_the_processes_of_a_job_part(
+    images: Images, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[bool] = []
+    left = tmp_path / "a.h5.unfinished"
+    monkeypatch.setattr("sela_cli.job.meet", lambda: met.append(left.exists()))
+    stopped(images, network, tmp_path / "a.h5", monkeypatch, batch_size=4)
+    assert met[-1] and not any(met[:-1])
+
+
 @pytest.mark.parametrize("store", ["logits", "features"])
 @pytest.mark.parametrize("view", ["centre", "random"])
 def test_stopped_after_every_batch_it_goes_on_and_gives_the_same_digest(
