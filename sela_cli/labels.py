@@ -455,7 +455,8 @@ def _solve_head(
                 raise InterruptedError
 
         # What plans took is free again, and where rows are not kept so is all that they would.
-        unkept = not isinstance(part, InMemory)
+        # All processes balance in step, whatever the size of their shares.
+        unkept = parallel.any_of(not isinstance(part, InMemory))
         free = budget.unused - taken if unkept else budget.plans
         with suppress(InterruptedError):
             result = _balanced(whole, problem, solution, sizes.allowed, refine, moving, free)
