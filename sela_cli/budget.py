@@ -83,6 +83,23 @@ class Budget:
             return Resident.of(rows) if _bytes(rows.shape, size) <= spare else rows
         return InMemory.of(rows) if _bytes(rows.shape) + taken <= spare else rows
 
+    def keep_features(self, scores: Scores, device: torch.device) -> int:
+        """Read the features once for all heads where they fit. Returns what they take.
+
+        Beside the scores of a head at a time, or else in their place: keeping the scores saves
+        more, as making them again costs a product in every pass. For the widest head.
+        """
+        if scores.features is None:
+            return 0
+        rows, spare = scores.features.shape[0], self.spare(device)
+        taken = _bytes(scores.features.shape, scores.features.size)
+        one_head = _bytes((rows, self.clusters))
+        both = len(scores.heads) > 1 and taken + one_head <= spare
+        if both or (one_head > spare and taken <= spare):
+            scores.features.keep(device)
+            return taken
+        return 0
+
     @property
     def _balancing(self) -> int:
         """The losses between clusters, and what is made of them."""
@@ -93,24 +110,6 @@ class Budget:
         """Newton's Hessian and its factors, and every worker's sparse product: the entries,
         what they give, and that of the span before."""
         return self.clusters**2 * (20 * SQUARE_WORKERS + 48)
-
-
-def keep_features(scores: Scores, budget: Budget, device: torch.device) -> int:
-    """Read the features once for all heads where they fit. Returns what they take.
-
-    Beside the scores of a head at a time, or else in their place: keeping the scores saves
-    more, as making them again costs a product in every pass. `budget`: for the widest head.
-    """
-    if scores.features is None:
-        return 0
-    rows, spare = scores.features.shape[0], budget.spare(device)
-    taken = _bytes(scores.features.shape, scores.features.size)
-    one_head = _bytes((rows, budget.clusters))
-    both = len(scores.heads) > 1 and taken + one_head <= spare
-    if both or (one_head > spare and taken <= spare):
-        scores.features.keep(device)
-        return taken
-    return 0
 
 
 def _bytes(shape: tuple[int, int], size: int = 4) -> int:

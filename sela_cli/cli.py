@@ -33,7 +33,7 @@ from sela_cli.commands import (
     schedule,
     train,
 )
-from sela_cli.errors import CannotCreate, NoInput, SelaError
+from sela_cli.errors import CannotCreate, NoInput, SelaError, StoppedEarly
 
 EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
 65 bad data; 66 no input; 69 an optional package is missing; 70 out of memory, or a
@@ -83,10 +83,6 @@ for _module in _COMMANDS:
     app.command(_verb, epilog=getattr(_module, "EXAMPLES", None))(getattr(_module, _name))
 
 
-# They stop between steps; a signal ends the others where they are.
-_POLLING = ("run", "embed", "label", "train", "retrain", "probe", "finetune", "pack")
-
-
 # What torch's ways between processes say when one of these has gone.
 _OF_A_JOB = re.compile("gloo|NCCL|closed by peer|reset by peer")
 
@@ -102,11 +98,14 @@ def main() -> None:
     if job.number() and verb not in job.VERBS:
         sys.exit(0)
     interrupt.listen()
+    # These stop between steps; a signal ends the others where they are.
+    polling = verb in (*job.VERBS, "finetune", "pack")
+    stopped = StoppedEarly("stopped by a signal", "run it again")
     who = f"sela, process {job.number()}" if job.number() else "sela"
     try:
         with (
             job.joined() if verb in job.VERBS else nullcontext(),
-            nullcontext() if verb in _POLLING else interrupt.not_polling("at work"),
+            nullcontext() if polling else interrupt.raising(stopped),
         ):
             app()
     except job.FailedElsewhere as error:

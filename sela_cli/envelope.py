@@ -286,7 +286,8 @@ def spool(stream: Any) -> str:
         raise UsageError("several processes can't share standard input", "write it to a file first")
     handle, name = tempfile.mkstemp(prefix="sela-stdin-")
     try:
-        with _Output(handle, "w") as copy, interrupt.not_polling("reading standard input"):
+        stopped = StoppedEarly("stopped while reading standard input", "run it again")
+        with _Output(handle, "w") as copy, interrupt.raising(stopped):
             shutil.copyfileobj(stream, copy)
     except BaseException as error:
         os.unlink(name)

@@ -7,22 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sela_cli.errors import StoppedEarly
-
 _requested = False
-# What a block that can't poll was doing, while it is at it.
-_doing = ""
+# What ends a block that can't poll, while there is one.
+_end: Exception | None = None
 
 
 def _request(signum: int, frame: FrameType | None) -> None:
     global _requested
     _requested = True
-    if _doing:
-        raise _stopped(_doing)
-
-
-def _stopped(doing: str) -> StoppedEarly:
-    return StoppedEarly(f"stopped while {doing}", "run it again")
+    if _end:
+        raise _end
 
 
 def listen() -> None:
@@ -37,13 +31,13 @@ def requested() -> bool:
 
 
 @contextmanager
-def not_polling(doing: str) -> Iterator[None]:
-    """A block that can't poll: there a request is StoppedEarly, raised wherever it is."""
-    global _doing
-    before, _doing = _doing, doing
+def raising(end: Exception) -> Iterator[None]:
+    """A block that can't poll: there a request raises `end`, wherever it is."""
+    global _end
+    before, _end = _end, end
     try:
         if _requested:
-            raise _stopped(doing)
+            raise end
         yield
     finally:
-        _doing = before
+        _end = before

@@ -19,7 +19,7 @@ from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
 from sela_cli import interrupt
-from sela_cli.errors import BadData
+from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.formats import HeadLabels, Labels, unsolved
 from sela_cli.scores import Matrix, Scores
 
@@ -59,7 +59,7 @@ def kmeans_labels(
     heads: list[HeadLabels] = []
     points_NP = np.empty((0, 0), np.float32)
     for number, (matrix, count) in enumerate(pairs):
-        with interrupt.not_polling("clustering"):
+        with interrupt.raising(StoppedEarly("stopped while clustering", "run it again")):
             if number == 0 or matrix is not pairs[number - 1][0]:
                 points_NP = whitened(matrix, path, seed)
             head = _cluster(points_NP, count, seed + number, max_iter)

@@ -29,7 +29,7 @@ from sela_cli import (
     sinkhorn,
 )
 from sela_cli.assignment import Bounds
-from sela_cli.budget import Budget, keep_features
+from sela_cli.budget import Budget
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels
@@ -314,7 +314,7 @@ def label(
     taken = 0
     if settings.assign != "random":
         widest = max(matrix.shape[1] for matrix in scores.heads)
-        taken = keep_features(scores, _budget(widest, settings), where)
+        taken = _budget(widest, settings).keep_features(scores, where)
     heads = []
     for number, matrix in enumerate(scores.heads):
         rows = ScoreRows(matrix, path, settings.input_kind, where)

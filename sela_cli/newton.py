@@ -208,10 +208,9 @@ def _costs(problem: Problem, a_K: Tensor) -> _Costs:
     exact = entries * (1 + min(dense, sparse)) / (entries + _HOLDING * factoring)
     if problem.rows.device.type != "cpu" or taking[0] > _WORTH:
         return _Costs(spreads[0], exact, sparse < dense)
-    easy = max([1, *(n + 1 for n, cost in enumerate(taking) if cost <= _EASY)])
-    takes = [_fitting(problem, *plans) for plans in zip(spreads[:easy], _LEAST[:easy], strict=True)]
-    finest = next((take for take in reversed(takes) if take), None)
-    return _Costs(spreads[0], exact, sparse < dense, finest)
+    finest = max([0, *(n for n, cost in enumerate(taking) if cost <= _EASY)])
+    fitting = (_fitting(problem, spreads[n], _LEAST[n]) for n in range(finest, -1, -1))
+    return _Costs(spreads[0], exact, sparse < dense, next(filter(None, fitting), None))
 
 
 def _fitting(problem: Problem, spread: float, least: float) -> Take | None:
