@@ -45,9 +45,14 @@ def fetched(tensor: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
+def runs_ahead(device: torch.device | str) -> bool:
+    """Whether the processor can say what comes next while the device is still at work."""
+    return torch.device(device).type == "cuda"
+
+
 def has_graphs(device: torch.device | str) -> bool:
     """Whether work there can be made one CUDA graph: exchanges between processes can't."""
-    return torch.device(device).type == "cuda" and parallel.size() == 1
+    return runs_ahead(device) and parallel.size() == 1
 
 
 class Graphed:

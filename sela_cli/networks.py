@@ -1,17 +1,19 @@
 """Networks: a trunk of named layers that gives features, and T linear heads over clusters.
 
-n images, D features, K clusters of a head, T heads. AlexNet has the BatchNorm and the
-filters of the paper; ResNets are torchvision's. Every network has two stems: for images
-of up to 64 pixels, and for larger ones.
+n images, D features, K clusters of a head, T heads, S clusters of all of them. AlexNet has the
+BatchNorm and the filters of the paper; ResNets are torchvision's. Every network has two stems:
+for images of up to 64 pixels, and for larger ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sela_cli.batchwide import BatchNorm2d, Dropout
 from sela_cli.errors import BadData, UsageError
@@ -38,8 +40,14 @@ class Network(nn.Module):
 
     def forward(self, view: Tensor) -> list[Tensor]:
         """(n, 3, R, R) -> T tensors (n, K)."""
-        features = self.trunk(view)
-        return [head(features) for head in self.heads]
+        return list(torch.split(self.logits(self.trunk(view)), self.clusters, 1))
+
+    def logits(self, features_nD: Tensor) -> Tensor:
+        """(n, D) -> (n, sum of K): those of each head beside the next one's, in one product."""
+        heads = [cast(nn.Linear, head) for head in self.heads]
+        weight_SD = torch.cat([head.weight for head in heads])
+        bias_S = torch.cat([head.bias for head in heads])
+        return functional.linear(features_nD, weight_SD, bias_S)
 
     def layers(self) -> dict[str, nn.Module]:
         """The layers that probes read, by name, shallow to deep."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sela_cli import job, parallel
-from sela_cli.devices import fetched, sent
+from sela_cli.devices import fetched, runs_ahead, sent
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, Draws, draw, drawn_view, ten_views
 from sela_cli.images.batches import Images
 from sela_cli.seeds import batches, generator_of
@@ -92,7 +92,7 @@ def in_order(
 
     groups = [counts[first : first + processes] for first in range(0, len(starts), processes)]
     # A GPU is at work on one batch while the next is made ready for it.
-    ahead = 1 if torch.device(device).type == "cuda" else 0
+    ahead = 1 if runs_ahead(device) else 0
     at_work: deque[Iterator[list[Tensor]]] = deque()
     for group in groups:
         at_work.append(ended(group, begun(group)))

@@ -1,8 +1,9 @@
 """Stage 3: images + labels -> checkpoint. Cross-entropy on fixed labels, mean over the heads.
 
-N images, n of a batch, K clusters, T heads. A position is a number of epochs, a step one
-batch. Every random draw is a function of the seed and of the epoch or step it is for, so
-that a checkpoint (weights, momentum, step) is all that is needed to go on exactly.
+N images, n of a batch, K clusters, T heads, S clusters of all heads. A position is a number
+of epochs, a step one batch. Every random draw is a function of the seed and of the epoch or
+step it is for, so that a checkpoint (weights, momentum, step) is all that is needed to go on
+exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from sela_cli import batchwide, formats, job, outputs, parallel, schedule
-from sela_cli.devices import Graphed, fetched, has_graphs, sent
+from sela_cli.devices import Graphed, fetched, has_graphs, runs_ahead, sent
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, SelaError, UsageError
 from sela_cli.formats import Checkpoint, Labels
@@ -130,17 +131,27 @@ class Objective(nn.Module):
             view = torch.cat([view.rot90(turns, (2, 3)) for turns in range(4)])
         with autocast(self.device, self.precision):
             features = self.network.trunk(view.contiguous(memory_format=torch.channels_last))
-            logits_TnK = [head(features[:count]) for head in self.network.heads]
+            logits_nS = self.network.logits(features[:count])
             turned = rotation(features) if rotation is not None else None
-        losses = [
-            functional.cross_entropy(logits_nK.float(), labels_n)
-            for logits_nK, labels_n in zip(logits_TnK, labels_Tn, strict=True)
-        ]
-        loss = torch.stack(losses).mean()
+        loss = mean_loss(logits_nS.float(), labels_Tn, self.network.clusters)
         if turned is not None:
             turns = torch.arange(4, device=view.device).repeat_interleave(count)
             loss = loss + functional.cross_entropy(turned.float(), turns)
         return loss
+
+
+def mean_loss(logits_nS: Tensor, labels_Tn: Tensor, clusters: list[int]) -> Tensor:
+    """Mean over the heads of their mean cross-entropies; `clusters` says whose logits are whose."""
+    count, heads = len(logits_nS), len(clusters)
+    if len(set(clusters)) == 1:
+        # As one head of T times as many images: a GPU is long at many small operations.
+        logits_mK = logits_nS.view(count * heads, -1)
+        return functional.cross_entropy(logits_mK, labels_Tn.T.flatten())
+    losses = [
+        functional.cross_entropy(logits_nK, labels_n)
+        for logits_nK, labels_n in zip(torch.split(logits_nS, clusters, 1), labels_Tn, strict=True)
+    ]
+    return torch.stack(losses).mean()
 
 
 class Trainer:
@@ -155,6 +166,8 @@ class Trainer:
         self.step = 0
         self.losses: list[float] = []
         self.labels_digest = ""
+        # The loss of a step that a GPU may still be at, and the step.
+        self._at_work: tuple[int, Callable[[], Tensor]] | None = None
         self._graphed = has_graphs(device)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
@@ -175,7 +188,10 @@ class Trainer:
     def run(
         self, images: Images, labels_TN: Sequence[Tensor], to_step: int, after: Callable[[], None]
     ) -> None:
-        """Train to `to_step`; `after` is called after every step."""
+        """Train to `to_step`; `after` is called after every step.
+
+        A GPU goes on with a step while the loss of the one before is taken down.
+        """
         recipe, count = self.recipe, len(images)
         batch_size = min(recipe.batch_size, count)
         if batch_size < parallel.size():
@@ -211,18 +227,26 @@ class Trainer:
             # Dropout draws from the global generator.
             torch.manual_seed(seed_of(recipe.seed, "dropout", self.step))
             self._set_rate(recipe.lr_at(self.step, count))
-            loss = fetched(step(view, sent(labels_Tn, self.device)).float())
-            # Made while a GPU is at work on this step; what it still is at when the loss is
-            # there keeps it busy until the next.
+            begun = self.step, fetched(step(view, sent(labels_Tn, self.device)).float())
+            # Made while a GPU is at work on this step.
             batch = next(ready, None)
-            part = loss() / parallel.size()
-            self.losses.append(float(parallel.sum_of(part)))
-            if not math.isfinite(self.losses[-1]):
-                raise SelaError(
-                    f"the loss is {self.losses[-1]} at step {self.step}", "try a smaller --lr"
-                )
+            self._take_loss()
+            self._at_work = begun
+            if not runs_ahead(self.device):
+                self._take_loss()
             self.step += 1
             after()
+        self._take_loss()
+
+    def _take_loss(self) -> None:
+        """Take down the loss of the step that is at work, if there is one; wait for it."""
+        if self._at_work is None:
+            return
+        (step, loss), self._at_work = self._at_work, None
+        part = loss() / parallel.size()
+        self.losses.append(float(parallel.sum_of(part)))
+        if not math.isfinite(self.losses[-1]):
+            raise SelaError(f"the loss is {self.losses[-1]} at step {step}", "try a smaller --lr")
 
     def _set_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -233,6 +257,7 @@ class Trainer:
 
     def checkpoint(self, count: int) -> Checkpoint:
         """Everything that is needed to go on, for a collection of `count` images."""
+        self._take_loss()
         return Checkpoint(
             model=self.network.arrays(),
             optimizer=momentum_of(self.network, self.optimizer),
@@ -349,7 +374,9 @@ def train_stage(
 
     def after() -> None:
         done, total = (trainer.step - first) * batch, (last - first) * batch
-        progress(done, total, f"loss {trainer.losses[-1]:.3f}")
+        # A GPU may be at the first.
+        note = f"loss {trainer.losses[-1]:.3f}" if trainer.losses else ""
+        progress(done, total, note)
         unfinished.after_step(trainer.step, last, lambda: trainer.checkpoint(len(images)))
 
     labels_TN = [torch.from_numpy(head.labels_N.astype(np.int64)) for head in labels.heads]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from sklearn.metrics import log_loss, normalized_mutual_info_score
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from sela_cli.networks import Network, build, parse_heads
 from sela_cli.options import PresetChoice
 from sela_cli.presets import PRESETS, preset
 from sela_cli.schedule import learning_rate, relabel_positions, step_at
-from sela_cli.training import Recipe, Trainer, label_view, network_of, train_stage
+from sela_cli.training import Recipe, Trainer, label_view, mean_loss, network_of, train_stage
 
 HEADS = [10, 4]
 RECIPE = Recipe(epochs=2, batch_size=10, aug="paper", lr=0.01)
@@ -114,6 +115,24 @@ def test_going_on_from_a_file_is_as_if_never_stopped(
     rest.restore(stored, path)
     rest.run(images, random_labels(len(images)), 6, lambda: None)
     assert_same_state(rest, trained(images, 6))
+
+
+def test_a_processor_that_runs_ahead_takes_down_every_loss(
+    images: Images, labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's losses come a step late: in the middle, where it is saved, and at the end."""
+    plain = trained(images, 6)
+    train_stage(images, labels, fresh(), str(tmp_path / "plain.h5"), RECIPE, to=0.5)
+    monkeypatch.setattr(training, "runs_ahead", lambda device: True)
+    known: list[int] = []
+    late = Trainer(fresh(), RECIPE)
+    late.run(images, random_labels(40), 4, lambda: known.append(late.step - len(late.losses)))
+    assert known == [1] * 4 and len(late.losses) == 4
+    late.run(images, random_labels(40), 6, lambda: late.checkpoint(40))
+    assert_same_state(late, plain)
+    train_stage(images, labels, fresh(), str(tmp_path / "late.h5"), RECIPE, to=0.5)
+    one, other = (envelope.read_header(str(tmp_path / f"{name}.h5")) for name in ("plain", "late"))
+    assert one.digest == other.digest
 
 
 def test_stages_in_two_parts_give_the_digest_of_one(
@@ -299,6 +318,19 @@ def test_loss_is_the_mean_over_heads(
             turns = torch.tensor([0, 1, 2, 3]).repeat_interleave(10)
             expected += cross_entropy(features, heads[-1], turns)
         assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("clusters", [[4], [4, 4, 4], [3, 5, 1]])
+def test_the_loss_of_several_heads_is_their_mean(clusters: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(6, k, generator=generator, dtype=torch.float64) for k in clusters]
+    labels = [torch.randint(0, k, (6,), generator=generator) for k in clusters]
+    losses = [
+        -np.log(softmax(x.numpy(), axis=1)[range(6), y])
+        for x, y in zip(logits, labels, strict=True)
+    ]
+    found = mean_loss(torch.cat(logits, 1), torch.stack(labels), clusters)
+    assert float(found) == pytest.approx(np.mean(losses), rel=1e-12)
 
 
 def test_turned_views_are_exact(images: Images) -> None:
