@@ -215,6 +215,10 @@ def run_whole(arguments: argparse.Namespace) -> None:
                 f"--opts {opts} --out {part.folder}/run"
             )
             part.probe(part.folder / "run/checkpoint.h5", 0)
+            part.sela(
+                f"probe --protocol knn --data {part.data} --test {part.test} "
+                f"-c {part.folder}/run/checkpoint.h5 -o {part.folder}/knn.h5 --force"
+            )
             part.finish()
 
 
@@ -369,7 +373,7 @@ def whole_page(out: Path, records: dict[str, Any]) -> list[str]:
         *heading("CIFAR-10, all images on a GPU", records, "all 50,000 training images"),
         "The recipe of `examples/cifar10.sh` with `ON=gpu`: ResNet-18 with a stem for 32 pixels, "
         "ten heads of 128 clusters. One seed. *within the training images*: the same kNN, of a "
-        "fifth of them in the others, which `sela run` does by itself.",
+        "fifth of them in the others, which `sela run` does by itself. Below, the paper's sweep.",
         "",
         "| network | kNN | linear layer4 | kNN within the training images | NMI | minutes |",
         "|---|---|---|---|---|---|",
@@ -382,6 +386,13 @@ def whole_page(out: Path, records: dict[str, Any]) -> list[str]:
             f"| {name.removeprefix('whole-')} | {row['knn']:.1f} | {row['linear']:.1f} "
             f"| {100 * inside:.1f} | {nmi} | {row['minutes']:.1f} |"
         )
+    names = sorted(records)
+    found = {name: formats.read_probe(str(out / name / "knn.h5")) for name in names}
+    lines += ["", f"| kNN | {' | '.join(name.removeprefix('whole-') for name in names)} |"]
+    lines.append("|---" * (1 + len(names)) + "|")
+    for rows in zip(*found.values(), strict=True):
+        shares = " | ".join(f"{100 * row['top1']:.1f}" for row in rows)
+        lines.append(f"| {rows[0]['setting']} | {shares} |")
     return lines + commands(records, out)
 
 

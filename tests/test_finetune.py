@@ -299,7 +299,7 @@ def test_detection_runs_and_repeats(arch: str, size: int, tree: Path, tmp_path: 
     ("arch", "size", "recipe"),
     [
         ("alexnet-small", 32, {"iterations": 200, "batch_size": 4, "lr": 0.02}),
-        ("resnet18", 224, {"iterations": 60, "batch_size": 6, "lr": 0.005}),
+        ("resnet18", 224, {"iterations": 60, "batch_size": 6, "lr": 0.002}),
     ],
 )
 def test_detection_learns_squares(
