@@ -2,7 +2,7 @@
 
     python benchmarks/results.py run cifar10 --train CIFAR/train --test CIFAR/test --out runs/r
     python benchmarks/results.py run whole --train CIFAR/train --test CIFAR/test --out runs/r \
-        --epochs 130 --opts 22                                # all 50,000 images: on a GPU
+        --epochs 230 --opts 28                                # all 50,000 images: on a GPU
     python benchmarks/results.py write --out runs/r
 
 Folders of CIFAR-10 with a subfolder for each class. Every experiment has a folder of its
@@ -406,7 +406,7 @@ def main() -> None:
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--epochs", type=int, default=24)
     run.add_argument("--names", nargs="+", default=list(NAMES), choices=list(NAMES))
-    run.add_argument("--opts", type=int, default=22, help="of whole")
+    run.add_argument("--opts", type=int, default=28, help="of whole")
     run.add_argument("--batch", default="--batch-size 64 --lr 0.05", help="of cifar10")
     run.add_argument("--jobs", type=int, default=1, help="of cifar10: at a time")
     run.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of cifar10")

@@ -16,6 +16,8 @@ from sela_cli import parallel
 
 # Calls after which nothing is made for the first time any more: momentum, the libraries' plans.
 _FIRST = 3
+# The call after those makes the graph.
+LEAD = _FIRST + 1
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:

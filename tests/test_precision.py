@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from sela_cli import (
     unfinished,
 )
 from sela_cli.cli import app
+from sela_cli.devices import LEAD
 from sela_cli.envelope import Provenance
 from sela_cli.errors import StoppedEarly, UsageError
 from sela_cli.images.batches import Images, open_images
@@ -74,6 +75,40 @@ def test_the_faster_one_is_chosen(
     assert all(np.array_equal(before[name], array) for name, array in network.arrays().items())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_on_a_gpu_the_graphs_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain launches take the processor as long in either arithmetic."""
+    clock = SimpleNamespace(now=0.0, cost=0.0, name="")
+
+    def arithmetic(device: str, name: str) -> Any:
+        clock.cost, clock.name = 1.0, name
+        return nullcontext()
+
+    class Replayed:
+        def __init__(self, work: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            self.work, self.calls = work, 0
+
+        def __call__(self, view: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            result = self.work(view)
+            if self.calls > LEAD:
+                clock.cost = {"float32": 1.0, "bfloat16": 0.5}[clock.name]
+            return result
+
+    def read() -> float:
+        clock.now += clock.cost
+        clock.cost = 0.0
+        return float(clock.now)
+
+    monkeypatch.setattr(precision, "autocast", arithmetic)
+    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=read))
+    monkeypatch.setattr(precision, "has_graphs", lambda device: True)
+    monkeypatch.setattr(precision, "Graphed", Replayed)
+    network = build("alexnet-small", 16, [5, 4], seed=0)
+    assert precision.faster(network, 4, "cpu", True) == "bfloat16"
+    monkeypatch.setattr(precision, "has_graphs", lambda device: False)
+    assert precision.faster(network, 4, "cpu", True) == "float32"
 
 
 @contextmanager
