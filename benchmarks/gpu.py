@@ -21,6 +21,8 @@ from functools import partial
 import torch
 
 from sela_cli import assignment, newton, semidual
+from sela_cli.budget import Budget
+from sela_cli.labels import LabelSettings
 from sela_cli.semidual import Problem, soft_sizes
 from sela_cli.shares import marginal
 from sela_cli.tiles import Resident
@@ -168,7 +170,11 @@ def solve(rows: Resident, tol: float) -> list[str]:
     potentials_K = solution.potentials_K
     sharp_K, preferred = assignment.sharpen(rows, problem, potentials_K, newton.refine, bounds)
     slack = 1e-4 * assignment.certified(rows, sharp_K, None).objective
-    labels_N, prices_K = assignment.balanced(rows, sharp_K, bounds, slack, preferred=preferred)
+    # As `sela label` has by itself.
+    memory = Budget(clusters, LabelSettings().max_memory, newton=True).unused
+    labels_N, prices_K = assignment.balanced(
+        rows, sharp_K, bounds, slack, memory=memory, preferred=preferred
+    )
     balanced = time.perf_counter()
     _, objective, bound = assignment.certified(rows, prices_K, bounds, labels_N)
     gap = objective - bound

@@ -318,6 +318,10 @@ def verdicts(rows: list[list[str]], device: str) -> list[str]:
 def page(rows: list[list[str]], threads: int, workers: int, device: str) -> str:
     """The table with all that is needed to judge and repeat it."""
     machine = processor() if device == "cpu" else f"{torch.cuda.get_device_name()}, {processor()}"
+    words = [*sys.argv]
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
     return "\n".join(
         [
             "# Speed of embedding and training",
@@ -335,7 +339,7 @@ def page(rows: list[list[str]], threads: int, workers: int, device: str) -> str:
             "",
             *verdicts(rows, device),
             "",
-            f"- command: `python {' '.join(sys.argv)}`",
+            f"- command: `python {' '.join(words)}`",
             f"- machine: {machine}, {threads} threads, {workers} workers of the plain loop",
             f"- versions: Python {platform.python_version()}, torch {torch.__version__}, "
             f"torchvision {torchvision.__version__}",

@@ -220,10 +220,10 @@ def balanced(
     surplus_P = np.append(surplus_K, -surplus_K.sum())
     wanted = max(_PER_MOVE * int(surplus_P.clip(0).sum()), _PER_CLUSTER * clusters)
     while surplus_P.any():
-        margin = np.inf
+        looked_N = np.ones(count, bool)
         if wanted < count / 2:
-            margin = float(np.partition(margin_N, wanted)[wanted])
-        chosen_n = np.flatnonzero(margin_N <= margin)
+            looked_N = margin_N <= np.partition(margin_N, wanted)[wanted]
+        chosen_n, margin = np.flatnonzero(looked_N), margin_N.min(where=~looked_N, initial=np.inf)
         movable: Rows = Some(rows, chosen_n)
         # A cluster's rows are read for every path through it.
         size = movable.tile(0, 0, None).element_size()
@@ -262,15 +262,21 @@ class _Flow:
         ends = np.cumsum(np.bincount(labels_N, minlength=len(aims_K)))
         # Of each cluster, ascending.
         self._members = np.split(order, ends[:-1])
+        # From each node to each other, infinity where nothing can go; of clusters what rows
+        # lose that are looked at, or that others lose at least where that is less.
+        self._loss_PP = np.full((self._pool + 1, self._pool + 1), np.inf)
         self._kept = None
+        loss_KK = self._loss_PP[:-1, :-1]
         if rows.device.type != "cpu":
-            self._loss_KK = _least_losses_on_device(rows, labels_N)
+            loss_KK[:] = _least_losses_on_device(rows, labels_N)
         elif isinstance(rows, Resident):
             maximum_N1 = rows.stored_NK.amax(1, keepdim=True).double()
             self._kept = rows.stored_NK.numpy(), maximum_N1.numpy()
-            self._loss_KK = _least_losses_of_kept(rows, self._members)
+            _least_losses_of_kept(rows, self._members, loss_KK)
         else:
-            self._loss_KK = _least_losses(rows, labels_N)
+            _least_losses(rows, labels_N, loss_KK)
+        for cluster in range(self._pool):
+            self._settle(cluster)
 
     @property
     def risen_K(self) -> np.ndarray:
@@ -308,8 +314,10 @@ class _Flow:
             if not np.isfinite(open_P[here]):
                 break
             visited.append(here)
+            cost_P = self._loss_PP[here] - prices_P
+            cost_P += prices_P[here]
             # Rounding, and rows moved within the slack, leave costs a little below zero.
-            cost_P = np.maximum(self._losses_from(here) + prices_P[here] - prices_P, 0.0)
+            np.maximum(cost_P, 0.0, out=cost_P)
             cost_P += distance_P[here]
             end = []
             if surplus_P[here] < 0:
@@ -322,9 +330,9 @@ class _Flow:
                     last = min(last, 2 * len(visited) + _FURTHER)
                 ends.append(end)
             nearer = cost_P < distance_P
-            distance_P[nearer] = cost_P[nearer]
-            open_P[nearer] = cost_P[nearer]
-            previous_P[nearer] = here
+            np.copyto(distance_P, cost_P, where=nearer)
+            np.copyto(open_P, cost_P, where=nearer)
+            np.copyto(previous_P, here, where=nearer)
             open_P[here] = np.inf
         assert ends, "every cluster with a row reaches every other"
         prices_P[visited] -= distance_P[visited[-1]] - distance_P[visited]
@@ -336,7 +344,7 @@ class _Flow:
                 path.append(int(previous_P[path[-1]]))
             path.reverse()
             known = all(
-                self._loss_KK[arc] <= self._least_elsewhere(arc[0])[arc[1]]
+                self._loss_PP[arc] < self._least_elsewhere(arc[0])[arc[1]]
                 for arc in pairwise(path)
                 if pool not in arc
             )
@@ -345,13 +353,13 @@ class _Flow:
                 paths.append(path)
         return paths
 
-    def _losses_from(self, node: int) -> np.ndarray:
-        """What a row loses at least by going from a node to each, and infinity where none can."""
-        low_K, high_K = self._bounds
-        if node == self._pool:
-            return np.append(np.where(self._aims_K > low_K, 0.0, np.inf), np.inf)
-        loss_K = np.minimum(self._loss_KK[node], self._least_elsewhere(node))
-        return np.append(loss_K, 0.0 if self._aims_K[node] < high_K[node] else np.inf)
+    def _settle(self, cluster: int) -> None:
+        """Arcs from a cluster, and those to and from the pool, after a change."""
+        (low_K, high_K), aim = self._bounds, self._aims_K[cluster]
+        loss_K = self._loss_PP[cluster, :-1]
+        np.minimum(loss_K, self._least_elsewhere(cluster), out=loss_K)
+        self._loss_PP[cluster, self._pool] = 0.0 if aim < high_K[cluster] else np.inf
+        self._loss_PP[self._pool, cluster] = 0.0 if aim > low_K[cluster] else np.inf
 
     def _least_elsewhere(self, cluster: int) -> np.ndarray:
         """What rows of a cluster that are not looked at lose at least by leaving it."""
@@ -393,12 +401,14 @@ class _Flow:
             scores_mK = self._scores(rows_m)
             self._forget(source, (scores_mK[:, [source]] - scores_mK).min(0))
             arrived_K = (scores_mK[:, [target]] - scores_mK).min(0)
-            self._loss_KK[target] = np.minimum(self._loss_KK[target], arrived_K)
+            np.minimum(self._loss_PP[target, :-1], arrived_K, out=self._loss_PP[target, :-1])
+        for cluster in set(path) - {pool}:
+            self._settle(cluster)
         return most
 
     def _forget(self, cluster: int, least_K: np.ndarray) -> None:
         """Rows have left a cluster that would lose at least so much by going elsewhere."""
-        members, loss_K = self._members[cluster], self._loss_KK[cluster]
+        members, loss_K = self._members[cluster], self._loss_PP[cluster, :-1]
         if self._kept is None or not len(members):
             loss_K.fill(np.inf)
 
@@ -425,11 +435,10 @@ class _Flow:
         return chosen_nk.astype(np.float64) - maximum_N1[rows_n]
 
 
-def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
-    """loss_KK[k, l]: least logp_ik - logp_il over the rows i of cluster k."""
-    clusters = rows.shape[1]
+def _least_losses(rows: Rows, labels_N: np.ndarray, loss_KK: np.ndarray) -> None:
+    """Lower loss_KK[k, l] to the least logp_ik - logp_il over the rows i of cluster k."""
     # One for all workers: of minima the order does not matter.
-    loss_KK, ours = np.full((clusters, clusters), np.inf), Lock()
+    ours = Lock()
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
         for start, tile_nK in tiles:
@@ -443,13 +452,11 @@ def _least_losses(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
                 loss_KK[present] = np.minimum(loss_KK[present], lowest)
 
     deque(map_spans(rows, work), maxlen=0)
-    return loss_KK
 
 
-def _least_losses_of_kept(rows: Resident, members: list[np.ndarray]) -> np.ndarray:
+def _least_losses_of_kept(rows: Resident, members: list[np.ndarray], loss_KK: np.ndarray) -> None:
     """The same by the cluster, for which no row is read twice: three times as fast."""
     clusters = rows.shape[1]
-    loss_KK = np.full((clusters, clusters), np.inf)
     parts = [(k, part_n) for k in range(clusters) for part_n in spans_of(members[k], clusters)]
 
     def work(part: tuple[int, np.ndarray]) -> tuple[int, np.ndarray]:
@@ -458,11 +465,10 @@ def _least_losses_of_kept(rows: Resident, members: list[np.ndarray]) -> np.ndarr
 
     for k, least_K in in_order(work, parts, CPU):
         np.minimum(loss_KK[k], least_K, out=loss_KK[k])
-    return loss_KK
 
 
 def _least_losses_on_device(rows: Rows, labels_N: np.ndarray) -> np.ndarray:
-    """The same on a GPU, which has no use for sorted rows."""
+    """Those of a GPU, which has no use for sorted rows; infinity where there are none."""
     clusters = rows.shape[1]
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
