@@ -17,11 +17,11 @@ from sela_cli import formats
 from sela_cli.cli import app
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
-from sela_cli.export import FixedMaxPool, export_stage
+from sela_cli.export_weights import FixedMaxPool, export_stage
 from sela_cli.formats import Checkpoint
+from sela_cli.import_weights import import_stage
 from sela_cli.networks import Network, build
 from sela_cli.training import network_of
-from sela_cli.weights import import_stage
 
 
 def lived_in(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -34,7 +34,7 @@ def export(
     names.
     """
     from sela_cli import formats, outputs
-    from sela_cli.export import export_stage
+    from sela_cli.export_weights import export_stage
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
 

@@ -50,15 +50,15 @@ def export_labels(
         outputs.check_output(output, force, labels)
     if output and output.endswith(".parquet"):
         extras.require("parquet")
-    from sela_cli import exports
+    from sela_cli import export_tables
 
     read = formats.read_labels(labels)
     shown = {"output": output, "links": links, "rows": len(read.keys), "heads": read.clusters}
     lines = []
     if output:
-        exports.write_labels_as(read, output, force)
+        export_tables.write_labels_as(read, output, force)
         lines.append(f"wrote {output}: {len(read.keys)} rows, heads {read.clusters}")
     if links and data:
-        count = exports.write_links(read, data, links)
+        count = export_tables.write_links(read, data, links)
         lines.append(f"wrote {links}: {count} links")
     Terminal(quiet, as_json).result(shown, "\n".join(lines))

@@ -23,7 +23,7 @@ def export_logits(
     as_json: Json = False,
 ) -> None:
     """Logits or features for other programs: a .npy with a row an image."""
-    from sela_cli.exports import write_logits_as_npy
+    from sela_cli.export_tables import write_logits_as_npy
     from sela_cli.terminal import Terminal
 
     shape = write_logits_as_npy(logits, output, head, features, force)

@@ -41,9 +41,9 @@ def import_weights(
 ) -> None:
     """Weights from elsewhere as a checkpoint: a backbone to start from, with fresh heads."""
     from sela_cli.envelope import Provenance
+    from sela_cli.import_weights import import_stage
     from sela_cli.networks import build, parse_heads
     from sela_cli.terminal import Terminal
-    from sela_cli.weights import import_stage
 
     network = build(arch, image_size, parse_heads(heads), seed)
     parameters = {"arch": arch, "heads": heads, "image_size": image_size, "seed": seed}

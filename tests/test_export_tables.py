@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from sela_cli import cli, exports, extras, formats
+from sela_cli import cli, export_tables, extras, formats
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, MissingExtra, UsageError
 from sela_cli.formats import HeadLabels, Labels
@@ -42,32 +42,32 @@ def table_of(path: Path) -> dict[str, list[str]]:
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_tables_hold_keys_and_labels(suffix: str, tmp_path: Path) -> None:
     one, two = tmp_path / f"one{suffix}", tmp_path / f"two{suffix}"
-    exports.write_labels_as(labels_of(LABELS_TN[0]), str(one))
-    exports.write_labels_as(labels_of(*LABELS_TN), str(two))
+    export_tables.write_labels_as(labels_of(LABELS_TN[0]), str(one))
+    export_tables.write_labels_as(labels_of(*LABELS_TN), str(two))
     first, second = ([str(label) for label in labels] for labels in LABELS_TN)
     assert table_of(one) == {"key": KEYS, "label": first}
     assert table_of(two) == {"key": KEYS, "label_0": first, "label_1": second}
 
 
 def test_arrays_hold_labels_in_the_order_of_the_file(tmp_path: Path) -> None:
-    exports.write_labels_as(labels_of(LABELS_TN[0]), str(tmp_path / "one.npy"))
-    exports.write_labels_as(labels_of(*LABELS_TN), str(tmp_path / "two.npy"))
+    export_tables.write_labels_as(labels_of(LABELS_TN[0]), str(tmp_path / "one.npy"))
+    export_tables.write_labels_as(labels_of(*LABELS_TN), str(tmp_path / "two.npy"))
     np.testing.assert_array_equal(np.load(tmp_path / "one.npy"), LABELS_TN[0])
     np.testing.assert_array_equal(np.load(tmp_path / "two.npy"), np.transpose(LABELS_TN))
 
 
 def test_labels_go_nowhere_they_should_not(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\.csv, \.parquet, \.npy"):
-        exports.write_labels_as(labels_of(LABELS_TN[0]), str(tmp_path / "labels.xlsx"))
-    for suffix in exports.LABEL_SUFFIXES:
+        export_tables.write_labels_as(labels_of(LABELS_TN[0]), str(tmp_path / "labels.xlsx"))
+    for suffix in export_tables.LABEL_SUFFIXES:
         path = tmp_path / f"taken{suffix}"
         path.write_text("precious")
         with pytest.raises(CannotCreate, match="--force"):
-            exports.write_labels_as(labels_of(LABELS_TN[0]), str(path))
+            export_tables.write_labels_as(labels_of(LABELS_TN[0]), str(path))
         assert path.read_text() == "precious"
     odd = labels_of([0], keys=["\udcff.jpg"])
     with pytest.raises(BadData, match="not UTF-8"):
-        exports.write_labels_as(odd, str(tmp_path / "odd.parquet"))
+        export_tables.write_labels_as(odd, str(tmp_path / "odd.parquet"))
     assert not (tmp_path / "odd.parquet").exists()
 
 
@@ -82,7 +82,7 @@ def photos(tmp_path: Path) -> Path:
 
 def test_links_lead_from_each_cluster_to_its_images(photos: Path, tmp_path: Path) -> None:
     target = tmp_path / "clusters"
-    assert exports.write_links(labels_of(*LABELS_TN), str(photos), str(target)) == 8
+    assert export_tables.write_links(labels_of(*LABELS_TN), str(photos), str(target)) == 8
     for head, labels in enumerate(LABELS_TN):
         folders = sorted((target / f"head-{head}").iterdir())
         assert [folder.name for folder in folders] == [f"cluster-{k}" for k in range(len(folders))]
@@ -98,7 +98,7 @@ def test_links_to_long_names(tmp_path: Path) -> None:
     name = f"{'é' * 125}.jpg"
     (tmp_path / "photos" / name).write_text("here")
     labels = labels_of([0], keys=[name])
-    exports.write_links(labels, str(tmp_path / "photos"), str(tmp_path / "links"))
+    export_tables.write_links(labels, str(tmp_path / "photos"), str(tmp_path / "links"))
     (link,) = (tmp_path / "links/head-0/cluster-0").iterdir()
     assert link.read_text() == "here" and link.suffix == ".jpg"
 
@@ -107,10 +107,10 @@ def test_links_replace_nothing_and_are_made_whole_or_not_at_all(
     photos: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CannotCreate, match="rm -r"):
-        exports.write_links(labels_of(LABELS_TN[0]), str(photos), str(photos))
+        export_tables.write_links(labels_of(LABELS_TN[0]), str(photos), str(photos))
     (photos / KEYS[3]).unlink()
     with pytest.raises(BadData, match=r"has no 'c\.jpg'"):
-        exports.write_links(labels_of(LABELS_TN[0]), str(photos), str(tmp_path / "clusters"))
+        export_tables.write_links(labels_of(LABELS_TN[0]), str(photos), str(tmp_path / "clusters"))
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
@@ -121,12 +121,12 @@ def test_logits_and_features_become_arrays(
     plain = [rng.normal(size=(9, 3)).astype(np.float32), rng.normal(size=(9, 2))]
     path = write_logits(*plain)
     output = str(tmp_path / "out.npy")
-    assert exports.write_logits_as_npy(path, output, head=1) == (9, 2)
+    assert export_tables.write_logits_as_npy(path, output, head=1) == (9, 2)
     np.testing.assert_array_equal(np.load(output), plain[1].astype(np.float32))
     with pytest.raises(UsageError, match=r"heads 0\.\.1, no head 2"):
-        exports.write_logits_as_npy(path, output, head=2, force=True)
+        export_tables.write_logits_as_npy(path, output, head=2, force=True)
     with pytest.raises(BadData, match="no features"):
-        exports.write_logits_as_npy(path, output, features=True, force=True)
+        export_tables.write_logits_as_npy(path, output, features=True, force=True)
 
     features, weight, bias = (
         rng.normal(size=shape).astype(np.float32) for shape in ((9, 5), (4, 5), (4,))
@@ -142,14 +142,14 @@ def test_logits_and_features_become_arrays(
         heads=[(weight, bias)],
     ) as datasets:
         datasets["features"][:] = features
-    exports.write_logits_as_npy(factored, output, features=True, force=True)
+    export_tables.write_logits_as_npy(factored, output, features=True, force=True)
     stored = np.load(output)
     np.testing.assert_array_equal(stored, features.astype(np.float16))
     with Path(factored).open("rb") as pipe:
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=pipe))
-        exports.write_logits_as_npy("-", output, features=True, force=True)
+        export_tables.write_logits_as_npy("-", output, features=True, force=True)
     np.testing.assert_array_equal(np.load(output), stored)
-    exports.write_logits_as_npy(factored, output, force=True)
+    export_tables.write_logits_as_npy(factored, output, force=True)
     expected = stored.astype(np.float64) @ weight.T.astype(np.float64) + bias
     np.testing.assert_allclose(np.load(output), expected, rtol=1e-4, atol=1e-5)
 
