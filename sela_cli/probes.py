@@ -419,7 +419,8 @@ class LinearProbe:
             self.classifiers[name] = nn.ModuleList(nn.Linear(width, classes) for _ in recipe.lrs)
         self.classifiers.to(device)
         # Of each classifier, the sum of its losses in the running epoch.
-        self.totals = torch.zeros(len(layers) * len(recipe.lrs), dtype=torch.float64)
+        count = len(layers) * len(recipe.lrs)
+        self.totals = torch.zeros(count, dtype=torch.float64, device=device)
         self._kept = nn.ModuleDict({"inputs": self.inputs, "classifiers": self.classifiers})
         self._kept.register_buffer("totals", self.totals)
 
@@ -522,7 +523,8 @@ class LinearProbe:
                 assert parameter.grad is not None
                 parallel.sum_of(parameter.grad)
             self.optimizer.step()
-            self.totals += parallel.sum_of(losses.detach()).cpu()
+            # There, so that a GPU is not waited for.
+            self.totals += parallel.sum_of(losses.detach())
             self.step += 1
             progress(self.step * batch_size, last * batch_size, "linear classifiers")
             unfinished.after_step(self.step, last, self.state)
