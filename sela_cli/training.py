@@ -232,7 +232,8 @@ class Trainer:
             batch = next(ready, None)
             self._take_loss()
             self._at_work = begun
-            if not runs_ahead(self.device):
+            # Processes add up their losses in step, and only the first of them saves.
+            if parallel.size() > 1 or not runs_ahead(self.device):
                 self._take_loss()
             self.step += 1
             after()
