@@ -224,7 +224,7 @@ def balanced(
         if wanted < count / 2:
             looked_N = margin_N <= np.partition(margin_N, wanted)[wanted]
         chosen_n, margin = np.flatnonzero(looked_N), margin_N.min(where=~looked_N, initial=np.inf)
-        movable: Rows = Some(rows, chosen_n)
+        movable = rows if len(chosen_n) == count else Some(rows, chosen_n)
         # A cluster's rows are read for every path through it.
         size = movable.tile(0, 0, None).element_size()
         if len(chosen_n) * clusters * size <= memory:
