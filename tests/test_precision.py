@@ -47,6 +47,19 @@ def images() -> Images:
     return open_images("digits", 16, limit=40)[0]
 
 
+def our_clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that goes on by its `cost` when it is read, once."""
+    clock = SimpleNamespace(now=0.0, cost=0.0)
+
+    def read() -> float:
+        clock.now += clock.cost
+        clock.cost = 0.0
+        return float(clock.now)
+
+    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=read))
+    return clock
+
+
 @pytest.mark.parametrize(
     ("half", "chosen"), [(0.5, "bfloat16"), (0.95, "float32"), (2.0, "float32")]
 )
@@ -55,19 +68,13 @@ def test_the_faster_one_is_chosen(
     half: float, chosen: str, train: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock of ours; the network and the random state stay as they are."""
-    clock = SimpleNamespace(now=0.0, cost=0.0)
+    clock = our_clock(monkeypatch)
 
     def arithmetic(device: str, name: str) -> Any:
         clock.cost = {"float32": 1.0, "bfloat16": half}[name]
         return nullcontext()
 
-    def read() -> float:
-        clock.now += clock.cost
-        clock.cost = 0.0
-        return float(clock.now)
-
     monkeypatch.setattr(precision, "autocast", arithmetic)
-    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=read))
     network = build("alexnet-small", 16, [5, 4], seed=0)
     before, state = network.arrays(), torch.get_rng_state()
     before = {name: array.copy() for name, array in before.items()}
@@ -79,7 +86,7 @@ def test_the_faster_one_is_chosen(
 
 def test_on_a_gpu_the_graphs_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain launches take the processor as long in either arithmetic."""
-    clock = SimpleNamespace(now=0.0, cost=0.0, name="")
+    clock = our_clock(monkeypatch)
 
     def arithmetic(device: str, name: str) -> Any:
         clock.cost, clock.name = 1.0, name
@@ -96,13 +103,7 @@ def test_on_a_gpu_the_graphs_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
                 clock.cost = {"float32": 1.0, "bfloat16": 0.5}[clock.name]
             return result
 
-    def read() -> float:
-        clock.now += clock.cost
-        clock.cost = 0.0
-        return float(clock.now)
-
     monkeypatch.setattr(precision, "autocast", arithmetic)
-    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=read))
     monkeypatch.setattr(precision, "has_graphs", lambda device: True)
     monkeypatch.setattr(precision, "Graphed", Replayed)
     network = build("alexnet-small", 16, [5, 4], seed=0)
