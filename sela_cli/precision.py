@@ -70,10 +70,11 @@ def faster(network: Network, batch_size: int, device: str, training: bool) -> st
     with torch.random.fork_rng(devices=[]):
         for precision in ("float32", "bfloat16"):
             work: Callable[[Tensor], Tensor] = partial(compute, precision)
+            lead = 1
             if has_graphs(device):
                 # One by one the launches take as long in either.
-                work = Graphed(work)
-            for _ in range(LEAD if has_graphs(device) else 1):
+                work, lead = Graphed(work), LEAD
+            for _ in range(lead):
                 work(view)
             times[precision] = min(_seconds(partial(work, view)) for _ in range(_REPEATS))
     gained = times["bfloat16"] < _GAIN * times["float32"]
