@@ -400,8 +400,8 @@ class _Flow:
         for (source, target), rows_m in zip(arcs, moving, strict=True):
             scores_mK = self._scores(rows_m)
             self._forget(source, (scores_mK[:, [source]] - scores_mK).min(0))
-            arrived_K = (scores_mK[:, [target]] - scores_mK).min(0)
-            np.minimum(self._loss_PP[target, :-1], arrived_K, out=self._loss_PP[target, :-1])
+            loss_K = self._loss_PP[target, :-1]
+            np.minimum(loss_K, (scores_mK[:, [target]] - scores_mK).min(0), out=loss_K)
         for cluster in set(path) - {pool}:
             self._settle(cluster)
         return most
