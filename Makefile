@@ -16,7 +16,7 @@ demo: .venv/installed ## Run the loop on real handwritten digits: runs/demo
 	$(BIN)/sela run --data digits --out runs/demo --force
 
 test: .venv/installed ## Run the whole test suite
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: .venv/installed ## The tests that take less than ten seconds each
 	$(BIN)/python -m pytest -m "not slow"
