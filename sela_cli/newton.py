@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ from sela_cli.machine import has_fast_bfloat16
 from sela_cli.marginals import Marginal
 from sela_cli.plans import NEGLIGIBLE, Plans, Take
 from sela_cli.semidual import Point, Problem, Solution, breadth, laplacian, total
-from sela_cli.tiles import InMemory, Rows, Some, evenly
+from sela_cli.tiles import InMemory, Rows, Some, by_itself, evenly
 
 # A given start with a larger residual is left for an annealed one. Annealing need not come
 # nearer than a sample tells.
@@ -45,6 +46,9 @@ _SMALL, _LARGE = (4, 4096), (16, 8192)
 # One row of so many is in the sample for rows that are nearly decided: those that are spread
 # over no more than this share of the clusters.
 _SHARE, _DECIDED = 8, 1 / 24
+# Factors of matrices of up to so many columns are made by one thread: more gain little, and
+# where the processors are busy they wait for one another for seconds.
+_ALONE = 2048
 # Half the side of the box: at first, doubled after a step to its side that went well where
 # each costs a read, and at most for a Hessian that is not of this very point.
 _BOX, _STALE_BOX = 5.0, 20.0
@@ -87,6 +91,11 @@ _FAST, _RATE, _NEWTON = 1.2, 0.5, 3.0
 
 def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     """Minimise the semi-dual; arguments and result as those of `sinkhorn.solve`."""
+    with _threads(problem):
+        return _solve(problem, init_K)
+
+
+def _solve(problem: Problem, init_K: Tensor | None) -> Solution:
     samples = _Samples(problem)
     levels = _levels(problem)
     if init_K is None and (not levels or problem.over()):
@@ -104,8 +113,13 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
 
 def refine(problem: Problem, init_K: Tensor) -> Solution:
     """Go on from potentials that are nearly right: no annealing."""
-    descent = _Descent(problem, _OfRows(problem, _Samples(problem), "large"))
-    return problem.solution(descent.run(descent.read(init_K)))
+    with _threads(problem):
+        descent = _Descent(problem, _OfRows(problem, _Samples(problem), "large"))
+        return problem.solution(descent.run(descent.read(init_K)))
+
+
+def _threads(problem: Problem) -> AbstractContextManager[None]:
+    return by_itself() if problem.rows.shape[1] <= _ALONE else nullcontext()
 
 
 class _Samples:
@@ -344,8 +358,9 @@ class _Model(Problem):
     def __init__(self, problem: Problem, point: Point, plans: Plans) -> None:
         # What plans leave out counts for more than a smaller residual.
         tol = max(plans.taken.least**0.5 * problem.residual(point), _NEARER * problem.tol)
-        self._plans, self._start_K, self._moved = plans, point.a_K, 0.0
+        self._plans, self._moved = plans, 0.0
         found_K = plans.soft_sizes(point.a_K)
+        self.start = Point(point.a_K, found_K.log())
         marginal = _InPart(problem.marginal, found_K / point.s_K)
         super().__init__(problem.rows, marginal, problem.lamb, tol, _MODEL_READS, stop=problem.stop)
 
@@ -359,7 +374,7 @@ class _Model(Problem):
     def move(self, point: Point, change_K: Tensor, take: Take | None = None) -> Point:
         """As that of any problem; notes how far the point it leads to is."""
         reached = super().move(point, change_K)
-        self._moved = float((reached.a_K - self._start_K).abs().max())
+        self._moved = float((reached.a_K - self.start.a_K).abs().max())
         return reached
 
     def over(self) -> bool:
@@ -411,7 +426,7 @@ class _Descent:
             return None
         descent = _Descent(model, self._of_plans(plans, self._hessians.costs(point.a_K, False)))
         descent.curvature = self.curvature
-        found = descent.run(model.read(point.a_K))
+        found = descent.run(model.start)
         left = model.residual(found)
         if left * _GAIN > residual and not (model.far and left < residual):
             self.curvature = None

@@ -115,9 +115,11 @@ class Entries:
         """Those of one tile."""
         flat = q_nK.ravel()
         found = np.flatnonzero(flat > least)
-        row, column = np.divmod(found, self._clusters)
         self._values.add(flat[found])
-        self._columns.add(column)
+        # In 32 bits NumPy divides many at a time.
+        short = found.astype(np.int32)
+        row = short // self._clusters
+        self._columns.add(short - row * self._clusters)
         self._counts.add(np.bincount(row, minlength=len(q_nK)))
 
     def block(self) -> csr_array:

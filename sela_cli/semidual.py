@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
@@ -25,16 +26,17 @@ from torch import Tensor
 from sela_cli import parallel
 from sela_cli.marginals import Given, Marginal
 from sela_cli.plans import Entries, Plans, Take, gram, hessian_of
-from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, map_spans
+from sela_cli.spread import spread
+from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, in_order, map_spans
 
 # Below this a mean of softmax entries may have lost terms to underflow.
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
 # Rows that the breadth of the plan, and its rounding, are taken from.
-_SOME = 512
+_SOME, _ROUNDED = 512, 2048
 # From this many entries on, float32 is used for as long as it can tell.
 _LARGE = 1 << 20
 # A residual of so many times the rounding is not spoilt by it.
-_CLEAR = 16
+_CLEAR = 4
 # A step is taken back where the slope at its end is still this share of the first, upwards.
 _WOLFE = 0.5
 
@@ -99,6 +101,7 @@ class Problem:
         self.count = total(rows)
         large = self.count * rows.shape[1] >= _LARGE
         self.dtype = torch.float32 if large else torch.float64
+        self._rounded: tuple[float, float] | None = None
         self.trace: list[Step] = []
         self._start = time.monotonic()
 
@@ -138,24 +141,42 @@ class Problem:
             # numbers that may both be as large as the range of the potentials.
             noise = 2.0**-24 * (4 * float(point.a_K.abs().max()) + 64)
             close = noise > self.tol / 4 and self.residual(point) <= max(self.tol, noise)
-            # That is the worst case, so look.
-            seen = self._rounding(point.a_K) if close else 0.0
-            if seen > self.tol / 4 and self.residual(point) <= max(self.tol, _CLEAR * seen):
+            # That is the worst case, so look: once, as plans hardly change from here on.
+            if close and self._rounded is None:
+                self._rounded = self._rounding(point.a_K)
+            moved, off = self._rounded or (0.0, 0.0)
+            if self.residual(point) > self.tol:
+                if moved > self.tol / 4 and self.residual(point) <= _CLEAR * moved:
+                    self.dtype = torch.float64
+            elif off <= self.tol / 4:
+                # What was read is what these give.
+                return point._replace(a_K=_single(point.a_K))
+            else:
                 self.dtype = torch.float64
-                if self.residual(point) <= self.tol:
-                    point = self._read(point.a_K, take)
+                point = self._read(point.a_K, take)
         return point
 
-    def _rounding(self, a_K: Tensor) -> float:
-        """How much of the mass of some rows, evenly spread, float32 puts elsewhere.
+    def _rounding(self, a_K: Tensor) -> tuple[float, float]:
+        """How much of the mass of some rows, evenly spread, is elsewhere when they are read in
+        float32: than at these potentials, and than at those next to them that it holds exactly.
 
         More than of all rows, where errors of different rows cancel.
         """
-        coarse_nK, fine_nK = (
-            plan_of_some(self.rows, self.lamb, a_K, dtype).double()
-            for dtype in (torch.float32, torch.float64)
-        )
-        return 0.5 * float(parallel.mean_of((coarse_nK - fine_nK).cpu()).abs().sum())
+        single, double = torch.float32, torch.float64
+
+        def off(rows_n: np.ndarray) -> Tensor:
+            coarse_nK = _plan(self.rows.take(rows_n, single), self.lamb, a_K).double()
+            tile_nK = self.rows.take(rows_n, double)
+            fine = [_plan(tile_nK, self.lamb, at_K) for at_K in (a_K, _single(a_K))]
+            return torch.stack([(coarse_nK - fine_nK).sum(0) for fine_nK in fine]).cpu()
+
+        rows_n = spread(self.rows.shape[0], _ROUNDED)
+        parts = [rows_n[at : at + _SOME] for at in range(0, len(rows_n), _SOME)]
+        off_2K = sum(in_order(off, parts, self.rows.device), torch.zeros(2, len(a_K)).double())
+        parallel.sum_of(off_2K)
+        count = int(parallel.sum_of(torch.tensor(len(rows_n))))
+        moved, left = (off_2K.abs().sum(1) / (2 * count)).tolist()
+        return moved, left
 
     def _read(self, a_K: Tensor, take: Take | None) -> Point:
         point = self._soft_sizes(a_K, take)
@@ -278,6 +299,11 @@ def _kernel(device: torch.device) -> Callable[[Tensor, float, Tensor, torch.dtyp
     except Exception:
         return None
     return column_sums
+
+
+def _single(a_K: Tensor) -> Tensor:
+    """The potentials that a read in float32 is made at, in float64."""
+    return a_K.float().double()
 
 
 def plan_of_some(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol, TypeVar
@@ -37,6 +39,8 @@ _DEVICE_TILE, _DEVICE_VIEW = 1 << 23, 1 << 32
 _DEVICE_TILES = 8
 # Threads that read tiles for it, and so the spans that are in its memory.
 _DEVICE_WORKERS = 4
+# Workers of a pass, where that is not what the calling thread has.
+_THREADS: ContextVar[int | None] = ContextVar("threads", default=None)
 # Threads that make K x K numbers each: memory is not to grow with the number of processors.
 SQUARE_WORKERS = 4
 
@@ -90,13 +94,21 @@ class InMemory(_Chosen):
     @classmethod
     def of(cls, source: Rows, rows_N: np.ndarray | None = None) -> InMemory:
         """The named rows (ascending), or all of them."""
+        count = source.shape[0] if rows_N is None else len(rows_N)
+        scores_NK = _room((count, source.shape[1]), source.device)
+        span = tile_rows(source.shape[1], _SPAN_ELEMENTS)
+
+        def keep(start: int) -> None:
+            stop = min(start + span, count)
+            scores_NK[start:stop] = (
+                source.tile(start, stop, torch.float32)
+                if rows_N is None
+                else source.take(rows_N[start:stop], torch.float32)
+            )
+
+        deque(in_order(keep, range(0, count, span), source.device), maxlen=0)
         if rows_N is None:
-            rows_N = np.arange(source.shape[0])
-        scores_NK = torch.empty(len(rows_N), source.shape[1], device=source.device)
-        at = 0
-        for block_nK in map_rows(source, rows_N, lambda block_nK: block_nK, torch.float32):
-            scores_NK[at : at + len(block_nK)] = block_nK
-            at += len(block_nK)
+            rows_N = np.arange(count)
         return cls(source, scores_NK, rows_N)
 
     @property
@@ -155,6 +167,13 @@ class Resident:
         """The named rows, (n, K)."""
         stored_nK = self.stored_NK[torch.from_numpy(rows_n)]
         return stored_nK if dtype is None else less_maximum(stored_nK, dtype)
+
+
+def _room(shape: tuple[int, int], device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(shape, device=device)
+    # NumPy asks for large pages, which are there in half the time.
+    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def less_maximum(tile_nK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -266,7 +285,7 @@ def map_rows(
 
 def spans_of(rows_n: np.ndarray, clusters: int) -> list[np.ndarray]:
     """Named rows, a span of them at a time."""
-    size = max(1, _SPAN_ELEMENTS // clusters)
+    size = tile_rows(clusters, _SPAN_ELEMENTS)
     return [rows_n[at : at + size] for at in range(0, len(rows_n), size)]
 
 
@@ -278,7 +297,7 @@ def in_order(
 ) -> Iterator[T]:
     """Results as a plain map gives them, worked out in a pool of `workers` at most, a few
     ahead."""
-    threads = torch.get_num_threads()
+    threads = _THREADS.get() or torch.get_num_threads()
     workers = min(workers or threads, threads)
     if device.type != "cpu":
         workers = min(workers, _DEVICE_WORKERS)
@@ -290,6 +309,23 @@ def in_order(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """The calling thread works alone between passes, which have as many workers as ever.
+
+    What is done there to matrices of K x K is often too little to wait for other threads,
+    and its bits do not depend on how many there are.
+    """
+    threads = torch.get_num_threads()
+    token = _THREADS.set(_THREADS.get() or threads)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _THREADS.reset(token)
 
 
 def tile_rows(clusters: int, elements: int = _TILE_ELEMENTS) -> int:
@@ -308,6 +344,8 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 
 
 def _prepare() -> None:
+    # Torch may give a thread the common number when it is first asked, in place of its own.
+    torch.get_num_threads()
     torch.set_num_threads(1)
     # Plan entries fade into numbers that the processor is many times slower with.
     torch.set_flush_denormal(True)

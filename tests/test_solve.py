@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ from sela_cli.marginals import Between
 from sela_cli.plans import Take
 from sela_cli.semidual import Point, Problem, Solution, laplacian, soft_sizes
 from sela_cli.shares import marginal
-from sela_cli.tiles import InMemory, Rows
+from sela_cli.tiles import CPU, InMemory, Rows, by_itself, in_order
 
 Solver = Callable[..., Solution]
 
@@ -249,18 +250,21 @@ def test_many_clusters_need_few_reads(square: bool, rows_each: int) -> None:
     assert 0.5 * float((shares_K - 1 / clusters).abs().sum()) <= 1.1e-5
 
 
+@pytest.mark.parametrize("lamb", [10.0, 33.3])
 @pytest.mark.parametrize("solve", SOLVERS)
-def test_single_precision_reads_end_at_the_same_optimum(solve: Solver) -> None:
+def test_single_precision_reads_end_at_the_same_optimum(solve: Solver, lamb: float) -> None:
     """Large enough to be read in float32 first; the judge is float64 throughout.
 
     Rounding is let stand where it moves less than a quarter of the tolerance.
     """
     scores_NK = logits(30_000, 40, scale=3.0)
     rows = ArrayRows(scores_NK)
-    solution = solve(InMemory.of(rows), uniform(40), 10.0, 1e-7, 5000)
+    tol = 1e-7 * lamb / 10
+    solution = solve(InMemory.of(rows), uniform(40), lamb, tol, 5000)
     assert solution.converged
-    off = np.abs(shares(scores_NK, 10.0, solution.potentials_K) - 1 / 40)
-    assert 0.5 * off.sum() <= 1.25e-7
+    off = np.abs(shares(scores_NK, lamb, solution.potentials_K) - 1 / 40)
+    assert 0.5 * off.sum() <= 1.25 * tol
+    assert abs(0.5 * off.sum() - solution.residual) <= tol / 4
 
 
 @pytest.mark.parametrize("count", [40_000, 70_000])
@@ -399,6 +403,25 @@ def test_a_request_to_stop_is_heard(solve: Solver) -> None:
         ArrayRows(logits(500, 30, scale=5.0)), uniform(30), 50.0, 1e-12, 9999, stop=lambda: True
     )
     assert len(solution.trace) == 1 and not solution.converged
+
+
+def test_between_passes_the_calling_thread_is_alone() -> None:
+    """And passes have as many workers as ever, of one thread each."""
+    threads, met = torch.get_num_threads(), threading.Barrier(3)
+
+    def work(item: int) -> int:
+        met.wait(60)
+        return torch.get_num_threads()
+
+    torch.set_num_threads(3)
+    try:
+        with by_itself():
+            assert torch.get_num_threads() == 1
+            assert list(in_order(work, range(3), CPU)) == [1, 1, 1]
+        assert torch.get_num_threads() == 3
+        assert list(in_order(work, range(3), CPU)) == [1, 1, 1]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
