@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -332,7 +333,9 @@ def open_hdf5(path: str, shown: str = "") -> Iterator[h5py.File]:
         file = h5py.File(path, "r")
     except OSError as error:
         if error.errno == errno.EACCES:
-            raise NoInput(f"{shown}: permission denied", f"chmod u+r {shown}") from error
+            raise NoInput(
+                f"{shown}: permission denied", f"chmod u+r {shlex.quote(shown)}"
+            ) from error
         if error.errno == errno.EAGAIN:
             raise NoInput(f"{shown}: another process is writing it", "wait for it") from error
         if _is_numpy(path):

@@ -6,6 +6,7 @@ N images, K clusters, T heads, D features.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def write_links(labels: Labels, images: str, output: str) -> int:
         if not (root / key).is_file():
             raise BadData(f"{images} has no '{key}'", "give the folder that was labelled")
     if target.exists():
-        raise CannotCreate(f"{output} exists", f"rm -r {output}, or name another folder")
+        raise CannotCreate(
+            f"{output} exists", f"rm -r {shlex.quote(output)}, or name another folder"
+        )
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         for number, head in enumerate(labels.heads):

@@ -6,6 +6,7 @@ Nothing keeps these clusters of one size.
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -103,7 +104,7 @@ def matched(
     if len(matrices) != len(wanted):
         raise BadData(
             f"{path} has {len(matrices)} heads, not the {len(wanted)} asked for",
-            f"cluster the features: {path}::/features",
+            f"cluster the features: {shlex.quote(path)}::/features",
         )
     if before and (before.keys != scores.keys or before.clusters != wanted):
         raise BadData(

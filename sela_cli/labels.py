@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -222,7 +223,7 @@ def warning(labels: Labels, output: str, head: int | None = None) -> StoppedEarl
         how = f" (residual {worst:.2g}, asked for {failed[0]['tol']:g})"
         if worst <= failed[0]["tol"]:
             how = " (stopped before the sizes were balanced)"
-        mend = f"go on with --init {output}, or a larger --max-iter or --tol"
+        mend = f"go on with --init {shlex.quote(output)}, or a larger --max-iter or --tol"
     return StoppedEarly(
         f"{output}: {len(failed)} of {len(looked_at)} heads did not converge{how}; "
         "labels are written",
@@ -545,7 +546,10 @@ def write_csv(path: str, labels: Labels, force: bool = False) -> None:
         outputs.replacing(path, force) as partial,
         partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
     ):
-        writer = csv.writer(stream)
+        # Lines end as awk and cut read them; a name with a line's end in it is quoted then too.
+        odd = any("\r" in key for key in labels.keys)
+        quoting = csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL
+        writer = csv.writer(stream, lineterminator="\n", quoting=quoting)
         writer.writerow(["key", *labels.columns])
         columns = [head.labels_N.tolist() for head in labels.heads]
         writer.writerows(zip(labels.keys, *columns, strict=True))

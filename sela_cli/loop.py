@@ -525,6 +525,6 @@ def _round_line(row: dict[str, Any], rounds: int) -> str:
 
 def _write_rounds(path: str, rounds: list[dict[str, Any]]) -> None:
     with outputs.replacing(path, force=True) as file, file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rounds[-1]))
+        writer = csv.DictWriter(stream, list(rounds[-1]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -36,7 +37,7 @@ def check_output(path: str, force: bool, *inputs: str | None) -> None:
     if target.exists() and not force:
         raise CannotCreate(f"{path} exists", "add --force to replace it")
     if not target.parent.is_dir():
-        raise CannotCreate(f"{path}: no such folder", f"mkdir -p {target.parent}")
+        raise CannotCreate(f"{path}: no such folder", f"mkdir -p {shlex.quote(str(target.parent))}")
     if not os.access(target.parent, os.W_OK):
         raise CannotCreate(f"{path}: its folder is read-only", "choose another --output")
 
@@ -111,7 +112,7 @@ def removable(path: Path) -> Iterator[None]:
     try:
         yield
     except BadData as error:
-        raise BadData(error.args[0], f"rm {path}") from error
+        raise BadData(error.args[0], f"rm {shlex.quote(str(path))}") from error
 
 
 def synced(path: Path) -> None:

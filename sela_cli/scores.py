@@ -7,6 +7,7 @@ that a matrix may be larger than memory; contiguous HDF5 and .npy are read past 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -198,7 +199,7 @@ def _kind_of(path: str, shown: str) -> str:
         with Path(path).open("rb") as stream:
             magic = stream.read(4)
     except PermissionError as error:
-        raise NoInput(f"{shown}: permission denied", f"chmod u+r {shown}") from error
+        raise NoInput(f"{shown}: permission denied", f"chmod u+r {shlex.quote(shown)}") from error
     if not magic:
         raise BadData(f"{shown} is empty")
     suffix = os.path.splitext(shown)[1].lower()
@@ -265,7 +266,7 @@ def _only(path: str, names: list[str]) -> str:
     last = "at the end of the line: -- " if path == "-" else ""
     raise BadData(
         f"{path} holds several arrays ({', '.join(names[:5])})",
-        f"name one: {last}{path}::{names[0]}",
+        f"name one: {last}{shlex.quote(f'{path}::{names[0]}')}",
     )
 
 

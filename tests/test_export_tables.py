@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,15 @@ def test_tables_hold_keys_and_labels(suffix: str, tmp_path: Path) -> None:
     first, second = ([str(label) for label in labels] for labels in LABELS_TN)
     assert table_of(one) == {"key": KEYS, "label": first}
     assert table_of(two) == {"key": KEYS, "label_0": first, "label_1": second}
+
+
+def test_lines_of_a_table_end_as_other_programs_read_them(tmp_path: Path) -> None:
+    """With a line feed alone; a name that has an end of line in it comes back all the same."""
+    for keys in (["a.jpg", "b.jpg"], ["a\r.jpg", "b\n.jpg"]):
+        path = tmp_path / f"{len(keys[0])}.csv"
+        export_tables.write_labels_as(labels_of([1, 0], keys=keys), str(path))
+        assert path.read_bytes().endswith(b"0\n") and b"\r\n" not in path.read_bytes()
+        assert table_of(path) == {"key": keys, "label": ["1", "0"]}
 
 
 def test_arrays_hold_labels_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -106,8 +116,13 @@ def test_links_to_long_names(tmp_path: Path) -> None:
 def test_links_replace_nothing_and_are_made_whole_or_not_at_all(
     photos: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CannotCreate, match="rm -r"):
-        export_tables.write_links(labels_of(LABELS_TN[0]), str(photos), str(photos))
+    for name in ("links", "two words"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(CannotCreate) as caught:
+            export_tables.write_links(labels_of(LABELS_TN[0]), str(photos), str(tmp_path / name))
+        command = caught.value.mend.partition(", or")[0]
+        assert shlex.split(command) == ["rm", "-r", str(tmp_path / name)]
+        (tmp_path / name).rmdir()
     (photos / KEYS[3]).unlink()
     with pytest.raises(BadData, match=r"has no 'c\.jpg'"):
         export_tables.write_links(labels_of(LABELS_TN[0]), str(photos), str(tmp_path / "clusters"))

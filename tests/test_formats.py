@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -599,6 +600,14 @@ def test_output_that_cannot_be_is_refused(tmp_path: Path) -> None:
         outputs.check_output(str(tmp_path / "nowhere" / "file.h5"), force=True)
     with pytest.raises(CannotCreate, match="is a folder"):
         outputs.check_output(str(tmp_path), force=True)
+
+
+def test_what_mends_a_missing_folder_is_a_command(tmp_path: Path) -> None:
+    output = str(tmp_path / "two words; and $more" / "file.h5")
+    with pytest.raises(CannotCreate) as caught:
+        outputs.check_output(output, force=True)
+    subprocess.run(caught.value.mend, shell=True, check=True)
+    outputs.check_output(output, force=True)
 
 
 def test_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import shlex
 import tarfile
 import threading
 import zlib
@@ -257,7 +258,7 @@ def _tar(spec: str) -> Source:
             plain = isinstance(archive.fileobj, BufferedReader)
             held = [] if plain else [_member_bytes(archive, member) for member in members]
     except PermissionError as error:
-        raise NoInput(f"{spec}: permission denied", f"chmod u+r {spec}") from error
+        raise NoInput(f"{spec}: permission denied", f"chmod u+r {shlex.quote(spec)}") from error
     except (
         tarfile.TarError,
         OSError,
@@ -330,7 +331,7 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
         if len(names) != 1:
             raise BadData(
                 f"{spec}: {len(names)} datasets could be images ({', '.join(names[:5])})",
-                f"name one: {path}::DATASET"
+                f"name one: {shlex.quote(path)}::DATASET"
                 if names
                 else "they are uint8 of shape (N, H, W, 3), (N, 3, H, W) or (N, H, W)",
             )
