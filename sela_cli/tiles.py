@@ -33,6 +33,8 @@ CPU = torch.device("cpu")
 # A megabyte of float64: it stays in the cache from one operation to the next.
 _TILE_ELEMENTS = 1 << 17
 _SPAN_ELEMENTS = 1 << 21
+# Scores in single precision are kept finite, and so are differences of two of them.
+_FARTHEST = -1e38
 # On a GPU: enough to keep it busy, little enough that the copies an operation makes fit;
 # and of rows that are there and need no copy. It is waited for once a span.
 _DEVICE_TILE, _DEVICE_VIEW = 1 << 23, 1 << 32
@@ -105,6 +107,7 @@ class InMemory(_Chosen):
                 if rows_N is None
                 else source.take(rows_N[start:stop], torch.float32)
             )
+            scores_NK[start:stop].clamp_(min=_FARTHEST)
 
         deque(in_order(keep, range(0, count, span), source.device), maxlen=0)
         if rows_N is None:

@@ -115,6 +115,21 @@ def test_rows_that_round_otherwise_in_every_batch_are_balanced(
     assert found.objective == pytest.approx(found.lower_bound, abs=1e-5)
 
 
+@pytest.mark.parametrize("largest", [1e30, 1e39, 1e300])
+def test_scores_beyond_single_precision_are_balanced(tmp_path: Path, largest: float) -> None:
+    """And how far the labels may be from the best is told."""
+    array = np.random.default_rng(0).normal(size=(300, 10)) * largest
+    np.save(tmp_path / "scores.npy", array)
+    head = label(tmp_path / "scores.npy", max_iter=50)
+    assert np.bincount(head.labels_N).tolist() == [30] * 10
+    loss_NK = array.max(1, keepdims=True) - array
+    of_rows, places = linear_sum_assignment(np.repeat(loss_NK, 30, 1))
+    best = loss_NK[of_rows, places // 30].mean()
+    found = loss_NK[np.arange(300), head.labels_N].mean()
+    assert head.attributes["lower-bound"] <= best * (1 + 1e-9)
+    assert best * (1 - 1e-9) <= found <= head.attributes["objective"] * (1 + 1e-9)
+
+
 def test_loose_bounds_are_no_bounds(matrix: Path) -> None:
     head = label(matrix, min_size=0, max_size=600)
     assert (head.labels_N == np.load(matrix).argmax(1)).all()
