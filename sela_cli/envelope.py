@@ -462,11 +462,17 @@ def datasets(path: str, file: h5py.File, group: str) -> dict[str, np.ndarray]:
 
 
 def dataset(
-    path: str, file: h5py.Group, name: str, shape: Sequence[int | None], kinds: str = "f"
+    path: str,
+    file: h5py.Group,
+    name: str,
+    shape: Sequence[int | None],
+    kinds: str = "f",
+    by_rows: bool = False,
 ) -> h5py.Dataset:
     """The named dataset, checked: its rank, its fixed extents, its dtype's kind (NumPy's letter).
 
-    Raises BadData naming file and dataset.
+    `by_rows`: it is not read whole, so that it may be compressed as well as gzip can. Raises
+    BadData naming file and dataset.
     """
     item = file.get(name)
     if not isinstance(item, h5py.Dataset):
@@ -479,7 +485,7 @@ def dataset(
     if not fits:
         wanted = tuple("any" if extent is None else extent for extent in shape)
         raise BadData(f"{path}: dataset '{name}' has shape {item.shape}, not {wanted}")
-    _check_size(path, item)
+    _check_size(path, item, _MOST_EXPANSION if by_rows else _EXPANSION)
     return item
 
 
@@ -488,21 +494,27 @@ def usable(dtype: np.dtype, kinds: str) -> bool:
     return dtype.kind in kinds and (dtype.kind not in "fiu" or dtype.itemsize <= 8)
 
 
-# Honest data may be compressed a hundredfold; a bomb is by many thousands.
-_EXPANSION = 100
+# Honest data may be compressed a hundredfold, and nothing by gzip more than this; a bomb is by
+# many thousands.
+_EXPANSION, _MOST_EXPANSION = 100, 1040
 _SMALL_BYTES = 1 << 26
 
 
-def check_expansion(path: str, name: str, declared: int, stored: int) -> None:
+def check_expansion(
+    path: str, name: str, declared: int, stored: int, most: int = _EXPANSION
+) -> None:
     """Refuse `declared` bytes (or rows) that are said to lie in `stored` bytes of a file.
 
     A shape is a few bytes, and may claim any amount of memory. Raises BadData.
     """
-    if declared > _SMALL_BYTES + _EXPANSION * stored:
-        raise BadData(f"{path}: '{name}' claims {declared:.1e} bytes and has {stored}")
+    if declared > _SMALL_BYTES + most * stored:
+        raise BadData(
+            f"{path}: '{name}' claims {declared:.1e} bytes and has {stored}",
+            "if that is so, write it again uncompressed",
+        )
 
 
-def _check_size(path: str, item: h5py.Dataset) -> None:
+def _check_size(path: str, item: h5py.Dataset, most: int = _EXPANSION) -> None:
     if item.shape is None:
         raise BadData(f"{path}: dataset '{item.name}' is empty")
     stored = os.path.getsize(item.file.filename)
@@ -510,7 +522,7 @@ def _check_size(path: str, item: h5py.Dataset) -> None:
         folder = Path(item.file.filename).parent
         sources = {folder / source.file_name for source in item.virtual_sources()}
         stored += sum(source.stat().st_size for source in sources if source.is_file())
-    check_expansion(path, item.name, max(item.nbytes, *item.shape, 0), stored)
+    check_expansion(path, item.name, max(item.nbytes, *item.shape, 0), stored, most)
     offset = item.id.get_offset() if item.chunks is None else None
     if offset is not None and item.size and offset + item.nbytes > stored:
         raise BadData(f"{path}: dataset '{item.name}' goes beyond the end of the file")

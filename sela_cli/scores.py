@@ -6,6 +6,7 @@ that a matrix may be larger than memory; contiguous HDF5 and .npy are read past 
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -43,6 +44,10 @@ _FOREIGN = {
     ".pt": "torch.load('{}').numpy()",
     ".pth": "torch.load('{}').numpy()",
 }
+# Room for decoded chunks of an HDF5 dataset at most, and for so many rows of them; the slots
+# of its hash table for each.
+_CACHE_BYTES, _CACHED_ROWS = 64 << 20, 4
+_SLOTS_A_CHUNK = 100
 # Of features that are being kept, at a time.
 _BLOCK_VALUES = 1 << 23
 # Rows that are read along with each that is wanted, in storage that has no quick way to it;
@@ -271,13 +276,15 @@ def _only(path: str, names: list[str]) -> str:
 
 
 def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matrix:
-    item = envelope.dataset(path, file, name.lstrip("/"), (None, None), "fiu")
+    item = envelope.dataset(path, file, name.lstrip("/"), (None, None), "fiu", by_rows=True)
     # Contiguous data is read past HDF5, at three times the speed and from many threads.
     offset = item.id.get_offset() if item.chunks is None and item.size else None
     if offset is not None and item.dtype.isnative:
         stored = Stored(file.filename, item.dtype, item.shape, offset, path)
         stack.enter_context(stored.file)
         return Matrix(item.shape, stored.read, item.name)
+    if item.chunks:
+        item = _caching(item)
 
     matrix: Matrix
 
@@ -297,6 +304,22 @@ def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matr
 
     matrix = Matrix(item.shape, read, item.name)
     return matrix
+
+
+def _caching(item: h5py.Dataset) -> h5py.Dataset:
+    """The same with room for the chunks that several threads' rows lie in, which are decoded
+    anew for every tile otherwise: a tile is a small part of a chunk."""
+    across = math.ceil(item.shape[1] / item.chunks[1])
+    row = math.prod(item.chunks) * item.dtype.itemsize * across
+    if row > _CACHE_BYTES:
+        return item
+    access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+    rows = min(_CACHED_ROWS, _CACHE_BYTES // row)
+    access.set_chunk_cache(_SLOTS_A_CHUNK * rows * across, rows * row, 0.75)
+    file, name = item.file, item.name.encode()
+    # What is open already keeps the cache that it has.
+    item.id.close()
+    return h5py.Dataset(h5py.h5d.open(file.id, name, access))
 
 
 def _dense(rows: np.ndarray) -> bool:

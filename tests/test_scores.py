@@ -327,6 +327,33 @@ def test_bytes_between_the_rows_of_a_chunked_file_count(
         assert opened.heads[0].tally.take() == matrix[wanted[::4]].nbytes
 
 
+def test_a_chunk_is_decoded_once_for_all_its_rows(tmp_path: Path) -> None:
+    """It is far larger than HDF5's own cache, and than what is asked for at a time."""
+    array = np.random.default_rng(0).normal(size=(6000, 400))
+    with h5py.File(tmp_path / "scores.h5", "w") as file:
+        file.create_dataset("x", data=array, chunks=(3000, 400), compression="lzf")
+
+    def has_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    with scores.open_scores(str(tmp_path / "scores.h5")) as opened:
+        before = has_read()
+        tiles = [opened.heads[0].read(slice(at, at + 500)) for at in range(0, 6000, 500)]
+        assert has_read() - before < 1.5 * (tmp_path / "scores.h5").stat().st_size
+    np.testing.assert_array_equal(np.concatenate(tiles), array)
+
+
+def test_mostly_zeros_are_no_bomb(tmp_path: Path) -> None:
+    """Two probabilities a row: gzip makes a few hundredths of a percent of it."""
+    array = np.zeros((12_000, 1000))
+    array[np.arange(12_000), np.arange(12_000) % 1000] = 1
+    with h5py.File(tmp_path / "scores.h5", "w") as file:
+        file.create_dataset("x", data=array, chunks=(1000, 1000), compression="gzip")
+    assert (tmp_path / "scores.h5").stat().st_size * 200 < array.nbytes
+    with scores.open_scores(str(tmp_path / "scores.h5")) as opened:
+        np.testing.assert_array_equal(opened.heads[0].read(slice(0, 2)), array[:2])
+
+
 @pytest.mark.parametrize("part", ["chunk", "header"])
 def test_damaged_hdf5_is_refused(tmp_path: Path, part: str) -> None:
     path = foreign_chunked(tmp_path, MATRIX)
