@@ -548,8 +548,11 @@ def write_csv(path: str, labels: Labels, force: bool = False) -> None:
     ):
         # Lines end as awk and cut read them; a name with a line's end in it is quoted then too.
         odd = any("\r" in key for key in labels.keys)
-        quoting = csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL
-        writer = csv.writer(stream, lineterminator="\n", quoting=quoting)
+        writer = csv.writer(
+            stream,
+            lineterminator="\n",
+            quoting=csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL,
+        )
         writer.writerow(["key", *labels.columns])
         columns = [head.labels_N.tolist() for head in labels.heads]
         writer.writerows(zip(labels.keys, *columns, strict=True))

@@ -1,24 +1,30 @@
 """Score matrices to be labelled, from our logits files or from anybody's arrays.
 
 N rows (images), K columns (clusters), T heads, D features. Rows are read in blocks, so
-that a matrix may be larger than memory; contiguous HDF5 and .npy are read past their libraries.
+that a matrix may be larger than memory; what lies in a file by the row, uncompressed, is read
+past the library that wrote it. Compressed .npz is read whole.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shlex
+import struct
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
 from sela_cli import envelope, formats
@@ -44,6 +50,9 @@ _FOREIGN = {
     ".pt": "torch.load('{}').numpy()",
     ".pth": "torch.load('{}').numpy()",
 }
+# Where a zip's local header says how long its last two parts are.
+_ZIP_LENGTHS = 26
+_TENSORS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 # Room for decoded chunks of an HDF5 dataset at most, and for so many rows of them; the slots
 # of its hash table for each.
 _CACHE_BYTES, _CACHED_ROWS = 64 << 20, 4
@@ -351,9 +360,14 @@ def _open_npy(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
     scores = _of_array(path, array, "array")
     if isinstance(array, np.memmap) and array.flags.c_contiguous and array.size:
         stored = Stored(actual, array.dtype, array.shape, array.offset, path)
-        stack.enter_context(stored.file)
-        scores.heads[0] = Matrix(array.shape, stored.read, "array")
+        return _of_stored(stack, stored, "array")
     return scores
+
+
+def _of_stored(stack: ExitStack, stored: Stored, name: str) -> Scores:
+    stack.enter_context(stored.file)
+    rows, clusters = stored.shape
+    return _anonymous(Matrix((rows, clusters), stored.read, name))
 
 
 def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
@@ -366,6 +380,9 @@ def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
             )
         for entry in archive.zip.infolist():
             envelope.check_expansion(path, entry.filename, entry.file_size, entry.compress_size)
+        stored = _uncompressed(archive, actual, name, path)
+        if stored:
+            return _of_stored(stack, stored, name)
         array = archive[name]
     except SelaError:
         raise
@@ -382,12 +399,46 @@ def _open_safetensors(stack: ExitStack, path: str, actual: str, name: str) -> Sc
         name = name or _only(path, list(tensors.keys()))
         if name not in tensors.keys():  # noqa: SIM118 (not a mapping)
             raise BadData(f"{path}: there is no tensor '{name}'")
+        stored = _of_tensor(tensors.get_slice(name), actual, name, path)
+        if stored:
+            return _of_stored(stack, stored, name)
         array = tensors.get_tensor(name)
     except TypeError as error:
         raise BadData(f"{path}: '{name}' has a dtype that NumPy lacks ({error})") from error
     except (SafetensorError, OSError) as error:
         raise BadData(f"{path}: not HDF5, .npy, .npz or safetensors ({error})") from error
     return _of_array(path, array, name)
+
+
+def _uncompressed(archive: NpzFile, actual: str, name: str, shown: str) -> Stored | None:
+    """A matrix of an archive as it lies there; none where that is not by the row."""
+    assert archive.zip is not None
+    entry = archive.zip.getinfo(f"{name}.npy")
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return None
+    with Path(actual).open("rb") as stream:
+        # The local header ends with a name and a field that are as long as it says.
+        stream.seek(entry.header_offset + _ZIP_LENGTHS)
+        stream.seek(sum(struct.unpack("<HH", stream.read(4))), os.SEEK_CUR)
+        if np.lib.format.read_magic(stream) != (1, 0):
+            return None
+        shape, transposed, dtype = np.lib.format.read_array_header_1_0(stream)
+        offset = stream.tell()
+    fits = 0 < math.prod(shape) * dtype.itemsize <= entry.file_size
+    if transposed or len(shape) != 2 or not envelope.usable(dtype, "fiu") or not fits:
+        return None
+    return Stored(actual, dtype, shape, offset, shown)
+
+
+def _of_tensor(item: Any, actual: str, name: str, shown: str) -> Stored | None:
+    """A tensor as it lies in its file; none where it is no matrix of floats."""
+    dtype, shape = _TENSORS.get(item.get_dtype()), tuple(item.get_shape())
+    if dtype is None or len(shape) != 2 or not math.prod(shape):
+        return None
+    with Path(actual).open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        begin, _ = json.loads(stream.read(length))[name]["data_offsets"]
+    return Stored(actual, np.dtype(dtype), shape, 8 + length + begin, shown)
 
 
 def _of_array(path: str, array: np.ndarray, name: str) -> Scores:

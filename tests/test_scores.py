@@ -115,6 +115,11 @@ def npz(folder: Path, matrix: np.ndarray) -> str:
     return str(folder / "a.npz")
 
 
+def npz_plain(folder: Path, matrix: np.ndarray) -> str:
+    np.savez(folder / "a.npz", scores=matrix)
+    return str(folder / "a.npz")
+
+
 def npz_named(folder: Path, matrix: np.ndarray) -> str:
     np.savez(folder / "a.npz", other=-matrix, scores=np.asfortranarray(matrix))
     return str(folder / "a.npz") + "::scores"
@@ -144,6 +149,7 @@ CONTAINERS = [
     npy_big_endian,
     npy_without_suffix,
     npz,
+    npz_plain,
     npz_named,
     tensors,
     tensors_named,
@@ -327,14 +333,27 @@ def test_bytes_between_the_rows_of_a_chunked_file_count(
         assert opened.heads[0].tally.take() == matrix[wanted[::4]].nbytes
 
 
+@pytest.mark.parametrize("write", [npy, npz_plain, tensors, tensors_named], ids=by_name)
+def test_rows_that_lie_in_a_file_are_not_read_before_they_are_wanted(
+    tmp_path: Path, write: Write
+) -> None:
+    matrix = np.random.default_rng(0).normal(size=(20_000, 30)).astype(np.float32)
+    spec, before = write(tmp_path, matrix), has_read()
+    with scores.open_scores(spec) as opened:
+        np.testing.assert_array_equal(opened.heads[0].read(slice(7, 9)), matrix[7:9])
+        assert has_read() - before < matrix.nbytes / 10
+
+
+def has_read() -> int:
+    """Bytes that this process has read from files."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def test_a_chunk_is_decoded_once_for_all_its_rows(tmp_path: Path) -> None:
     """It is far larger than HDF5's own cache, and than what is asked for at a time."""
     array = np.random.default_rng(0).normal(size=(6000, 400))
     with h5py.File(tmp_path / "scores.h5", "w") as file:
         file.create_dataset("x", data=array, chunks=(3000, 400), compression="lzf")
-
-    def has_read() -> int:
-        return int(Path("/proc/self/io").read_text().split()[1])
 
     with scores.open_scores(str(tmp_path / "scores.h5")) as opened:
         before = has_read()
