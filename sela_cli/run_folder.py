@@ -23,6 +23,8 @@ _OWN = re.compile(
     r"\.?(run\.json|predictions\.json|rounds\.csv"
     r"|(labels|logits|checkpoint|probe)(-\d{3,})?\.h5((\.\d+)?\.unfinished)?)(\.partial|\.lock)?"
 )
+# Settings that are named where two runs differ, at most.
+_TOLD = 3
 
 
 def precision_of(folder: Path) -> str | None:
@@ -75,18 +77,39 @@ def claim(images: Images, folder: Path, settings: RunSettings, force: bool, resu
                 leftover.unlink()
     else:
         try:
-            same = identity.items() <= json.loads(path.read_text()).items()
+            before = json.loads(path.read_text())
+            same = identity.items() <= before.items()
         except (ValueError, AttributeError) as error:
             raise BadData(f"{path}: damaged ({error})", "start over with --force") from error
         if not same:
             raise CannotCreate(
-                f"{folder} holds a run with other settings or images",
+                f"{folder} holds a run with other {_differing(before, identity)}",
                 "choose another --out, or --force",
             )
         if not resume or (folder / "rounds.csv").exists():
             state = "a finished" if (folder / "rounds.csv").exists() else "an unfinished"
             raise CannotCreate(f"{folder} holds {state} run", "choose another --out, or --force")
     write_json(path, told)
+
+
+def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What two runs differ in, in words."""
+    old, new = dict(_leaves(there)), dict(_leaves(here))
+    names = [name for name in new if name in old and old[name] != new[name]]
+    if not names:
+        return "settings or images"
+    if "dataset-id" in names:
+        return "images"
+    told = [f"{name} {old[name]} there, {new[name]} here" for name in names[:_TOLD]]
+    return f"settings ({'; '.join(told)})"
+
+
+def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield name, value
 
 
 def own_files(folder: Path, pattern: str) -> list[Path]:

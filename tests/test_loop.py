@@ -255,8 +255,13 @@ def test_a_folder_in_use_or_of_another_run_is_refused(
     whole = digests(folder)
     with pytest.raises(CannotCreate, match="finished"):
         loop.run(images, folder, settings, SILENT)
-    with pytest.raises(CannotCreate, match="other settings"):
+    with pytest.raises(
+        CannotCreate, match=rf"other settings \(opts {settings.opts} there, 2 here\)"
+    ):
         loop.run(images, folder, replace(settings, opts=2), SILENT)
+    fewer = replace(settings.labels, max_memory=1 << 30)
+    with pytest.raises(CannotCreate, match=f"max_memory {4 << 30} there, {1 << 30} here"):
+        loop.run(images, folder, replace(settings, labels=fewer), SILENT)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "rounds.csv").write_bytes(b"")
     with pytest.raises(CannotCreate, match="and no run"):
