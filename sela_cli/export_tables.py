@@ -64,11 +64,14 @@ def _write_parquet(output: str, labels: Labels, force: bool) -> None:
 def write_links(labels: Labels, images: str, output: str) -> int:
     """A folder of symbolic links for each cluster: OUTPUT/head-0/cluster-007/0000012-cat.jpg.
 
-    `images` is the folder that was labelled. Returns the number of links. Raises BadData
-    where an image is not in it, CannotCreate where `output` exists: a folder that may hold
-    more than links is never replaced.
+    `images` is the folder that was labelled. Returns the number of links. Raises UsageError
+    where `output` lies in it, BadData where an image does not, CannotCreate where `output`
+    exists: a folder that may hold more than links is never replaced.
     """
     root, target = Path(images).resolve(), Path(output)
+    if root in target.resolve().parents:
+        # Links are images of the folder that they lie in.
+        raise UsageError(f"{output} lies in {images}", f"name a folder outside of {images}")
     for key in labels.keys:
         if not (root / key).is_file():
             raise BadData(f"{images} has no '{key}'", "give the folder that was labelled")

@@ -17,6 +17,7 @@ from sela_cli import cli, export_tables, extras, formats
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, MissingExtra, UsageError
 from sela_cli.formats import HeadLabels, Labels
+from sela_cli.images.sources import open_source
 
 KEYS = ["a/cat.jpg", "b/cat.jpg", "b/dög, two.jpg", "c.jpg"]
 LABELS_TN = ([2, 0, 1, 2], [0, 0, 1, 1])
@@ -127,6 +128,15 @@ def test_links_replace_nothing_and_are_made_whole_or_not_at_all(
     with pytest.raises(BadData, match=r"has no 'c\.jpg'"):
         export_tables.write_links(labels_of(LABELS_TN[0]), str(photos), str(tmp_path / "clusters"))
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_links_never_join_the_images(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(photos / "a")
+    before = open_source(str(photos)).keys
+    for inside in (photos / "clusters", tmp_path / "photos/b/../clusters", tmp_path / "alias/c"):
+        with pytest.raises(UsageError, match="name a folder outside of"):
+            export_tables.write_links(labels_of(*LABELS_TN), str(photos), str(inside))
+    assert open_source(str(photos)).keys == before == sorted(KEYS)
 
 
 def test_logits_and_features_become_arrays(
