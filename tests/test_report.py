@@ -335,6 +335,30 @@ def test_thumbnails_are_the_images(contents: Contents, text: str) -> None:
         np.testing.assert_array_equal(pixels, expected)
 
 
+def test_images_are_found_by_name_among_others(
+    run_folder: Path, contents: Contents, tmp_path: Path
+) -> None:
+    """In another order, and one more than when the run was made."""
+    rows = contents.labels.index_N[::-1]
+    keys, source = contents.labels.keys[::-1], contents.source
+    assert source.truth_N is not None
+    arrays = {
+        "images": np.stack([np.zeros((8, 8, 3), np.uint8), *map(source.image, rows.tolist())]),
+        "keys": np.array(["added", *keys], dtype="S"),
+        "labels": np.array([0, *source.truth_N[rows]]),
+    }
+    with h5py.File(tmp_path / "more.h5", "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+    found = contents_of.read(run_folder, str(tmp_path / "more.h5"))
+    np.testing.assert_array_equal(found.truth_N, contents.truth_N)
+    assert contents_of.gallery(found, 100, 12) == contents_of.gallery(contents, 100, 12)
+    with h5py.File(tmp_path / "more.h5", "r+") as file:
+        file["keys"][[2, 5]] = [b"renamed", b"too"]
+    with pytest.raises(BadData, match=rf"'{keys[4]}' \(2 of {IMAGES} are missing\)"):
+        contents_of.read(run_folder, str(tmp_path / "more.h5"))
+
+
 def test_large_photos_become_small(contents: Contents, tmp_path: Path) -> None:
     Image.fromarray(np.full((300, 500, 3), 90, np.uint8)).save(tmp_path / "a.png")
     photo = replace(contents, source=open_source(str(tmp_path)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,8 @@ class Contents:
 def read(folder: Path, data: str | None = None) -> Contents:
     """Read a finished run. `data` names its images if they are not where the run found them.
 
-    Raises NoInput where the run is not finished or its images are missing, BadData where
-    they are others.
+    They are found by their keys: others may have come since. Raises NoInput where the run
+    is not finished or there are no images, BadData where one of its images is missing.
     """
     if not (folder / "rounds.csv").exists():
         raise NoInput(f"{folder}: no finished run in it", "give the folder of `sela run --out`")
@@ -85,9 +85,8 @@ def read(folder: Path, data: str | None = None) -> Contents:
         raise BadData(
             f"{folder / 'run.json'}: damaged ({error!r})", "name the images by --data"
         ) from error
-    labels = formats.read_labels(str(folder / "labels.h5"))
     source = open_source(spec)
-    _check_images(source, labels)
+    labels = _found(source, formats.read_labels(str(folder / "labels.h5")))
     with (folder / "rounds.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     problems: dict[str, list[int]] = {}
@@ -128,14 +127,17 @@ def _is_probe(path: Path) -> bool:
         return False
 
 
-def _check_images(source: Source, labels: Labels) -> None:
-    count = len(source)
-    for index, key in zip(labels.index_N.tolist(), labels.keys, strict=True):
-        if index >= count or source.keys[index] != key:
-            raise BadData(
-                f"{source.spec}: image {index} is not the run's '{key}'",
-                "name the images of the run by --data",
-            )
+def _found(source: Source, labels: Labels) -> Labels:
+    """The labels, with the numbers that their images have in `source` now."""
+    numbers = dict(zip(source.keys, range(len(source)), strict=True))
+    missing = [key for key in labels.keys if key not in numbers]
+    if missing:
+        raise BadData(
+            f"{source.spec}: among its images is not the run's '{missing[0]}' "
+            f"({len(missing)} of {len(labels.keys)} are missing)",
+            "name the images of the run by --data",
+        )
+    return replace(labels, index_N=np.array([numbers[key] for key in labels.keys]))
 
 
 def _traces(path: str) -> list[Trace]:
