@@ -458,6 +458,31 @@ def test_tar_with_links_reads_files_only(tmp_path: Path) -> None:
     assert open_source(str(path)).keys == NAMES
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.tgz"])
+@pytest.mark.parametrize("inner", [".", "pictures"])
+def test_tar_of_a_folder_with_links_is_the_folder(name: str, inner: str, tmp_path: Path) -> None:
+    """Links that lead out of it or to nothing, of which a folder has none, are passed over."""
+    folder = tmp_path / "pictures"
+    write_folder(folder, [*NAMES[:3], "deep/a.png", "deep/plain"])
+    (folder / "hard.png").hardlink_to(folder / NAMES[1])
+    (folder / "deep/up.png").symlink_to("../hard.png")
+    (folder / "chain.png").symlink_to("deep/./up.png")
+    (folder / "named.png").symlink_to("deep/plain")
+    (folder / "lost.png").symlink_to("nothing.png")
+    (folder / "folder.png").symlink_to("deep")
+    with tarfile.open(tmp_path / name, "w:gz" if name == "a.tgz" else "w") as archive:
+        archive.add(folder, inner)
+        for link, target in (("out", "/etc/hostname"), ("one", "two.png"), ("two", "one.png")):
+            member = tarfile.TarInfo(f"{inner}/{link}.png")
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            archive.addfile(member)
+    one, two = open_source(str(folder)), open_source(str(tmp_path / name))
+    prefix = "" if inner == "." else f"{inner}/"
+    assert len(one) == 8 and two.keys == [prefix + key for key in one.keys]
+    for number in range(len(one)):
+        np.testing.assert_array_equal(two.image(number), one.image(number))
+
+
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz"])
 @pytest.mark.parametrize("damage", [b"\0", b"\xff"])
 def test_damaged_tar_is_bad_data(name: str, damage: bytes, tmp_path: Path) -> None:

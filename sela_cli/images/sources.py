@@ -241,22 +241,25 @@ def _tar(spec: str) -> Source:
     """Members are read where they lie and never extracted."""
     try:
         with tarfile.open(spec, tarinfo=_Member) as archive:
-            members = [
-                member
-                for member in _bounded(spec, archive)
-                if member.isfile()
-                and not member.issparse()
-                and Path(member.name).suffix.lower() in SUFFIXES
+            entries = list(_bounded(spec, archive))
+            by_path = {os.path.normpath(entry.name): entry for entry in entries}
+            images = [
+                (entry.name, member)
+                for entry in entries
+                if Path(entry.name).suffix.lower() in SUFFIXES
+                and (member := _linked_file(entry, by_path))
             ]
             # tarfile takes a damaged header for the end; a real end is a block of zeros.
             stream: Any = archive.fileobj
             stream.seek(archive.offset)
             if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
-            members.sort(key=lambda member: member.name)
+            images.sort(key=lambda image: image[0])
+            members = [member for _, member in images]
             # Only an uncompressed tar can be read at random; others are held as they are, encoded.
             plain = isinstance(archive.fileobj, BufferedReader)
-            held = [] if plain else [_member_bytes(archive, member) for member in members]
+            # Once, however many links lead to it.
+            held = {} if plain else {m: _member_bytes(archive, m) for m in dict.fromkeys(members)}
     except PermissionError as error:
         raise NoInput(f"{spec}: permission denied", f"chmod u+r {shlex.quote(spec)}") from error
     except (
@@ -274,16 +277,18 @@ def _tar(spec: str) -> Source:
 
     def decode(number: int, side: int = 0) -> np.ndarray:
         if handle is None:
-            return _rgb(BytesIO(held[number]), side)
+            return _rgb(BytesIO(held[members[number]]), side)
         with lock:
             handle.seek(members[number].offset_data)
             data = handle.read(members[number].size)
         return _rgb(BytesIO(data), side)
 
-    keys = [PurePosixPath(member.name).as_posix() for member in members]
+    keys = [PurePosixPath(name).as_posix() for name, _ in images]
     return _with_folder_classes(Source(spec, keys, decode, reduced=decode))
 
 
+# Links in a row, as Linux follows them; they may lead in a circle.
+_LINKS = 40
 # A path, and what else an honest archive says of a file.
 _HEADER_BYTES = 1 << 20
 _HEADERS = (
@@ -309,6 +314,19 @@ def _bounded(spec: str, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in archive:
         envelope.check_expansion(spec, member.name, archive.offset, stored)
         yield member
+
+
+def _linked_file(
+    entry: tarfile.TarInfo | None, by_path: dict[str, tarfile.TarInfo]
+) -> tarfile.TarInfo | None:
+    """The file that an entry is or, by links within the tar, leads to."""
+    for _ in range(_LINKS):
+        if entry is None or not (entry.issym() or entry.islnk()):
+            break
+        # Only a symbolic link's path begins where the link lies.
+        folder = os.path.dirname(entry.name) if entry.issym() else ""
+        entry = by_path.get(os.path.normpath(os.path.join(folder, entry.linkname)))
+    return entry if entry and entry.isfile() and not entry.issparse() else None
 
 
 def _first_line(error: Exception) -> str:
