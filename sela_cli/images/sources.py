@@ -137,9 +137,15 @@ def _rgb(file: Any, side: int = 0) -> np.ndarray:
         if side:
             # A JPEG of 3000 x 2250 for 256 pixels: 8 ms instead of 38; nothing for small ones.
             image.draft("RGB", (side, side))
-        if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        if image.mode == "F":
+            # Of no known range: 0..1, 0..255 or any other.
+            raise ValueError("float image: convert it to 8 or 16 bits")
+        if image.mode.startswith("I"):
             # 16 bits, of which Pillow's own conversion cuts at 255 instead of scaling.
-            grey = np.round(np.asarray(image) / 257).astype(np.uint8)
+            levels = np.asarray(image)
+            if levels.min() < 0 or levels.max() > 65535:
+                raise ValueError("32-bit image beyond 0..65535: convert it to 8 or 16 bits")
+            grey = np.round(levels / 257).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
         return np.asarray(image.convert("RGB"))
 
