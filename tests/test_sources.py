@@ -593,6 +593,32 @@ def test_nothing_but_broken_images(tmp_path: Path) -> None:
         open_images(str(tmp_path), 32, skip_bad=True)
 
 
+def test_bad_images_are_sought_by_several_threads_and_in_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both, whole, told = threading.Barrier(2), [], []
+
+    def decode(number: int) -> np.ndarray:
+        whole.append(number)
+        return np.zeros((300, 300, 3), np.uint8)
+
+    def reduced(number: int, side: int) -> np.ndarray:
+        if number in (10, 90):
+            both.wait(10)
+        if number in (0, 33):
+            raise OSError("broken")
+        return np.zeros((side, side, 3), np.uint8)
+
+    source = Source("made", [str(n) for n in range(100)], decode, reduced=reduced)
+    monkeypatch.setattr(batches, "open_source", lambda spec, download: source)
+    monkeypatch.setattr(batches, "_processors", lambda: 2)
+    images, _ = open_images(
+        "made", 32, skip_bad=True, hold=False, progress=lambda *report: told.append(report)
+    )
+    assert images.index_N.tolist() == [n for n in range(100) if n not in (0, 33)]
+    assert len(whole) < 20 and told[-1] == (100, 100, "")
+
+
 @pytest.mark.parametrize("limit", [1, 2, 10, 1000, 1796])
 def test_limit_spreads_evenly(limit: int) -> None:
     source = Source("made", [str(n) for n in range(1797)], lambda n: PIXELS[0], np.arange(1797))

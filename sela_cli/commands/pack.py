@@ -55,9 +55,17 @@ def pack(
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
         outputs.check_output(output, force, data)
-    images, _ = open_images(
-        data, None, download=download, skip_bad=skip_bad, limit=limit, side=size, hold=False
-    )
+    with terminal.progress("decode", "images") as progress:
+        images, _ = open_images(
+            data,
+            None,
+            download=download,
+            skip_bad=skip_bad,
+            limit=limit,
+            side=size,
+            hold=False,
+            progress=progress,
+        )
     shown = plan(images) | terminal.left_out(images, limit)
     if not dry_run:
         provenance = envelope.Provenance("pack", {"data": data, "size": images.side})

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from sela_cli import envelope, interrupt, job
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.images.sources import Source, open_source
 from sela_cli.spread import spread
+
+_Made = TypeVar("_Made")
 
 # Images that the side of a collection's is taken from.
 _SIDES = 15
@@ -41,6 +44,12 @@ def _processors() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
+def _decoders(native: int) -> int:
+    """Threads for images whose shorter edge this is."""
+    # They would wait for each other longer than a decoder takes for a small image.
+    return 1 if native <= SMALL else _processors()
+
+
 @cache
 def _pool(decoders: int) -> ThreadPoolExecutor:
     """One for all images that want so many."""
@@ -49,6 +58,14 @@ def _pool(decoders: int) -> ThreadPoolExecutor:
 
 # A forked child has the pool but none of its threads, and would wait for them forever.
 os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _in_parts(
+    task: Callable[[np.ndarray], list[_Made]], numbers: np.ndarray, decoders: int
+) -> list[Future[list[_Made]]]:
+    """What the pool's threads make of parts of the numbers, in their order."""
+    count = max(decoders, -(-len(numbers) // _PART))
+    return [_pool(decoders).submit(task, part) for part in np.array_split(numbers, count)]
 
 
 class Images:
@@ -127,9 +144,7 @@ class Images:
         return zip(starts, self.stream(rows), strict=True)
 
     def _decoding(self, rows_n: Tensor) -> list[Future[list[np.ndarray]]]:
-        count = max(self._decoders, -(-len(rows_n) // _PART))
-        parts = np.array_split(self.index_N[rows_n.numpy()], count)
-        return [_pool(self._decoders).submit(self._squares, part) for part in parts]
+        return _in_parts(self._squares, self.index_N[rows_n.numpy()], self._decoders)
 
     def _squares(self, numbers: np.ndarray) -> list[np.ndarray]:
         return [square(self.source.image(int(row), self.side), self.side) for row in numbers]
@@ -197,17 +212,13 @@ def open_images(
     source = open_source(spec, download)
     rows = spread(len(source), len(source) if limit is None else limit)
     if skip_bad:
-        rows = np.array([row for row in rows if _readable(source, int(row))], dtype=np.int64)
-        if not len(rows):
-            raise BadData(f"{spec}: none of its images can be read")
+        rows = _but_bad(source, rows, progress)
     # Not of the first alone: a collection of photographs may begin with an icon.
     some = rows[spread(len(rows), _SIDES)]
     native = int(np.median([min(source.image(int(row)).shape[:2]) for row in some]))
     if image_size is None:
         image_size = 32 if native <= SMALL else 224
-    # Threads would wait for each other longer than a decoder takes for a small image.
-    decoders = 1 if native <= SMALL else 0
-    images = Images(source, side or stored_side(native, image_size), rows, decoders)
+    images = Images(source, side or stored_side(native, image_size), rows, _decoders(native))
     if hold:
         images.hold(progress)
     return images, image_size
@@ -217,11 +228,33 @@ def _fetch(spec: str) -> None:
     open_source(spec, download=True)
 
 
+def _but_bad(
+    source: Source, rows: np.ndarray, progress: Callable[[int, int, str], None]
+) -> np.ndarray:
+    """Those of the rows whose images can be read; raises BadData if there are none."""
+    first = next((int(row) for row in rows if _readable(source, int(row))), None)
+    if first is None:
+        raise BadData(f"{source.spec}: none of its images can be read")
+    decoders = _decoders(min(source.image(first).shape[:2]))
+    good: list[int] = []
+    step = _PART * decoders
+    for start in range(0, len(rows), step):
+        for part in _in_parts(partial(_readable_of, source), rows[start : start + step], decoders):
+            good += part.result()
+        progress(min(start + step, len(rows)), len(rows), "")
+    return np.array(good)
+
+
+def _readable_of(source: Source, rows: np.ndarray) -> list[int]:
+    return [row for row in rows.tolist() if _readable(source, row)]
+
+
 def _readable(source: Source, row: int) -> bool:
     if interrupt.requested():
         raise StoppedEarly(f"{source.spec}: stopped while reading images", "run it again")
     try:
-        source.image(row)
+        # As small as can be: even so a JPEG is read to its end.
+        source.image(row, 1)
     except BadData:
         return False
     return True
