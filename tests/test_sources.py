@@ -154,6 +154,17 @@ def test_the_image_that_lies_in_no_class_is_named(
     assert "one subfolder a class" in str(no_classes(spec, ["p/a.png", "p/b.png"]))
 
 
+def test_the_line_that_has_no_class_is_named(tmp_path: Path) -> None:
+    """With a tab or without one."""
+    lines = [f"{NAMES[0]}\towl", f"{NAMES[1]}\tbee\tmore", f"{NAMES[2]}\t", NAMES[3]]
+    for count in (3, 4):
+        spec = write_list(tmp_path, lines[:count])
+        source = open_source(spec)
+        assert source.keys == NAMES[:count] and source.truth_N is None
+        told = str(no_classes(spec, source.keys))
+        assert f"{count - 2} of {count} lines have none, first '02.png'" in told
+
+
 def test_list_may_carry_classes(tmp_path: Path) -> None:
     lines = [f"{name}\t{label}" for name, label in zip(NAMES, CLASSES, strict=True)]
     source = open_source(write_list(tmp_path, ["# path, class", *lines]))
@@ -417,7 +428,7 @@ def test_order_does_not_depend_on_the_file_system(
     ],
 )
 def test_duplicate_names_are_refused(form: Callable[[Path], str], tmp_path: Path) -> None:
-    with pytest.raises(BadData, match="twice"):
+    with pytest.raises(BadData, match=r"'0[02]\.png' is named twice"):
         open_source(form(tmp_path))
 
 

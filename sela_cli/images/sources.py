@@ -11,6 +11,7 @@ import shlex
 import tarfile
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BufferedReader, BytesIO
@@ -88,7 +89,8 @@ def open_source(spec: str, download: bool = False) -> Source:
     if not len(source):
         raise BadData(f"{spec}: no image in it", f"known endings: {' '.join(sorted(SUFFIXES))}")
     if len(set(source.keys)) != len(source):
-        raise BadData(f"{spec}: an image is named twice; every image needs a key of its own")
+        twice = next(key for key, count in Counter(source.keys).items() if count > 1)
+        raise BadData(f"{spec}: '{twice}' is named twice; every image needs a key of its own")
     return source
 
 
@@ -103,6 +105,12 @@ def no_classes(spec: str, keys: list[str], otherwise: str = "") -> BadData:
     if names and loose and (os.path.isdir(spec) or spec.lower().endswith(_TAR_SUFFIXES)):
         told += f": '{loose[0]}' lies in no class's subfolder"
         mend = "move or remove it" if len(loose) == 1 else f"move or remove the {len(loose)} such"
+    elif spec.lower().endswith(_LIST_SUFFIXES) and os.path.isfile(spec):
+        listed, classes = _lines(spec)
+        if "" in classes and any(classes):
+            first, count = listed[classes.index("")], classes.count("")
+            told += f": {count} of {len(listed)} lines have none, first '{first}'"
+            mend = "end every line with a tab and a class"
     return BadData(told, mend + otherwise)
 
 
@@ -227,20 +235,25 @@ def _files(spec: str, root: Path, keys: list[str]) -> Source:
 
 
 def _list(spec: str) -> Source:
-    """A path a line, relative to the list; a tab and a class may follow."""
+    keys, names = _lines(spec)
+    source = _files(spec, Path(spec).parent, keys)
+    if keys and all(names):
+        truth_N, classes = _classes_of(names)
+        return replace(source, truth_N=truth_N, classes=classes)
+    return source
+
+
+def _lines(spec: str) -> tuple[list[str], list[str]]:
+    """A path a line, relative to the list; a tab and a class may follow, else it is ''."""
     try:
         # Some editors begin a file with a byte order mark.
         text = Path(spec).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise NoInput(f"{spec}: {error.strerror}") from error
     # Not splitlines, which also ends lines at characters that names may have.
-    entries = [line.split("\t") for line in text.split("\n") if line.strip() and line[0] != "#"]
-    keys = [entry[0].strip() for entry in entries]
-    source = _files(spec, Path(spec).parent, keys)
-    if entries and all(len(entry) > 1 for entry in entries):
-        truth_N, classes = _classes_of([entry[1].strip() for entry in entries])
-        return replace(source, truth_N=truth_N, classes=classes)
-    return source
+    lines = [line for line in text.split("\n") if line.strip() and line[0] != "#"]
+    entries = [[part.strip() for part in f"{line}\t".split("\t")[:2]] for line in lines]
+    return [key for key, _ in entries], [name for _, name in entries]
 
 
 def _tar(spec: str) -> Source:
