@@ -152,6 +152,24 @@ def key_bytes(key: str) -> bytes:
     return key.encode("utf-8", "surrogateescape")
 
 
+def text_of(stored: bytes) -> str:
+    """The reverse of `key_bytes`."""
+    return bytes(stored).decode("utf-8", "surrogateescape")
+
+
+def is_column(item: Any, rows: int, kinds: str) -> bool:
+    """Whether this is a dataset of one value a row, of these kinds (NumPy's letters)."""
+    return isinstance(item, h5py.Dataset) and item.shape == (rows,) and item.dtype.kind in kinds
+
+
+def keys_beside(item: h5py.Dataset) -> list[str] | None:
+    """What anybody's file calls the rows of a dataset: `keys` (N,) in the same group."""
+    keys = item.parent.get("keys")
+    if not is_column(keys, item.shape[0], "SO"):
+        return None
+    return [text_of(key) for key in keys[()]]
+
+
 @contextmanager
 def create(
     path: str,

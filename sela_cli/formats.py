@@ -25,6 +25,7 @@ from sela_cli.envelope import (
     key_bytes,
     open_file,
     plain,
+    text_of,
 )
 from sela_cli.errors import BadData
 
@@ -257,7 +258,7 @@ def _table(rows: Sequence[Mapping[str, Any]], dtype: np.dtype) -> np.ndarray:
 def read_images(path: str, file: h5py.File) -> tuple[list[str], np.ndarray]:
     """The keys and index that `logits` and `labels` name their rows with."""
     raw = dataset(path, file, "keys", (None,), "SO")[()]
-    keys = [bytes(key).decode("utf-8", "surrogateescape") for key in raw]
+    keys = [text_of(key) for key in raw]
     return keys, array(path, file, "index", (len(keys),), "iu")
 
 

@@ -235,7 +235,12 @@ def _open_hdf5(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
 
 def _scores_of_hdf5(stack: ExitStack, path: str, file: h5py.File, name: str) -> Scores:
     if not envelope.is_ours(file):
-        return _anonymous(_of_dataset(stack, path, file, name or _only_matrix(path, file)))
+        name = name or _only_matrix(path, file)
+        matrix = _of_dataset(stack, path, file, name)
+        keys = envelope.keys_beside(file[name.lstrip("/")])
+        if keys and len(set(keys)) < len(keys):
+            raise BadData(f"{path}: the 'keys' beside '{name}' name a row twice", "mend them")
+        return _anonymous(matrix, keys)
     header = envelope.read_header_of(path, file)
     if header.kind != "logits":
         raise BadData(f"{path} holds {header.kind}, but logits are needed here")
@@ -453,6 +458,8 @@ def _of_array(path: str, array: np.ndarray, name: str) -> Scores:
     return _anonymous(Matrix(array.shape, lambda rows: np.asarray(array[rows]), name))
 
 
-def _anonymous(matrix: Matrix) -> Scores:
+def _anonymous(matrix: Matrix, keys: list[str] | None = None) -> Scores:
     rows = matrix.shape[0]
-    return Scores([matrix], [str(row) for row in range(rows)], np.arange(rows), None)
+    if keys is None:
+        keys = [str(row) for row in range(rows)]
+    return Scores([matrix], keys, np.arange(rows), None)

@@ -188,6 +188,19 @@ def test_rows_have_keys(tmp_path: Path, write: Write) -> None:
         assert opened.dataset_id == envelope.dataset_id(opened.keys)
 
 
+def test_rows_of_anybodys_file_are_called_as_the_keys_beside_them(tmp_path: Path) -> None:
+    path = foreign(tmp_path, np.zeros((3, 2)))
+    with h5py.File(path, "r+") as file:
+        file["deep/keys"] = ["b/ü.jpg", "a.jpg", "c.jpg"]
+    with scores.open_scores(path) as opened:
+        assert opened.keys == ["b/ü.jpg", "a.jpg", "c.jpg"]
+        assert opened.dataset_id == envelope.dataset_id(opened.keys)
+    with h5py.File(path, "r+") as file:
+        file["deep/keys"][1] = "c.jpg"
+    with pytest.raises(BadData, match="twice"), scores.open_scores(path):
+        pass
+
+
 def test_only_our_files_have_a_header(tmp_path: Path) -> None:
     with scores.open_scores(explicit(tmp_path, MATRIX)) as opened:
         assert opened.header == envelope.read_header(str(tmp_path / "ours.h5"))

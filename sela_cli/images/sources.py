@@ -376,13 +376,13 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
             raise BadData(f"{spec}: dataset '{names[0]}' is not uint8 images")
         rank = file[names[0]].ndim
         shape = envelope.dataset(path, file, names[0], (None,) * rank, "u").shape
-        keys = [f"{names[0]}/{number:07d}" for number in range(shape[0])]
+        keys = envelope.keys_beside(file[names[0]]) or [
+            f"{names[0]}/{number:07d}" for number in range(shape[0])
+        ]
         beside = file[names[0]].parent
-        if _is_column(beside.get("keys"), shape[0], "SO"):
-            keys = [_text(key) for key in beside["keys"][()]]
         truth_N: np.ndarray | None = None
         classes: tuple[str, ...] = ()
-        if _is_column(beside.get("labels"), shape[0], "iuSO"):
+        if envelope.is_column(beside.get("labels"), shape[0], "iuSO"):
             truth_N, classes = _hdf5_classes(spec, path, beside)
         item = file[names[0]]
         offset = item.id.get_offset() if item.chunks is None else None
@@ -409,21 +409,13 @@ def _hdf5_classes(spec: str, path: str, group: h5py.Group) -> tuple[np.ndarray, 
     if "classes" not in group:
         values, truth_N = np.unique(labels_N, return_inverse=True)
         return truth_N, tuple(
-            _text(value) if isinstance(value, bytes) else str(value) for value in values
+            envelope.text_of(value) if isinstance(value, bytes) else str(value) for value in values
         )
     names_C = envelope.dataset(path, group, "classes", (None,), "SO")[()]
-    names = tuple(_text(name) for name in names_C)
+    names = tuple(envelope.text_of(name) for name in names_C)
     if labels_N.dtype.kind not in "iu" or labels_N.min() < 0 or labels_N.max() >= len(names):
         raise BadData(f"{spec}: dataset 'labels' does not number the {len(names)} 'classes'")
     return labels_N.astype(np.int64), names
-
-
-def _text(value: bytes) -> str:
-    return bytes(value).decode("utf-8", "surrogateescape")
-
-
-def _is_column(item: Any, rows: int, kinds: str) -> bool:
-    return isinstance(item, h5py.Dataset) and item.shape == (rows,) and item.dtype.kind in kinds
 
 
 def _could_be_images(item: Any) -> bool:
