@@ -533,27 +533,15 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
     (tmp_path / "a.png").unlink()
     (tmp_path / "a.pgm").write_bytes(b"P5 7 9 65535\n" + levels.astype(">u2").tobytes())
     np.testing.assert_array_equal(open_source(str(tmp_path)).image(0), image)
-    (tmp_path / "a.pgm").unlink()
-    Image.fromarray(levels.astype(np.int32)).save(tmp_path / "a.tif")
-    np.testing.assert_array_equal(open_source(str(tmp_path)).image(0), image)
 
 
-@pytest.mark.parametrize(
-    ("levels", "told"),
-    [
-        (np.linspace(0, 1, 63, dtype=np.float32), "float image"),
-        (np.arange(63, dtype=np.int32) - 1, "32-bit image"),
-        (np.arange(63, dtype=np.int32) + 65536 - 62, "32-bit image"),
-    ],
-)
-def test_grey_of_no_known_range_is_told_or_left_out(
-    levels: np.ndarray, told: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_grey_of_no_known_range_is_told_or_left_out(dtype: type, tmp_path: Path) -> None:
     """It would be black, or cut off."""
     write_folder(tmp_path)
-    Image.fromarray(levels.reshape(9, 7)).save(tmp_path / "a.tif")
+    Image.fromarray(np.ones((9, 7), dtype)).save(tmp_path / "a.tif")
     source = open_source(str(tmp_path))
-    with pytest.raises(BadData, match=rf"a\.tif.*{told}.*convert it to 8 or 16.*--skip-bad"):
+    with pytest.raises(BadData, match=r"a\.tif.*convert it to 8 or 16.*--skip-bad"):
         source.image(source.keys.index("a.tif"))
     assert open_images(str(tmp_path), 32, skip_bad=True)[0].keys == NAMES
 

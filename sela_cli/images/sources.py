@@ -28,6 +28,8 @@ from sela_cli.stored import Stored
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
+# Of these Pillow may give grey of 16 bits as if it had 32.
+_SIXTEEN_BITS = ("PNG", "PPM")
 # Pillow knows more, some of which start other programs: EPS calls Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -145,16 +147,13 @@ def _rgb(file: Any, side: int = 0) -> np.ndarray:
         if side:
             # A JPEG of 3000 x 2250 for 256 pixels: 8 ms instead of 38; nothing for small ones.
             image.draft("RGB", (side, side))
-        if image.mode == "F":
-            # Of no known range: 0..1, 0..255 or any other.
-            raise ValueError("float image: convert it to 8 or 16 bits")
-        if image.mode.startswith("I"):
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
             # 16 bits, of which Pillow's own conversion cuts at 255 instead of scaling.
-            levels = np.asarray(image)
-            if levels.min() < 0 or levels.max() > 65535:
-                raise ValueError("32-bit image beyond 0..65535: convert it to 8 or 16 bits")
-            grey = np.round(levels / 257).astype(np.uint8)
+            grey = np.round(np.asarray(image) / 257).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
+        if image.mode in ("I", "F"):
+            # Of no known range: 0..1, 0..255 or any other.
+            raise ValueError("grey of 32 bits or floats: convert it to 8 or 16 bits")
         return np.asarray(image.convert("RGB"))
 
 
