@@ -45,10 +45,13 @@ from sela_cli.tiles import InMemory, Part, Rows, evenly, tile_rows
 ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
 METHODS = ("sela", "kmeans")
 SOLVERS = ("auto", "newton", "lbfgs", "sinkhorn")
-_NOT_OF_KMEANS = (
-    *("lamb", "tol", "max_memory", "assign", "marginal", "min_size", "max_size"),
-    *("input_kind", "solver"),
-)
+# Options of a solve, and those that labels come by otherwise have no use for.
+_OF_SOLVES = ("lamb", "tol", "marginal", "min_size", "max_size", "solver")
+_NOT_OF = {
+    "--method kmeans": (*_OF_SOLVES, "max_memory", "assign", "input_kind"),
+    "--assign random": (*_OF_SOLVES, "max_iter", "input_kind"),
+    "--fixed": (*_OF_SOLVES, "max_iter"),
+}
 
 # A moved row may lose this share of the mean cost more than it must.
 _SLACK = 1e-4
@@ -94,13 +97,12 @@ class LabelSettings:
             raise UsageError(f"--method {self.method} is none of {', '.join(METHODS)}")
         if self.clusters and self.method != "kmeans":
             raise UsageError("--clusters is for --method kmeans: scores have a column a cluster")
-        if self.method == "kmeans":
-            for name in _NOT_OF_KMEANS:
-                if getattr(self, name) != getattr(LabelSettings, name):
-                    raise UsageError(
-                        f"--{name.replace('_', '-')} is not for --method kmeans",
-                        "drop one of them",
-                    )
+        for name in self._unused:
+            if getattr(self, name) != getattr(LabelSettings, name):
+                option = f"--{name.replace('_', '-')}"
+                if name == "assign" and self.assign == "fixed":
+                    option = "--fixed"
+                raise UsageError(f"{option} is not for {self._way}", "drop one of them")
         if self.solver not in SOLVERS:
             raise UsageError(f"--solver {self.solver} is none of {', '.join(SOLVERS)}")
         if (self.min_size, self.max_size) != (None, None) and (
@@ -111,6 +113,21 @@ class LabelSettings:
             )
         if self.input_kind not in INPUT_KINDS:
             raise UsageError(f"--input-kind {self.input_kind} is none of {', '.join(INPUT_KINDS)}")
+
+    def as_used(self) -> LabelSettings:
+        """The same, but what such labels have no use for is as by default."""
+        return replace(self, **{name: getattr(LabelSettings, name) for name in self._unused})
+
+    @property
+    def _way(self) -> str:
+        """The option that says how labels are come by."""
+        if self.method == "kmeans":
+            return "--method kmeans"
+        return "--fixed" if self.assign == "fixed" else f"--assign {self.assign}"
+
+    @property
+    def _unused(self) -> tuple[str, ...]:
+        return _NOT_OF.get(self._way, ())
 
 
 def label_stage(
@@ -152,7 +169,7 @@ def label_stage(
         else:
             # A logits file of sela's holds what it says.
             unsure = settings.input_kind == "logits" and not scores.header
-            if unsure and _seem_shares(scores.heads[0]):
+            if unsure and settings.assign != "random" and _seem_shares(scores.heads[0]):
                 say(
                     f"hint: rows of {spec} sum to 1: if they are probabilities, "
                     "use --input-kind probabilities"

@@ -224,7 +224,7 @@ class _Run:
             provenance = provenance.reading("checkpoint", start.header)
         self._embed("embed, first network", network, provenance, None)
         self._keep(0, self._predictions)
-        random = replace(settings.labels, assign="random")
+        random = replace(settings.labels, assign="random").as_used()
         self._label(
             self.path("labels-000.h5"),
             lambda output: label_stage(self.path("logits.h5"), output, random, force=True),

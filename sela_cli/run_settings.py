@@ -91,8 +91,9 @@ def settings_of(
         merged["image_size"] = image_size
     recipe = Recipe.of(merged)
     recipe.check()
-    labels = LabelSettings(**_fields_of(LabelSettings, merged))
-    labels.check()
+    LabelSettings(**_fields_of(LabelSettings, options)).check()
+    # A preset may name what the labels that are asked for have no use for.
+    labels = LabelSettings(**_fields_of(LabelSettings, merged)).as_used()
     own = _fields_of(RunSettings, merged)
     own |= {"heads": tuple(parse_heads(merged["heads"])), "recipe": recipe, "labels": labels}
     return RunSettings(**own)

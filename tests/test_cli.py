@@ -528,6 +528,7 @@ def test_probabilities_that_are_taken_for_logits_are_hinted_at(tmp_path: Path) -
         ("shares", "", True),
         ("shares", "--input-kind probabilities", False),
         ("shares", "--quiet", False),
+        ("shares", "--assign random", False),
         ("signed", "", False),
     ):
         line = f"label {tmp_path}/{name}.npy -o {tmp_path}/labels.h5 --force {more}"

@@ -370,6 +370,35 @@ def test_kmeans_refuses_what_it_would_ignore(matrix: Path, option: dict[str, Any
         label(matrix, method="kmeans", **option)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"marginal": "zipf:1"},
+        {"min_size": 3},
+        {"max_size": 300},
+        {"solver": "lbfgs"},
+        {"lamb": 10.0},
+        {"tol": 1e-3},
+        {"max_iter": 5},
+    ],
+)
+@pytest.mark.parametrize(("assign", "named"), [("random", "--assign random"), ("fixed", "--fixed")])
+def test_labels_that_no_solve_makes_refuse_its_options(
+    assign: str, named: str, option: dict[str, Any]
+) -> None:
+    refused = next(iter(option)).replace("_", "-")
+    with pytest.raises(UsageError, match=f"--{refused} is not for {named}; drop"):
+        LabelSettings(assign=assign, **option).check()
+
+
+def test_random_labels_have_no_kind_of_input_and_fixed_ones_no_kmeans() -> None:
+    with pytest.raises(UsageError, match="--input-kind is not for --assign random"):
+        LabelSettings(assign="random", input_kind="probabilities").check()
+    LabelSettings(assign="fixed", input_kind="probabilities").check()
+    with pytest.raises(UsageError, match="--fixed is not for --method kmeans"):
+        LabelSettings(assign="fixed", method="kmeans").check()
+
+
 def test_kmeans_ends_at_a_signal(matrix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sela_cli.interrupt._requested", True)
     with pytest.raises(StoppedEarly, match="clustering"):

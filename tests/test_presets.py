@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from sela_cli import envelope, formats
 from sela_cli.cli import app
+from sela_cli.errors import UsageError
 from sela_cli.images.augment import AUGMENTATIONS, Augmentation
 from sela_cli.images.batches import open_images
+from sela_cli.labels import LabelSettings
 from sela_cli.presets import PRESETS, retraining
 from sela_cli.run_settings import settings_of
 from sela_cli.training import Recipe
@@ -135,6 +137,13 @@ def test_the_papers_ablations_are_options() -> None:
         assert settings.heads == (int(heads.split("x")[0]),)
         assert len(settings.positions) == max(opts - 1, 0)
         assert all(position < 160 for position in settings.positions)
+
+
+def test_random_labels_take_nothing_of_a_solve_from_a_preset_and_refuse_it_as_an_option() -> None:
+    settings = settings_of("cifar10", None, {"assign": "random", "seed": 3})
+    assert settings.labels == LabelSettings(assign="random", seed=3)
+    with pytest.raises(UsageError, match="--lamb is not for --assign random"):
+        settings_of("cifar10", None, {"assign": "random", "lamb": 10.0})
 
 
 @pytest.mark.parametrize(("options", "batch_size"), [([], 256), (["--rotation"], 64)])
