@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -559,8 +559,14 @@ def read_header(path: str) -> Header:
         return header
 
 
-def describe(path: str) -> dict[str, Any]:
-    """What `sela info` shows: the header, then every dataset and payload attribute."""
+def describe(
+    path: str,
+    more: Callable[[str, h5py.File, Header], Mapping[str, Any]] = lambda path, file, header: {},
+) -> dict[str, Any]:
+    """What `sela info` shows: the header, then every dataset and payload attribute.
+
+    `more` is what else there is to tell of the open file: a pipe can't be opened again.
+    """
     with open_file(path) as (file, header):
         shapes: dict[str, str] = {}
         attributes = {
@@ -574,6 +580,7 @@ def describe(path: str) -> dict[str, Any]:
                 attributes[f"{name}@{key}"] = plain(value)
 
         file.visititems(add)
+        told = more(path, file, header)
     return {
         "file": path,
         "kind": header.kind,
@@ -584,6 +591,7 @@ def describe(path: str) -> dict[str, Any]:
         "command": header.history[-1]["command"] if header.history else "",
         "parameters": header.parameters,
         "inputs": header.inputs,
+        **told,
         "datasets": shapes,
         "attributes": attributes,
     }

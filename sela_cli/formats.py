@@ -265,33 +265,38 @@ def read_images(path: str, file: h5py.File) -> tuple[list[str], np.ndarray]:
 def read_labels(path: str) -> Labels:
     """Read a labels file. Raises BadData where a part is missing or does not fit."""
     with open_file(path, "labels") as (file, header):
-        keys, index_N = read_images(path, file)
-        labels_TN = array(path, file, "labels", (None, len(keys)), "iu")
-        heads = []
-        for number, labels_N in enumerate(labels_TN):
-            potentials = dataset(path, file, f"potentials/{number}", (None,))
-            if labels_N.size and not 0 <= labels_N.min() <= labels_N.max() < len(potentials):
-                raise BadData(
-                    f"{path}: dataset 'labels', head {number}: a label is outside "
-                    f"0..{len(potentials) - 1}"
-                )
-            missing = [name for name in LABEL_ATTRIBUTES if name not in potentials.attrs]
-            if missing:
-                raise BadData(f"{path}: 'potentials/{number}' lacks attribute {missing[0]}")
-            known = [*LABEL_ATTRIBUTES]
-            known += [name for name in LATER_LABEL_ATTRIBUTES if name in potentials.attrs]
-            trace = f"trace/{number}"
-            heads.append(
-                HeadLabels(
-                    labels_N=labels_N,
-                    potentials_K=potentials[()],
-                    attributes={name: plain(potentials.attrs[name]) for name in known},
-                    trace=datasets(path, file, trace) if trace in file else {},
-                )
+        return labels_of(path, file, header)
+
+
+def labels_of(path: str, file: h5py.File, header: Header) -> Labels:
+    """The labels of an open file, which errors call `path`."""
+    keys, index_N = read_images(path, file)
+    labels_TN = array(path, file, "labels", (None, len(keys)), "iu")
+    heads = []
+    for number, labels_N in enumerate(labels_TN):
+        potentials = dataset(path, file, f"potentials/{number}", (None,))
+        if labels_N.size and not 0 <= labels_N.min() <= labels_N.max() < len(potentials):
+            raise BadData(
+                f"{path}: dataset 'labels', head {number}: a label is outside "
+                f"0..{len(potentials) - 1}"
             )
-        if not heads:
-            raise BadData(f"{path}: dataset 'labels' has no head")
-        return Labels(keys, index_N, heads, header)
+        missing = [name for name in LABEL_ATTRIBUTES if name not in potentials.attrs]
+        if missing:
+            raise BadData(f"{path}: 'potentials/{number}' lacks attribute {missing[0]}")
+        known = [*LABEL_ATTRIBUTES]
+        known += [name for name in LATER_LABEL_ATTRIBUTES if name in potentials.attrs]
+        trace = f"trace/{number}"
+        heads.append(
+            HeadLabels(
+                labels_N=labels_N,
+                potentials_K=potentials[()],
+                attributes={name: plain(potentials.attrs[name]) for name in known},
+                trace=datasets(path, file, trace) if trace in file else {},
+            )
+        )
+    if not heads:
+        raise BadData(f"{path}: dataset 'labels' has no head")
+    return Labels(keys, index_N, heads, header)
 
 
 def read_checkpoint(path: str) -> Checkpoint:

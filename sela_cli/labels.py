@@ -290,30 +290,8 @@ def one_head(
 
 def summary(labels: Labels, output: str) -> tuple[dict[str, Any], str]:
     """The result of `sela label`, as JSON values and as text."""
-    heads = []
-    lines = [f"{output}: {len(labels.keys)} rows"]
-    for number, head in enumerate(labels.heads):
-        values = metrics.sizes(head) | head.attributes
-        if values["assign"] == "balanced":
-            values["gap"] = values["objective"] - values["lower-bound"]
-        values["seconds"] = float(head.trace["seconds"][-1]) if "seconds" in head.trace else 0.0
-        heads.append(values)
-        line = f"head {number}: {metrics.sizes_text(values)}"
-        if values["assign"] in ("balanced", "argmax"):
-            line += f", objective {values['objective']:.4f}, "
-            if values["assign"] == "balanced":
-                # Below zero only by rounding.
-                line += f"gap {max(values['gap'], 0.0):.1e}, "
-            line += (
-                f"residual {values['residual']:.1e}, {values['n-iters']} passes, "
-                f"{values['seconds']:.1f} s"
-            )
-            # Labels of earlier versions, kept as they are, lack these.
-            if "bytes-read" in values:
-                line += f", {values['bytes-read'] / 1e6:.1f} MB read"
-            if not values["converged"]:
-                line += f" ({values.get('status', 'not converged')})"
-        lines.append(line)
+    heads = [metrics.certificate(head) for head in labels.heads]
+    lines = [f"{output}: {len(labels.keys)} rows", *metrics.certificate_lines(heads)]
     return {"output": output, "rows": len(labels.keys), "heads": heads}, "\n".join(lines)
 
 

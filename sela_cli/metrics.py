@@ -106,6 +106,38 @@ def sizes_text(values: dict[str, Any]) -> str:
     return f"{values['clusters']} clusters of {size}{empty}"
 
 
+def certificate(head: HeadLabels) -> dict[str, Any]:
+    """Sizes of a head, what its solve says of itself, and the seconds that it took."""
+    values = sizes(head) | head.attributes
+    if values["assign"] == "balanced":
+        values["gap"] = values["objective"] - values["lower-bound"]
+    values["seconds"] = float(head.trace["seconds"][-1]) if "seconds" in head.trace else 0.0
+    return values
+
+
+def certificate_lines(heads: list[dict[str, Any]]) -> list[str]:
+    """`certificate` of each head in words."""
+    lines = []
+    for number, values in enumerate(heads):
+        line = f"head {number}: {sizes_text(values)}"
+        if values["assign"] in ("balanced", "argmax"):
+            line += f", objective {values['objective']:.4f}, "
+            if values["assign"] == "balanced":
+                # Below zero only by rounding.
+                line += f"gap {max(values['gap'], 0.0):.1e}, "
+            line += (
+                f"residual {values['residual']:.1e}, {values['n-iters']} passes, "
+                f"{values['seconds']:.1f} s"
+            )
+            # Labels of earlier versions, kept as they are, lack these.
+            if "bytes-read" in values:
+                line += f", {values['bytes-read'] / 1e6:.1f} MB read"
+            if not values["converged"]:
+                line += f" ({values.get('status', 'not converged')})"
+        lines.append(line)
+    return lines
+
+
 def churn(before: list[HeadLabels], after: list[HeadLabels]) -> float:
     """Share of labels that changed between two rounds, mean over the heads."""
     pairs = zip(before, after, strict=True)

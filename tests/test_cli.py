@@ -441,7 +441,7 @@ def test_numbers_that_are_not_whole_are_a_usage_error(text: str) -> None:
 
 
 def test_bug_is_one_line_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: str) -> NoReturn:
+    def broken(*opened: object) -> NoReturn:
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr(envelope, "describe", broken)
@@ -454,7 +454,7 @@ def test_bug_is_one_line_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> N
 def test_too_little_memory_is_no_bug(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hungry(path: str) -> NoReturn:
+    def hungry(*opened: object) -> NoReturn:
         raise error("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(envelope, "describe", hungry)
@@ -597,6 +597,20 @@ def test_labels_come_through_a_pipe(line: str) -> None:
     assert {k: v for k, v in piped.items() if k not in strip} == {
         k: v for k, v in by_name.items() if k not in strip
     }
+
+
+def test_info_of_labels_says_what_label_said_and_by_which_options(tmp_path: Path) -> None:
+    output = str(tmp_path / "labels.h5")
+    said = good(*words("label logits.h5 --lamb 7.5 -o"), output).out.decode().splitlines()
+    text = good("info", output).out.decode().splitlines()
+    assert [line for line in text if line.startswith("head ")] == said[1:]
+    assert all("gap " in line and " of 4" in line for line in said[1:])
+    parameters = text[text.index("parameters:") + 1 : text.index("datasets:")]
+    assert ["lamb", "7.5"] in [line.split() for line in parameters]
+    shown = json.loads(good("info", output, "--json").out)
+    assert [head["smallest"] for head in shown["heads"]] == [4, 4]
+    assert all(0 <= head["gap"] < 1e-3 for head in shown["heads"])
+    assert "heads" not in json.loads(good("info", "tiny.h5", "--json").out)
 
 
 @pytest.mark.parametrize("line", ["label - -o new.h5", "info -"])
@@ -804,7 +818,7 @@ def test_signal_is_a_request(monkeypatch: pytest.MonkeyPatch, name: str) -> None
 
 
 def test_a_signal_ends_what_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
-    def waits(path: str) -> None:
+    def waits(*opened: object) -> None:
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(interrupt, "_requested", False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,10 @@ def info(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a file holds: its kind, digest, origin, datasets and attributes."""
+    """Show what a file holds: its kind, origin, parameters, datasets and attributes.
+
+    Of labels also what `sela label` says of each head.
+    """
     from sela_cli import extras
     from sela_cli.envelope import describe
     from sela_cli.outputs import check_output
@@ -41,11 +44,29 @@ def info(
         from sela_cli.report.figures import write_trace
 
         write_trace(file, plot, force)
-    description = describe(file)
+    description = describe(file, _heads)
+    sections = ("parameters", "datasets", "attributes")
     lines = [
-        f"{name:<16} {value}" for name, value in description.items() if not isinstance(value, dict)
+        f"{name:<16} {value}"
+        for name, value in description.items()
+        if name not in ("heads", *sections)
     ]
-    for section in ("datasets", "attributes"):
+    if "heads" in description:
+        from sela_cli.metrics import certificate_lines
+
+        lines += certificate_lines(description["heads"])
+    for section in sections:
         lines.append(f"{section}:")
         lines += [f"  {name:<28} {value}" for name, value in description[section].items()]
     Terminal(as_json=as_json, stdout_taken=plot == "-").result(description, "\n".join(lines))
+
+
+def _heads(path: str, file: Any, header: Any) -> dict[str, Any]:
+    """Of labels what `sela label` says of each head."""
+    if header.kind != "labels":
+        return {}
+    # SciPy takes longer to start than all that other files need.
+    from sela_cli.formats import labels_of
+    from sela_cli.metrics import certificate
+
+    return {"heads": [certificate(head) for head in labels_of(path, file, header).heads]}
