@@ -130,17 +130,34 @@ def recipes(options: Mapping[str, Any]) -> tuple[LinearRecipe, KnnRecipe]:
 
 
 def plan(
-    network: Network, method: str, layers: str, linear: LinearRecipe, knn: KnnRecipe
+    train: Images,
+    test: Images,
+    network: Network,
+    method: str,
+    layers: str,
+    linear: LinearRecipe,
+    knn: KnnRecipe,
 ) -> dict[str, Any]:
-    """What a dry run shows. Raises UsageError where an option has no meaning."""
+    """What a dry run shows.
+
+    Raises UsageError where an option has no meaning, BadData where classes are not known.
+    """
     linear.check()
     knn.check()
-    shown: dict[str, Any] = {"arch": network.arch, "method": method}
+    shown: dict[str, Any] = {"train": len(train), "test": len(test)}
+    shown |= {"arch": network.arch, "method": method}
     if method in ("linear", "both"):
         shown |= {"layers": chosen_layers(network, layers), "linear": asdict(linear)}
     if method in ("knn", "both"):
         shown["knn"] = asdict(knn)
+    _check_classes(train, test)
     return shown
+
+
+def _check_classes(*both: Images) -> None:
+    for images in both:
+        if images.truth_N is None:
+            raise no_classes(images.spec, images.keys)
 
 
 def probe_stage(
@@ -172,9 +189,7 @@ def probe_stage(
     linear.check()
     knn.check()
     names = chosen_layers(network, layers)
-    for images in (train, test):
-        if images.truth_N is None:
-            raise no_classes(images.spec, images.keys)
+    _check_classes(train, test)
     test = with_classes_of(train, test)
     identity = {
         "parameters": provenance.parameters,

@@ -25,9 +25,11 @@ from sela_cli.images.sources import Source
 from sela_cli.networks import Network, build
 from sela_cli.presets import protocol
 from sela_cli.probes import (
+    KnnRecipe,
     LinearProbe,
     LinearRecipe,
     holdout,
+    plan,
     principal_components,
     probe_stage,
     recipes,
@@ -206,12 +208,14 @@ def test_existing_output_is_kept(
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_unknown_classes_are_bad_data(
-    which: int, probe: Callable[..., list[dict[str, Any]]]
+    which: int, probe: Callable[..., list[dict[str, Any]]], network: Network
 ) -> None:
     pair = [coloured(12, 1), coloured(6, 2)]
     pair[which].truth_N = None
     with pytest.raises(BadData, match="no true classes"):
         probe(*pair)
+    with pytest.raises(BadData, match="no true classes"):
+        plan(*pair, network, "both", "all", LinearRecipe(), KnnRecipe())
 
 
 @pytest.mark.parametrize(

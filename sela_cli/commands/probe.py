@@ -174,9 +174,12 @@ def probe(
     )
     linear, knn = probes.recipes(options | {"seed": seed})
     if dry_run:
-        plan = probes.plan(network, options["method"], options["layers"], linear, knn)
-        plan = {"train": len(train), "test": len(tested)} | left_out | plan
-        terminal.result(plan, f"would probe with {len(train)} images, test on {len(tested)}")
+        plan = probes.plan(
+            train, tested, network, options["method"], options["layers"], linear, knn
+        )
+        terminal.result(
+            plan | left_out, f"would probe with {len(train)} images, test on {len(tested)}"
+        )
         return
     parameters = {"data": data, "test": test, "holdout": holdout, "seed": seed} | options
     provenance = envelope.Provenance("probe", parameters, dataset_id=train.dataset_id)
