@@ -145,7 +145,8 @@ def churn(before: list[HeadLabels], after: list[HeadLabels]) -> float:
 
 
 def compare(labels_path: str, truth: str) -> list[dict[str, float]]:
-    """Sizes and agreement of each head with `truth`: a labels file, a .npy, or images with classes.
+    """Sizes and agreement of each head with `truth`: a labels file (its first head), a .npy, or
+    images with classes.
 
     Rows are matched by their keys (a .npy: by position). Raises BadData where one is missing.
     """

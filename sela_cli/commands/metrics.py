@@ -20,7 +20,7 @@ def metrics(
             "--truth",
             metavar="SPEC",
             help="True classes: images that have them (as --data), a .npy of one class a row, "
-            "or another labels file.",
+            "or another labels file, whose first head counts.",
         ),
     ] = None,
     against: Annotated[
