@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import h5py
 import numpy as np
@@ -294,15 +295,21 @@ def _now() -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+_spooled: WeakSet[Any] = WeakSet()
+
+
 def spool(stream: Any) -> str:
     """Copy a pipe into a temporary file, since HDF5 has to seek. Returns its path.
 
     Raises StoppedEarly after a signal, CannotCreate where the file has no room, UsageError
-    in a job of several processes.
+    in a job of several processes and where it has been read before.
     """
     if job.launched():
         # torchrun hands its own on: each of them would get some of it.
         raise UsageError("several processes can't share standard input", "write it to a file first")
+    if stream in _spooled:
+        raise UsageError("two inputs can't both be standard input", "write one to a file first")
+    _spooled.add(stream)
     handle, name = tempfile.mkstemp(prefix="sela-stdin-")
     try:
         stopped = StoppedEarly("stopped while reading standard input", "run it again")

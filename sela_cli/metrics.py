@@ -144,46 +144,44 @@ def churn(before: list[HeadLabels], after: list[HeadLabels]) -> float:
     return float(np.mean([(b.labels_N != a.labels_N).mean() for b, a in pairs]))
 
 
-def compare(labels_path: str, truth: str) -> list[dict[str, float]]:
+def compare(labels: Labels, truth: str) -> list[dict[str, float]]:
     """Sizes and agreement of each head with `truth`: a labels file (its first head), a .npy, or
     images with classes.
 
     Rows are matched by their keys (a .npy: by position). Raises BadData where one is missing.
     """
-    labels = formats.read_labels(labels_path)
-    truth_N = _truth(labels, labels_path, truth)
+    truth_N = _truth(labels, truth)
     return [sizes(head) | agreement(head.labels_N, truth_N) for head in labels.heads]
 
 
-def between_heads(labels_path: str) -> list[dict[str, float]]:
+def between_heads(labels: Labels) -> list[dict[str, float]]:
     """Agreement of every pair of heads of a file, and the sizes of the first of the pair.
 
     A file of one head gives its sizes alone.
     """
-    heads = formats.read_labels(labels_path).heads
-    if len(heads) == 1:
-        return [{"head": 0} | sizes(heads[0])]
+    if len(labels.heads) == 1:
+        return [{"head": 0} | sizes(labels.heads[0])]
     return [
-        {"head": one, "other": two} | sizes(heads[one]) | agreement(a.labels_N, b.labels_N)
-        for (one, a), (two, b) in combinations(enumerate(heads), 2)
+        {"head": one, "other": two} | sizes(a) | agreement(a.labels_N, b.labels_N)
+        for (one, a), (two, b) in combinations(enumerate(labels.heads), 2)
     ]
 
 
-def between_files(labels_path: str, other_path: str) -> list[dict[str, float]]:
+def between_files(labels: Labels, other_path: str) -> list[dict[str, float]]:
     """Agreement of each head with the same head of another file, such as an earlier round's.
 
     `changed` is the share of images whose label differs as it stands: clusters keep their
     numbers from round to round. Rows are matched by key. Raises BadData where a key is
     missing or the files have different numbers of heads.
     """
-    labels, other = formats.read_labels(labels_path), formats.read_labels(other_path)
+    other = formats.read_labels(other_path)
     if len(labels.heads) != len(other.heads):
         raise BadData(
-            f"{labels_path} has {len(labels.heads)} heads, {other_path} {len(other.heads)}",
+            f"{_path(labels)} has {len(labels.heads)} heads, {other_path} {len(other.heads)}",
             "compare one head with --truth",
         )
     rows = dict(zip(other.keys, range(len(other.keys)), strict=True))
-    order_N = _of_keys(labels, labels_path, rows, other_path)
+    order_N = _of_keys(labels, rows, other_path)
     return [
         {"head": number}
         | sizes(mine)
@@ -207,9 +205,14 @@ def table(rows: list[dict[str, float]]) -> str:
     return "\n".join(map("  ".join, lines))
 
 
-def _truth(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
+def _path(labels: Labels) -> str:
+    assert labels.header is not None
+    return labels.header.path
+
+
+def _truth(labels: Labels, truth: str) -> np.ndarray:
     if truth.endswith(".npy"):
-        return _truth_of_array(labels, labels_path, truth)
+        return _truth_of_array(labels, truth)
     if truth.endswith((".h5", ".hdf5")) and not _holds_images(truth):
         other = formats.read_labels(truth)
         classes = dict(zip(other.keys, other.heads[0].labels_N.tolist(), strict=True))
@@ -218,24 +221,22 @@ def _truth(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
         if source.truth_N is None:
             raise no_classes(truth, source.keys, ", or give a .npy of one class a row")
         classes = dict(zip(source.keys, source.truth_N.tolist(), strict=True))
-    return _of_keys(labels, labels_path, classes, truth)
+    return _of_keys(labels, classes, truth)
 
 
-def _of_keys(
-    labels: Labels, labels_path: str, values: Mapping[str, int], source: str
-) -> np.ndarray:
+def _of_keys(labels: Labels, values: Mapping[str, int], source: str) -> np.ndarray:
     """What `source` says of every row of `labels`, by key."""
     missing = [key for key in labels.keys if key not in values]
     if missing:
         raise BadData(
             f"{source} has no class for {len(missing)} of {len(labels.keys)} images of "
-            f"{labels_path}, first '{missing[0]}'",
+            f"{_path(labels)}, first '{missing[0]}'",
             "give the images that were embedded",
         )
     return np.array([values[key] for key in labels.keys])
 
 
-def _truth_of_array(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
+def _truth_of_array(labels: Labels, truth: str) -> np.ndarray:
     try:
         truth_N = np.load(truth, allow_pickle=False)
     except FileNotFoundError:
@@ -245,7 +246,7 @@ def _truth_of_array(labels: Labels, labels_path: str, truth: str) -> np.ndarray:
     if truth_N.shape != (len(labels.keys),) or truth_N.dtype.kind not in "iuUS":
         raise BadData(
             f"{truth} holds {truth_N.dtype} of shape {truth_N.shape}, not one class for each of "
-            f"the {len(labels.keys)} rows of {labels_path}"
+            f"the {len(labels.keys)} rows of {_path(labels)}"
         )
     return truth_N
 

@@ -613,6 +613,26 @@ def test_info_of_labels_says_what_label_said_and_by_which_options(tmp_path: Path
     assert "heads" not in json.loads(good("info", "tiny.h5", "--json").out)
 
 
+def test_labels_of_a_pipe_are_compared_with_the_truth_and_with_others() -> None:
+    line = words("metrics - --truth truth.npy --against labels.h5 --json")
+    shown = json.loads(good(*line, stdin=Path("labels.h5").read_bytes()).out)
+    assert [row["changed"] for row in shown["rounds"]] == [0, 0] and len(shown["heads"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("metrics - --against -", "labels.h5"),
+        ("label - -o new.h5 --init -", "logits.h5"),
+    ],
+)
+def test_a_pipe_is_one_input(world: Path, line: str, name: str) -> None:
+    before = snapshot(world)
+    done = sela(*words(line), stdin=Path(name).read_bytes())
+    assert done.code == 2 and "two inputs can't both be standard input" in done.err
+    assert snapshot(world) == before
+
+
 @pytest.mark.parametrize("line", ["label - -o new.h5", "info -"])
 @pytest.mark.parametrize("stdin", [b"", b"no file", b"\x89HDF\r\n\x1a\n"])
 def test_rubbish_through_a_pipe_is_refused(world: Path, line: str, stdin: bytes) -> None:

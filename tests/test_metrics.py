@@ -14,7 +14,7 @@ from sklearn import metrics as theirs
 from sela_cli import formats
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, NoInput
-from sela_cli.formats import HeadLabels, Labels
+from sela_cli.formats import HeadLabels, Labels, read_labels
 from sela_cli.metrics import (
     agreement,
     agreement_but_ami,
@@ -188,7 +188,7 @@ def test_rows_are_matched_by_key(write_labels: Callable[..., str], tmp_path: Pat
     path = write_labels(head(labels_N, 4), head(truth_N, 3))
     order = np.random.default_rng(0).permutation(24)
     truth = {KEYS[row]: int(truth_N[row]) for row in order} | {"extra.png": 0}
-    results = compare(path, write_list(tmp_path / "truth.txt", truth))
+    results = compare(read_labels(path), write_list(tmp_path / "truth.txt", truth))
     assert [result["clusters"] for result in results] == [4, 3]
     for result, row in zip(results, (labels_N, truth_N), strict=True):
         expected = agreement(row, truth_N)
@@ -200,7 +200,7 @@ def test_missing_key_is_named(write_labels: Callable[..., str], tmp_path: Path) 
     path = write_labels(head(np.arange(24) % 3, 3))
     truth = write_list(tmp_path / "truth.txt", dict.fromkeys(KEYS[:5] + KEYS[7:], 1))
     with pytest.raises(BadData, match=r"2 of 24 .*'5\.png'"):
-        compare(path, truth)
+        compare(read_labels(path), truth)
 
 
 def test_labels_against_labels(write_labels: Callable[..., str]) -> None:
@@ -209,11 +209,11 @@ def test_labels_against_labels(write_labels: Callable[..., str]) -> None:
     other = write_labels(
         head(other_N[::-1], 6), head(other_N * 0, 6), keys=KEYS[::-1], name="other.h5"
     )
-    (result,) = compare(path, other)
+    (result,) = compare(read_labels(path), other)
     assert {name: result[name] for name in ("nmi", "ari", "accuracy")} == pytest.approx(
         {name: agreement(labels_N, other_N)[name] for name in ("nmi", "ari", "accuracy")}
     )
-    assert compare(path, path)[0]["accuracy"] == 1.0
+    assert compare(read_labels(path), path)[0]["accuracy"] == 1.0
 
 
 def test_packed_images_bring_their_classes(
@@ -225,8 +225,10 @@ def test_packed_images_bring_their_classes(
         packed, KEYS, np.arange(24), Provenance("pack", {}), side=2, truth_N=truth_N
     ):
         pass
-    assert compare(path, packed) == compare(path, f"{packed}::/images")
-    assert compare(path, packed)[0]["ari"] == pytest.approx(agreement(labels_N, truth_N)["ari"])
+    assert compare(read_labels(path), packed) == compare(read_labels(path), f"{packed}::/images")
+    assert compare(read_labels(path), packed)[0]["ari"] == pytest.approx(
+        agreement(labels_N, truth_N)["ari"]
+    )
 
 
 @pytest.mark.parametrize("words", [False, True])
@@ -236,7 +238,9 @@ def test_npy_is_matched_by_position(
     labels_N, truth_N = random_pair(4, 3, 24)
     path, truth = write_labels(head(labels_N, 4)), tmp_path / "truth.npy"
     np.save(truth, np.array(["ape", "bee", "cat"])[truth_N] if words else truth_N)
-    assert compare(path, str(truth))[0]["ari"] == pytest.approx(agreement(labels_N, truth_N)["ari"])
+    assert compare(read_labels(path), str(truth))[0]["ari"] == pytest.approx(
+        agreement(labels_N, truth_N)["ari"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_npy_that_does_not_fit(
     path = write_labels(head(np.arange(24) % 3, 3))
     np.save(tmp_path / "truth.npy", array)
     with pytest.raises(BadData, match=r"truth\.npy"):
-        compare(path, str(tmp_path / "truth.npy"))
+        compare(read_labels(path), str(tmp_path / "truth.npy"))
 
 
 def test_damaged_and_missing_truth(write_labels: Callable[..., str], tmp_path: Path) -> None:
@@ -259,22 +263,22 @@ def test_damaged_and_missing_truth(write_labels: Callable[..., str], tmp_path: P
     (tmp_path / "empty.npy").touch()
     for name in ("text.npy", "empty.npy"):
         with pytest.raises(BadData, match=name):
-            compare(path, str(tmp_path / name))
+            compare(read_labels(path), str(tmp_path / name))
     for name in ("absent.npy", "absent.txt"):
         with pytest.raises(NoInput, match=name):
-            compare(path, str(tmp_path / name))
+            compare(read_labels(path), str(tmp_path / name))
 
 
 def test_truth_without_classes(write_labels: Callable[..., str], tmp_path: Path) -> None:
     path = write_labels(head(np.arange(24) % 3, 3))
     (tmp_path / "plain.txt").write_text("\n".join(KEYS))
     with pytest.raises(BadData, match="no true classes"):
-        compare(path, str(tmp_path / "plain.txt"))
+        compare(read_labels(path), str(tmp_path / "plain.txt"))
 
 
 def test_table_has_a_line_a_head(write_labels: Callable[..., str]) -> None:
     path = write_labels(head(np.arange(24) % 3, 3), head(np.arange(24) % 5, 7))
-    header, *lines = table(compare(path, path)).splitlines()
+    header, *lines = table(compare(read_labels(path), path)).splitlines()
     assert len(lines) == 2 and len({len(line) for line in (header, *lines)}) == 1
     rows = [dict(zip(header.split(), line.split(), strict=True)) for line in lines]
     assert [row["clusters"] for row in rows] == ["3", "7"]
@@ -287,12 +291,12 @@ def test_table_has_a_line_a_head(write_labels: Callable[..., str]) -> None:
 
 def test_every_pair_of_heads_is_compared(write_labels: Callable[..., str]) -> None:
     a, b = random_pair(4, 6, 24)
-    rows = between_heads(write_labels(head(a, 4), head(b, 6), head((a + 1) % 4, 4)))
+    rows = between_heads(read_labels(write_labels(head(a, 4), head(b, 6), head((a + 1) % 4, 4))))
     assert [(row["head"], row["other"]) for row in rows] == [(0, 1), (0, 2), (1, 2)]
     # Renamed clusters are the same clusters.
     assert rows[1]["accuracy"] == 1.0 and rows[1]["nmi"] == pytest.approx(1.0)
     assert rows[0]["ari"] == pytest.approx(agreement(a, b)["ari"]) == pytest.approx(rows[2]["ari"])
-    (alone,) = between_heads(write_labels(head(a, 4), name="one.h5"))
+    (alone,) = between_heads(read_labels(write_labels(head(a, 4), name="one.h5")))
     assert alone == {"head": 0} | sizes(head(a, 4))
 
 
@@ -302,7 +306,7 @@ def test_rounds_are_compared_head_by_head_and_by_key(write_labels: Callable[...,
     before = write_labels(
         head(other_N[::-1], 4), head(other_N[::-1], 4), keys=KEYS[::-1], name="before.h5"
     )
-    first, second = between_files(now, before)
+    first, second = between_files(read_labels(now), before)
     assert first["changed"] == pytest.approx(np.mean(labels_N != other_N))
     assert first["nmi"] == pytest.approx(agreement(labels_N, other_N)["nmi"])
     assert second["changed"] == 0 and second["accuracy"] == 1.0
@@ -314,10 +318,10 @@ def test_rounds_of_other_heads_or_images_are_bad_data(write_labels: Callable[...
     path = write_labels(head(labels_N, 3))
     two = write_labels(head(labels_N, 3), head(labels_N, 3), name="two.h5")
     with pytest.raises(BadData, match=r"1 heads, .* 2"):
-        between_files(path, two)
+        between_files(read_labels(path), two)
     fewer = write_labels(head(labels_N[:23], 3), keys=KEYS[:23], name="fewer.h5")
     with pytest.raises(BadData, match=r"'23\.png'"):
-        between_files(path, fewer)
+        between_files(read_labels(path), fewer)
 
 
 def test_a_table_is_as_wide_as_what_is_in_it() -> None:

@@ -38,18 +38,19 @@ def metrics(
     NMI, AMI, ARI, one-to-one accuracy and purity. Numbers of clusters and classes may
     differ. Without --truth and --against every pair of heads is compared.
     """
-    from sela_cli import metrics
+    from sela_cli import formats, metrics
     from sela_cli.terminal import Terminal
 
+    compared = formats.read_labels(labels)
     found: dict[str, Any] = {"labels": labels}
     tables = []
     if truth:
-        found |= {"truth": truth, "heads": metrics.compare(labels, truth)}
+        found |= {"truth": truth, "heads": metrics.compare(compared, truth)}
         tables.append(metrics.table(found["heads"]))
     if against:
-        found |= {"against": against, "rounds": metrics.between_files(labels, against)}
+        found |= {"against": against, "rounds": metrics.between_files(compared, against)}
         tables.append(metrics.table(found["rounds"]))
     if not tables:
-        found |= {"pairs": metrics.between_heads(labels)}
+        found |= {"pairs": metrics.between_heads(compared)}
         tables.append(metrics.table(found["pairs"]))
     Terminal(as_json=as_json).result(found, "\n\n".join(tables))
