@@ -41,14 +41,14 @@ _SUFFIXES = {
     ".npz": "npz",
     ".safetensors": "safetensors",
 }
-# Other files that hold a matrix, and what reads it.
+# Other files that hold a matrix: what is imported, and what reads it.
 _FOREIGN = {
-    ".csv": "numpy.loadtxt('{}', delimiter=',')",
-    ".tsv": "numpy.loadtxt('{}')",
-    ".txt": "numpy.loadtxt('{}')",
-    ".parquet": "pandas.read_parquet('{}').to_numpy()",
-    ".pt": "torch.load('{}').numpy()",
-    ".pth": "torch.load('{}').numpy()",
+    ".csv": ("numpy", "numpy.loadtxt({!r}, delimiter=',')"),
+    ".tsv": ("numpy", "numpy.loadtxt({!r})"),
+    ".txt": ("numpy", "numpy.loadtxt({!r})"),
+    ".parquet": ("numpy, pandas", "pandas.read_parquet({!r}).to_numpy()"),
+    ".pt": ("numpy, torch", "torch.load({!r}).numpy()"),
+    ".pth": ("numpy, torch", "torch.load({!r}).numpy()"),
 }
 # Where a zip's local header says how long its last two parts are.
 _ZIP_LENGTHS = 26
@@ -219,12 +219,18 @@ def _kind_of(path: str, shown: str) -> str:
     suffix = os.path.splitext(shown)[1].lower()
     # A torch.save is a zip, as .npz is.
     if suffix in _FOREIGN and _MAGIC.get(magic) in (None, "npz"):
-        array = _FOREIGN[suffix].format(shown)
+        modules, array = _FOREIGN[suffix]
+        code = f"import {modules}; numpy.save('scores.npy', {array.format(shown)})"
         raise BadData(
             f"{shown}: not HDF5, .npy, .npz or safetensors",
-            f"convert it in Python: numpy.save('scores.npy', {array})",
+            f"convert it: python -c {_quoted(code)}",
         )
     return _MAGIC.get(magic) or _SUFFIXES.get(suffix, "safetensors")
+
+
+def _quoted(code: str) -> str:
+    """Python as one word of a shell: most has single quotes, which are easier read in double."""
+    return shlex.quote(code) if set(code) & set('"\\$`!') else f'"{code}"'
 
 
 def _open_hdf5(stack: ExitStack, path: str, actual: str, name: str) -> Scores:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import subprocess
 import sys
 import types
 import zipfile
@@ -456,6 +459,17 @@ def test_bfloat16_is_refused_as_such(tmp_path: Path) -> None:
     save_torch_file({"scores": torch.ones(2, 2, dtype=torch.bfloat16)}, path)
     message = refusal(str(path))
     assert "bfloat16" in message and "not HDF5" not in message
+
+
+@pytest.mark.parametrize("name", ["some.csv", "it's $HOME `here`.csv", 'so "quoted" \\.csv'])
+def test_the_advice_for_text_can_be_pasted(tmp_path: Path, name: str) -> None:
+    np.savetxt(tmp_path / name, MATRIX, delimiter=",")
+    with contextlib.chdir(tmp_path):
+        advice = refusal(name).split("convert it: ")[1]
+        python = Path(sys.executable).parent
+        subprocess.run(advice, shell=True, check=True, env=os.environ | {"PATH": str(python)})
+        with scores.open_scores("scores.npy") as opened:
+            np.testing.assert_array_equal(opened.heads[0].read(slice(None)), MATRIX)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
