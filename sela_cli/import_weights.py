@@ -1,4 +1,4 @@
-"""Weights from elsewhere as a starting point: torchvision's names, or the reference code's.
+"""Weights from elsewhere as a starting point: of torchvision's ResNets, or the reference code's.
 
 D features, K clusters of a head.
 """
@@ -108,6 +108,11 @@ def fitted(
     A convolution's bias before BatchNorm, which our networks do without, is taken off the
     running mean: the features are the same.
     """
+    if not any(name.endswith("running_mean") for name in weights):
+        raise BadData(
+            f"{path} holds no BatchNorm, which every --arch has",
+            "of torchvision's networks ResNets can be taken, and its AlexNet can't",
+        )
     wanted = network.trunk.state_dict()
     renamed = {_our_name(name, network.arch): tensor for name, tensor in weights.items()}
     ours = {name: renamed[name] for name in wanted if name in renamed}

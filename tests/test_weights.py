@@ -19,7 +19,7 @@ from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
 from sela_cli.export_weights import FixedMaxPool, export_stage
 from sela_cli.formats import Checkpoint
-from sela_cli.import_weights import import_stage
+from sela_cli.import_weights import fitted, import_stage
 from sela_cli.networks import Network, build
 from sela_cli.training import network_of
 
@@ -210,6 +210,15 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         imported(tmp_path / "list.pth", build("alexnet-small", 16, [2], seed=0))
     with pytest.raises(NoInput, match="absent"):
         imported(tmp_path / "absent.pth", build("alexnet-small", 16, [2], seed=0))
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "alexnet-small"])
+def test_torchvisions_alexnet_is_said_to_be_none_of_ours(arch: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        theirs = models.alexnet(weights=None).state_dict()
+        network = build(arch, 224, [2], seed=0)
+    with pytest.raises(BadData, match="theirs holds no BatchNorm.*its AlexNet can't"):
+        fitted(theirs, network, "theirs")
 
 
 def test_from_the_command_line_there_and_back(

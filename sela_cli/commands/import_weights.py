@@ -17,8 +17,8 @@ def import_weights(
         str,
         typer.Argument(
             metavar="WEIGHTS",
-            help="A .safetensors or .pth of torchvision's or the SeLa reference's names. No code "
-            "in a .pth is run.",
+            help="A .safetensors or .pth with the names of torchvision's ResNets or of the SeLa "
+            "reference. No code in a .pth is run.",
         ),
     ],
     arch: Annotated[
