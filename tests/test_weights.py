@@ -217,7 +217,7 @@ def test_torchvisions_alexnet_is_said_to_be_none_of_ours(arch: str, tmp_path: Pa
     with torch.device("meta"):
         theirs = models.alexnet(weights=None).state_dict()
         network = build(arch, 224, [2], seed=0)
-    with pytest.raises(BadData, match="theirs holds no BatchNorm.*its AlexNet can't"):
+    with pytest.raises(BadData, match=r"theirs holds no BatchNorm.*its AlexNet can't"):
         fitted(theirs, network, "theirs")
 
 
