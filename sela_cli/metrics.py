@@ -243,10 +243,12 @@ def _truth_of_array(labels: Labels, truth: str) -> np.ndarray:
         raise NoInput(f"{truth}: no such file") from None
     except Exception as error:  # The header is Python text: damage shows in many ways.
         raise BadData(f"{truth}: not a readable .npy array ({error})") from error
-    if truth_N.shape != (len(labels.keys),) or truth_N.dtype.kind not in "iuUS":
+    if truth_N.shape != (len(labels.keys),) or truth_N.dtype.kind not in "biuUS":
         raise BadData(
             f"{truth} holds {truth_N.dtype} of shape {truth_N.shape}, not one class for each of "
-            f"the {len(labels.keys)} rows of {_path(labels)}"
+            f"the {len(labels.keys)} rows of {_path(labels)}",
+            # Of another number of classes that would be of no help.
+            "save .astype(int).ravel() of it" if truth_N.size == len(labels.keys) else "",
         )
     return truth_N
 

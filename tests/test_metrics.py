@@ -243,6 +243,26 @@ def test_npy_is_matched_by_position(
     )
 
 
+def test_npy_of_two_classes_may_be_true_or_false(
+    write_labels: Callable[..., str], tmp_path: Path
+) -> None:
+    labels = read_labels(write_labels(head(np.arange(24) % 2, 2)))
+    np.save(tmp_path / "truth.npy", np.arange(24) % 2 == 0)
+    assert compare(labels, str(tmp_path / "truth.npy"))[0]["accuracy"] == 1.0
+
+
+def test_the_advice_for_classes_that_are_no_vector_of_whole_numbers_helps(
+    write_labels: Callable[..., str], tmp_path: Path
+) -> None:
+    labels, path = read_labels(write_labels(head(np.arange(24) % 3, 3))), tmp_path / "truth.npy"
+    column = (np.arange(24.0) % 3)[:, None]
+    np.save(path, column)
+    with pytest.raises(BadData, match=r"\.astype\(int\)\.ravel\(\)"):
+        compare(labels, str(path))
+    np.save(path, column.astype(int).ravel())
+    assert compare(labels, str(path))[0]["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize(
     "array",
     [np.zeros(23, int), np.zeros((24, 1), int), np.zeros(24), np.array([{}] * 24, object)],
