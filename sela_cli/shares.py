@@ -18,7 +18,7 @@ def marginal(spec: str, clusters: int) -> Tensor:
 
     `uniform`; `zipf:S`, r_k ~ (k + 1)^-S; `gaussian:S`, shares normally distributed about
     1/K with standard deviation S/K (quantiles, cut at a hundredth of 1/K); or the path of
-    K weights (.npy, or text).
+    K weights (.npy, or text with spaces, commas or line ends between them).
     """
     name, _, parameter = spec.partition(":")
     k = np.arange(clusters)
@@ -57,6 +57,8 @@ def _weights_of_file(path: str) -> np.ndarray:
         with warnings.catch_warnings():
             # That a file is empty is for the caller to say.
             warnings.simplefilter("ignore")
-            return np.loadtxt(path, dtype=np.float64, ndmin=1).ravel()
+            # Spreadsheets write commas, and a mark of the byte order.
+            text = Path(path).read_text("utf-8-sig").replace(",", " ")
+            return np.loadtxt(text.splitlines(), dtype=np.float64, ndmin=1).ravel()
     except (ValueError, OSError, EOFError) as error:
         raise BadData(f"{path}: not a list of numbers ({error})") from error

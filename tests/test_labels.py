@@ -328,6 +328,12 @@ def test_output_never_takes_the_place_of_the_scores(matrix: Path, tmp_path: Path
     assert matrix.read_bytes() == before
 
 
+@pytest.mark.parametrize("text", ["1 2 1\n", "1,2,1", "\ufeff1\r\n2\r\n1\r\n", "\ufeff1, 2, 1,"])
+def test_weights_may_come_from_a_spreadsheet(tmp_path: Path, text: str) -> None:
+    (tmp_path / "weights.csv").write_text(text, "utf-8")
+    assert marginal(str(tmp_path / "weights.csv"), 3).tolist() == [0.25, 0.5, 0.25]
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_marginal_of_no_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.txt").touch()
