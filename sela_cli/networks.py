@@ -101,17 +101,20 @@ def build(
         return Network(arch, image_size, heads, rotation)
 
 
-def parse_heads(text: str) -> list[int]:
-    """`128x10`: ten heads of 128 clusters; `128,256`: two heads. Raises UsageError."""
+def parse_heads(text: str, option: str = "--heads") -> list[int]:
+    """`128x10`: ten heads of 128 clusters; `128,256`: two heads.
+
+    Raises UsageError, which names the `option`.
+    """
     heads: list[int] = []
     for part in text.split(","):
         clusters, times, count = part.partition("x")
         try:
             heads += [int(clusters)] * (int(count) if times else 1)
         except ValueError:
-            raise UsageError(f"--heads {text}: write 128x10 (K x T) or 128,256") from None
+            raise UsageError(f"{option} {text}: write 128x10 (K x T) or 128,256") from None
     if not heads or min(heads) < 1:
-        raise UsageError(f"--heads {text}: write 128x10 (K x T) or 128,256")
+        raise UsageError(f"{option} {text}: write 128x10 (K x T) or 128,256")
     return heads
 
 

@@ -291,6 +291,7 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ],
     ("label logits.h5 -o new.h5 --marginal zipf:steep", 2, ["zipf:steep"]),
     ("label logits.h5 -o new.h5 --marginal gaussian:", 2, ["gaussian:"]),
+    ("label logits.h5 -o new.h5 --method kmeans --clusters 0", 2, ["--clusters 0: write"]),
     ("label logits.h5 -o new.h5 --lamb 0", 2, ["--lamb"]),
     ("label logits.h5 -o new.h5 --lamb nan", 2, ["--lamb"]),
     ("label logits.h5 -o new.h5 --lamb inf", 2, ["--lamb"]),

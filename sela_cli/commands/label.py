@@ -144,7 +144,7 @@ def label(
             marginal=marginal,
             assign="fixed" if fixed else assign,
             method=method,
-            clusters=tuple(parse_heads(clusters)) if clusters else None,
+            clusters=tuple(parse_heads(clusters, "--clusters")) if clusters else None,
             solver=solver,
             min_size=min_size,
             max_size=max_size,
