@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -325,16 +327,15 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def size_in_bytes(text: str | None) -> int | None:
-    """`500M`, `4G` or a number of bytes; a usage error otherwise."""
+    """`500M`, `1.5G` or a number of bytes; a usage error otherwise."""
     if text is None:
         return None
-    powers = {"K": 10, "M": 20, "G": 30, "T": 40}
-    number, power = text, 0
-    if text[-1:].upper() in powers:
-        number, power = text[:-1], powers[text[-1].upper()]
-    if not number.isdigit() or int(number) == 0:
-        raise typer.BadParameter(f"{text}: write a size such as 500M or 4G")
-    return int(number) << power
+    powers = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)", text.upper())
+    size = int(Decimal(found[1]) * (1 << powers[found[2]])) if found else 0
+    if size == 0:
+        raise typer.BadParameter(f"{text}: write a size such as 500M or 1.5G")
+    return size
 
 
 def device_name(device: str) -> str:

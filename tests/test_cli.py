@@ -441,6 +441,22 @@ def test_numbers_that_are_not_whole_are_a_usage_error(text: str) -> None:
     assert options.whole_numbers("10,2e2") == [10, 200]
 
 
+@pytest.mark.parametrize(
+    "text", ["lots", "\u00b2G", "0", "0.0M", "0.5", "-1G", "1.G", "1e3", "G", ""]
+)
+def test_sizes_that_are_none_are_a_usage_error(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="write a size"):
+        options.size_in_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1000", 1000), ("900M", 900 << 20), ("4g", 4 << 30), ("1.5G", 3 << 29), ("0.25K", 256)],
+)
+def test_sizes_may_be_decimal(text: str, size: int) -> None:
+    assert options.size_in_bytes(text) == size
+
+
 def test_bug_is_one_line_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*opened: object) -> NoReturn:
         raise ZeroDivisionError("oops")
