@@ -65,13 +65,13 @@ def write_links(labels: Labels, images: str, output: str) -> int:
     """A folder of symbolic links for each cluster: OUTPUT/head-0/cluster-007/0000012-cat.jpg.
 
     `images` is the folder that was labelled. Returns the number of links. Raises UsageError
-    where `output` lies in it, BadData where an image does not, CannotCreate where `output`
+    where `output` is in it, BadData where an image does not, CannotCreate where `output`
     exists: a folder that may hold more than links is never replaced.
     """
     root, target = Path(images).resolve(), Path(output)
-    if root in target.resolve().parents:
+    if target.resolve().is_relative_to(root):
         # Links are images of the folder that they lie in.
-        raise UsageError(f"{output} lies in {images}", f"name a folder outside of {images}")
+        raise UsageError(f"{output} is in {images}", f"name a folder outside of {images}")
     for key in labels.keys:
         if not (root / key).is_file():
             raise BadData(f"{images} has no '{key}'", "give the folder that was labelled")

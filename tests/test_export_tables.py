@@ -133,9 +133,9 @@ def test_links_replace_nothing_and_are_made_whole_or_not_at_all(
 def test_links_never_join_the_images(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to(photos / "a")
     before = open_source(str(photos)).keys
-    for inside in (photos / "clusters", tmp_path / "photos/b/../clusters", tmp_path / "alias/c"):
+    for inside in ("photos", "photos/clusters", "photos/b/../clusters", "alias/c"):
         with pytest.raises(UsageError, match="name a folder outside of"):
-            export_tables.write_links(labels_of(*LABELS_TN), str(photos), str(inside))
+            export_tables.write_links(labels_of(*LABELS_TN), str(photos), str(tmp_path / inside))
     assert open_source(str(photos)).keys == before == sorted(KEYS)
 
 
