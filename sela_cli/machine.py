@@ -26,3 +26,8 @@ def processor() -> str:
 def has_fast_bfloat16() -> bool:
     """Whether it multiplies bfloat16; elsewhere torch emulates that slowly."""
     return "avx512_bf16" in _cpuinfo()
+
+
+def has_matrix_units() -> bool:
+    """Whether it multiplies matrices of bfloat16 in units of their own."""
+    return "amx_bf16" in _cpuinfo()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sela_cli.batchwide import BatchNorm2d, Dropout
+from sela_cli.convolution import Conv2d
 from sela_cli.errors import BadData, UsageError
 from sela_cli.images.batches import SMALL
 
@@ -138,8 +139,11 @@ def _trunk(arch: str, small: bool) -> tuple[nn.Module, int]:
     resnet = getattr(models, arch)(weights=None, norm_layer=BatchNorm2d)
     width = resnet.fc.in_features
     resnet.fc = nn.Identity()
+    for module in resnet.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = Conv2d
     if small:
-        resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        resnet.conv1 = Conv2d(3, 64, 3, padding=1, bias=False)
         resnet.maxpool = nn.Identity()
     return resnet, width
 
@@ -148,7 +152,7 @@ def _conv(
     inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 1
 ) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False),
+        Conv2d(inputs, outputs, kernel, stride, padding, bias=False),
         BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )
@@ -196,14 +200,14 @@ class PreactBottleneck(nn.Module):
         super().__init__()
         outputs = 4 * planes
         self.norm1 = BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.conv1 = Conv2d(inputs, planes, 1, bias=False)
         self.norm2 = BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3, stride, 1, bias=False)
         self.norm3 = BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
+        self.conv3 = Conv2d(planes, outputs, 1, bias=False)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, maps: Tensor) -> Tensor:
         active = self.norm1(maps).relu()
@@ -218,7 +222,7 @@ class PreactResNet50(nn.Module):
 
     def __init__(self, small: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(
+        self.conv1 = Conv2d(
             3, 64, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False
         )
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
