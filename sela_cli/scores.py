@@ -301,8 +301,7 @@ def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matr
     offset = item.id.get_offset() if item.chunks is None and item.size else None
     if offset is not None and item.dtype.isnative:
         stored = Stored(file.filename, item.dtype, item.shape, offset, path)
-        stack.enter_context(stored.file)
-        return Matrix(item.shape, stored.read, item.name)
+        return _of_stored(stack, stored, item.name)
     if item.chunks:
         item = _caching(item)
 
@@ -371,14 +370,14 @@ def _open_npy(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
     scores = _of_array(path, array, "array")
     if isinstance(array, np.memmap) and array.flags.c_contiguous and array.size:
         stored = Stored(actual, array.dtype, array.shape, array.offset, path)
-        return _of_stored(stack, stored, "array")
+        scores.heads[0] = _of_stored(stack, stored, "array")
     return scores
 
 
-def _of_stored(stack: ExitStack, stored: Stored, name: str) -> Scores:
+def _of_stored(stack: ExitStack, stored: Stored, name: str) -> Matrix:
     stack.enter_context(stored.file)
     rows, clusters = stored.shape
-    return _anonymous(Matrix((rows, clusters), stored.read, name))
+    return Matrix((rows, clusters), stored.read, name)
 
 
 def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
@@ -393,7 +392,7 @@ def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
             envelope.check_expansion(path, entry.filename, entry.file_size, entry.compress_size)
         stored = _uncompressed(archive, actual, name, path)
         if stored:
-            return _of_stored(stack, stored, name)
+            return _anonymous(_of_stored(stack, stored, name))
         array = archive[name]
     except SelaError:
         raise
@@ -412,7 +411,7 @@ def _open_safetensors(stack: ExitStack, path: str, actual: str, name: str) -> Sc
             raise BadData(f"{path}: there is no tensor '{name}'")
         stored = _of_tensor(tensors.get_slice(name), actual, name, path)
         if stored:
-            return _of_stored(stack, stored, name)
+            return _anonymous(_of_stored(stack, stored, name))
         array = tensors.get_tensor(name)
     except TypeError as error:
         raise BadData(f"{path}: '{name}' has a dtype that NumPy lacks ({error})") from error

@@ -96,23 +96,18 @@ class InMemory(_Chosen):
     @classmethod
     def of(cls, source: Rows, rows_N: np.ndarray | None = None) -> InMemory:
         """The named rows (ascending), or all of them."""
-        count = source.shape[0] if rows_N is None else len(rows_N)
-        scores_NK = _room((count, source.shape[1]), source.device)
-        span = tile_rows(source.shape[1], _SPAN_ELEMENTS)
+        rows = source if rows_N is None else Some(source, rows_N)
+        count, clusters = rows.shape
+        scores_NK = _room(rows.shape, source.device)
+        span = tile_rows(clusters, _SPAN_ELEMENTS)
 
         def keep(start: int) -> None:
             stop = min(start + span, count)
-            scores_NK[start:stop] = (
-                source.tile(start, stop, torch.float32)
-                if rows_N is None
-                else source.take(rows_N[start:stop], torch.float32)
-            )
-            scores_NK[start:stop].clamp_(min=_FARTHEST)
+            tile_nK = rows.tile(start, stop, torch.float32)
+            torch.clamp(tile_nK, min=_FARTHEST, out=scores_NK[start:stop])
 
         deque(in_order(keep, range(0, count, span), source.device), maxlen=0)
-        if rows_N is None:
-            rows_N = np.arange(count)
-        return cls(source, scores_NK, rows_N)
+        return cls(source, scores_NK, np.arange(count) if rows_N is None else rows_N)
 
     @property
     def shape(self) -> tuple[int, int]:
