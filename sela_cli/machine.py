@@ -28,6 +28,7 @@ def has_fast_bfloat16() -> bool:
     return "avx512_bf16" in _cpuinfo()
 
 
+@cache
 def has_matrix_units() -> bool:
     """Whether it multiplies matrices of bfloat16 in units of their own."""
     return "amx_bf16" in _cpuinfo()

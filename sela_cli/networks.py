@@ -139,6 +139,7 @@ def _trunk(arch: str, small: bool) -> tuple[nn.Module, int]:
     resnet = getattr(models, arch)(weights=None, norm_layer=BatchNorm2d)
     width = resnet.fc.in_features
     resnet.fc = nn.Identity()
+    # torchvision takes no other kind, as it does of norms.
     for module in resnet.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = Conv2d
