@@ -1,10 +1,11 @@
-"""A convolution whose weight's gradient is one product of matrices where that is faster.
+"""A convolution of small maps as products of matrices, where that is faster.
 
 n images, I and O channels in and out, H x W maps, K positions of the kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,14 @@ from torch.nn import functional
 
 from sela_cli.machine import has_matrix_units
 
-# Of maps that large at most oneDNN adds up the gradient many times slower than it multiplies.
+# Of maps that large at most oneDNN adds up the weight's gradient many times slower than it
+# multiplies; of the smaller ones it leaves most of a matrix unit's rows empty in all it does.
 _SIDE = 8
+_TINY = 4
+
+# Columns of zeros: rows a power of two apart would share the cache's few places. oneDNN reads
+# some of them, and multiplies them by zero.
+_APART = 32
 
 
 class Conv2d(nn.Conv2d):
@@ -32,35 +39,58 @@ class Conv2d(nn.Conv2d):
 
 
 class _ByProduct(torch.autograd.Function):
-    """torch's convolution with a gradient of its own for the weight."""
+    """torch's convolution with a gradient of its own for the weight; of tiny maps, all its own."""
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        ctx.save_for_backward(maps, weight)
+        kernel = weight.shape[2]
+        sides = [(side + 2 * padding - kernel) // stride + 1 for side in maps.shape[2:]]
+        tiny = max(sides) <= _TINY
+        seen = _seen(maps, kernel, stride, padding, sides) if tiny else None
+        ctx.save_for_backward(maps, weight, seen)
         ctx.stride, ctx.padding = stride, padding
-        return functional.conv2d(maps, weight, None, stride, padding)
+        if seen is None:
+            return functional.conv2d(maps, weight, None, stride, padding)
+        return _maps(seen @ weight.permute(2, 3, 1, 0).flatten(0, 2), sides)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        (maps, weight), (gradient,) = ctx.saved_tensors, gradients
-        strides, paddings = [ctx.stride] * 2, [ctx.padding] * 2
-        wanted = [ctx.needs_input_grad[0], False, False]
-        of_maps, _, _ = torch.ops.aten.convolution_backward(
-            gradient, maps, weight, None, strides, paddings, [1, 1], False, [0, 0], 1, wanted
-        )
+        (maps, weight, seen), (gradient,) = ctx.saved_tensors, gradients
+        kernel, sides = weight.shape[2], gradient.shape[2:]
+        if seen is not None and ctx.stride == 1:
+            # A convolution of the gradient, by the kernel turned about and the other padding.
+            around = _seen(gradient, kernel, 1, kernel - 1 - ctx.padding, maps.shape[2:])
+            turned = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)
+            of_maps = _maps(around @ turned, maps.shape[2:])
+        else:
+            strides, paddings = [ctx.stride] * 2, [ctx.padding] * 2
+            wanted = [ctx.needs_input_grad[0], False, False]
+            of_maps, _, _ = torch.ops.aten.convolution_backward(
+                gradient, maps, weight, None, strides, paddings, [1, 1], False, [0, 0], 1, wanted
+            )
+        if seen is None:
+            seen = _seen(maps, kernel, ctx.stride, ctx.padding, sides)
         by_channel = gradient.permute(0, 2, 3, 1).flatten(0, 2)
-        seen = _seen(maps, weight.shape[2], ctx.stride, ctx.padding, gradient.shape[2:])
-        of_weight = (by_channel.T @ seen).view(len(weight), *weight.shape[2:], -1)
+        of_weight = (by_channel.T @ seen).view(len(weight), kernel, kernel, -1)
         return of_maps, of_weight.permute(0, 3, 1, 2), None, None
 
 
-def _seen(maps: Tensor, kernel: int, stride: int, padding: int, sides: torch.Size) -> Tensor:
+def _seen(maps: Tensor, kernel: int, stride: int, padding: int, sides: Sequence[int]) -> Tensor:
     """What the kernel sees at each place: (n H' W', K I)."""
-    padded = functional.pad(maps, (padding,) * 4).permute(0, 2, 3, 1)
-    height, width = (side * stride for side in sides)
-    shifted = [
-        padded[:, row : row + height : stride, column : column + width : stride].flatten(0, 2)
-        for row in range(kernel)
-        for column in range(kernel)
-    ]
-    return torch.cat(shifted, 1)
+    padded = functional.pad(maps.permute(0, 2, 3, 1), (0, 0, *[padding] * 4)).contiguous()
+    image, row, column, _ = padded.stride()
+    # A row of the kernel is one piece of memory.
+    windows = padded.as_strided(
+        (len(maps), *sides, kernel, kernel * column),
+        (image, stride * row, stride * column, row, 1),
+    )
+    width = kernel**2 * column
+    places = maps.new_empty(len(maps), *sides, width + _APART)
+    places[..., width:] = 0
+    places[..., :width].view(windows.shape).copy_(windows)
+    return places.flatten(0, 2)[:, :width]
+
+
+def _maps(rows: Tensor, sides: Sequence[int]) -> Tensor:
+    """(n H W, channels) -> (n, channels, H, W), channels last in memory."""
+    return rows.view(-1, *sides, rows.shape[1]).permute(0, 3, 1, 2)

@@ -1,10 +1,10 @@
-"""The convolution whose weight's gradient is a product, against torch's own."""
+"""Convolutions of small maps as products, against torch's own."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sela_cli import convolution
 from sela_cli.convolution import Conv2d
@@ -55,6 +55,17 @@ def test_in_bfloat16_it_is_torchs_convolution(
     for one, other in zip(found[True], found[False], strict=True):
         assert one.dtype == torch.float32
         assert float((one - other).abs().max()) < 0.02 * float(other.abs().max())
+
+
+@pytest.mark.parametrize("channels", [3, 5, 32])
+def test_what_memory_held_before_is_not_seen(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "new_empty", lambda old, *sides: old.new_full(sides, torch.nan))
+    maps = torch.ones(2, channels, 4, 4, dtype=torch.bfloat16)
+    weight = torch.ones(4, channels, 3, 3, dtype=torch.bfloat16)
+    answer = convolution._ByProduct.apply(maps, weight, 1, 1)
+    assert torch.equal(answer, nn.functional.conv2d(maps, weight, None, 1, 1))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
