@@ -78,14 +78,15 @@ class _ByProduct(torch.autograd.Function):
 def _seen(maps: Tensor, kernel: int, stride: int, padding: int, sides: Sequence[int]) -> Tensor:
     """What the kernel sees at each place: (n H' W', K I)."""
     padded = functional.pad(maps.permute(0, 2, 3, 1), (0, 0, *[padding] * 4)).contiguous()
-    image, row, column, _ = padded.stride()
+    count, rows, columns, inputs = padded.shape
     # A row of the kernel is one piece of memory.
+    along, down = inputs, columns * inputs
     windows = padded.as_strided(
-        (len(maps), *sides, kernel, kernel * column),
-        (image, stride * row, stride * column, row, 1),
+        (count, *sides, kernel, kernel * along),
+        (rows * down, stride * down, stride * along, down, 1),
     )
-    width = kernel**2 * column
-    places = maps.new_empty(len(maps), *sides, width + _APART)
+    width = kernel**2 * inputs
+    places = maps.new_empty(count, *sides, width + _APART)
     places[..., width:] = 0
     places[..., :width].view(windows.shape).copy_(windows)
     return places.flatten(0, 2)[:, :width]
