@@ -108,7 +108,8 @@ class Entries:
 
     def __init__(self, clusters: int) -> None:
         self._clusters = clusters
-        self._values = _Growing(np.float32)
+        # Sparse products of double precision with single would copy all entries each time.
+        self._values = _Growing(np.float64)
         self._columns, self._counts = _Growing(np.int32), _Growing(np.int32)
 
     def add(self, q_nK: np.ndarray, least: float) -> None:
@@ -174,9 +175,11 @@ def _sums(block: csr_array, factor_K: np.ndarray) -> np.ndarray:
 
 
 def _moved(block: csr_array, factor_K: np.ndarray) -> csr_array:
-    """The plans where the potentials have changed."""
-    sums_n = np.repeat(block @ factor_K, np.diff(block.indptr))
-    values = block.data * factor_K[block.indices] / sums_n
+    """The plans where the potentials have changed, as numbers of the factors' kind."""
+    scales_n = (1 / (block @ factor_K)).astype(factor_K.dtype)
+    values = block.data.astype(factor_K.dtype)
+    values *= factor_K[block.indices]
+    values *= np.repeat(scales_n, np.diff(block.indptr))
     # Copies: these are cut.
     parts = values, block.indices.copy(), block.indptr.copy()
     return csr_array(parts, block.shape)

@@ -165,10 +165,12 @@ class Problem:
         single, double = torch.float32, torch.float64
 
         def off(rows_n: np.ndarray) -> Tensor:
-            coarse_nK = _plan(self.rows.take(rows_n, single), self.lamb, a_K).double()
-            tile_nK = self.rows.take(rows_n, double)
-            fine = [_plan(tile_nK, self.lamb, at_K) for at_K in (a_K, _single(a_K))]
-            return torch.stack([(coarse_nK - fine_nK).sum(0) for fine_nK in fine]).cpu()
+            coarse_K = _plan(self.rows.take(rows_n, single), self.lamb, a_K).sum(0, dtype=double)
+            fine_nK = _plan(self.rows.take(rows_n, double), self.lamb, a_K)
+            # The potentials next to these change entries by factors.
+            factors_K = (_single(a_K) - a_K).exp().to(fine_nK)
+            next_K = factors_K * (1 / (fine_nK @ factors_K) @ fine_nK)
+            return torch.stack([coarse_K - fine_nK.sum(0), coarse_K - next_K]).cpu()
 
         rows_n = spread(self.rows.shape[0], _ROUNDED)
         parts = [rows_n[at : at + _SOME] for at in range(0, len(rows_n), _SOME)]
@@ -378,5 +380,7 @@ def breadth(rows: Rows, lamb: float, a_K: Tensor, least: Sequence[float]) -> lis
     Of some rows, evenly spread.
     """
     q_nK = plan_of_some(rows, lamb, a_K, torch.float32)
-    squares = [(q_nK > share).sum(1).double().square() for share in least]
+    # Sums of floats: those of truth values take four times as long.
+    above_nK = torch.empty_like(q_nK)
+    squares = [torch.gt(q_nK, share, out=above_nK).sum(1).double().square() for share in least]
     return parallel.mean_of(torch.stack(squares, 1).cpu()).sqrt().tolist()

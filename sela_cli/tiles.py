@@ -260,7 +260,8 @@ def map_spans(
             elements = _DEVICE_VIEW
         span_elements = _DEVICE_TILES * elements
     tile = tile_rows(clusters, elements)
-    span = tile * max(1, span_elements // (tile * clusters), square * clusters // tile)
+    most = max(1, span_elements // (tile * clusters), square * clusters // tile)
+    span = tile * _even_part(-(-count // tile), most)
 
     def tiles(first: int) -> Iterator[tuple[int, Tensor]]:
         end = min(first + span, count)
@@ -268,6 +269,13 @@ def map_spans(
             yield start, rows.tile(start, min(start + tile, end), dtype)
 
     return in_order(work, map(tiles, range(0, count, span)), rows.device, workers)
+
+
+def _even_part(count: int, most: int) -> int:
+    """The part of a count of which there are an even number, as workers mostly are, of one size:
+    so that all are done at one time."""
+    parts = -(-count // most)
+    return -(-count // (parts + parts % 2)) if parts > 1 else most
 
 
 def map_rows(
