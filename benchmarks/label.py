@@ -242,7 +242,7 @@ def large(sizes: list[str], folder: Path) -> list[str]:
 def floors() -> list[str]:
     """How far a pass is from what the machine can do."""
     scores_NK = torch.rand(20_000, 1000) - 1
-    rows = InMemory(rows_of(scores_NK), scores_NK, np.arange(20_000))
+    rows = InMemory(rows_of(scores_NK), scores_NK)
     problem = Problem(rows, marginal("uniform", 1000), LAMB, 1e-4, 100)
 
     def exponentials(tiles: Iterator[tuple[int, torch.Tensor]]) -> None:

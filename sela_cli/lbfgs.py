@@ -18,12 +18,13 @@ STARVED = 0.1
 
 def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     """Minimise the semi-dual; arguments and result as those of `sinkhorn.solve`."""
-    point, curvature = problem.read(problem.zeros() if init_K is None else init_K), Metric()
+    start_K = problem.zeros() if init_K is None else init_K
+    point, curvature = problem.read(start_K, problem.whole), Metric()
     while problem.residual(point) > problem.tol and not problem.over():
         if problem.starved(point, STARVED):
-            point, curvature = problem.read(problem.sinkhorn(point)), Metric()
+            point, curvature = problem.read(problem.sinkhorn(point), problem.whole), Metric()
             continue
         before, change_K = point, curvature.step(point, problem.gradient(point), _LONGEST)
-        point = problem.move(point, change_K)
+        point = problem.move(point, change_K, problem.whole)
         curvature.update(point.a_K - before.a_K, problem.turn(before, point))
     return problem.solution(point)

@@ -31,13 +31,13 @@ from sela_cli.curvature import Curvature, Factored, Metric, Products
 from sela_cli.machine import has_fast_bfloat16
 from sela_cli.marginals import Marginal
 from sela_cli.plans import NEGLIGIBLE, Plans, Take
-from sela_cli.semidual import Point, Problem, Solution, breadth, laplacian, total
+from sela_cli.semidual import Point, Problem, Solution, breadth, laplacian
 from sela_cli.tiles import InMemory, Rows, Some, by_itself, evenly
 
 # A given start with a larger residual is left for an annealed one. Annealing need not come
 # nearer than a sample tells.
 _NEAR = 0.02
-_ANNEAL_TOL = 0.03
+_ANNEAL_TOL = 0.01
 # Rows that the range of the scores is taken from, and where it ends: masked columns may be
 # as far away as numbers go.
 _SPREAD, _WIDEST = 1024, 1e9
@@ -61,6 +61,9 @@ _STARVED = 1e-6
 # and a pair of entries in a row. And the part of a factor's work that a step takes.
 _DENSE, _DENSE_BFLOAT16, _FACTOR = 1 / 64, 1 / 128, 1 / 16
 _LOOK, _TAKE, _KEPT = 0.5, 10.0, 6.0
+# And going over one of a plan that is kept whole; which is better than sparse rows where these
+# are spread over more than this share of the clusters.
+_WHOLE, _THICK = 0.3, 1 / 16
 _ENTRY, _PAIR = 50.0, 2.4
 _HOLDING = 1 / 4
 # Products with the Hessian that a step is expected to take, and reads that a Hessian is worth.
@@ -104,11 +107,22 @@ def _solve(problem: Problem, init_K: Tensor | None) -> Solution:
     point = descent.read(init_K) if init_K is not None else None
     if point is None or (levels and problem.residual(point) > _NEAR and not problem.over()):
         point = descent.read(_anneal(problem, samples, levels))
-    rate = 0.0 if levels else math.inf
-    while rate > _FAST and problem.residual(point) > problem.tol and not problem.over():
-        before, point = point, descent.read(problem.sinkhorn(point))
-        rate = math.log(problem.residual(before) / max(problem.residual(point), 1e-300))
+    if not levels:
+        point = _by_sinkhorn(problem, point)
     return problem.solution(descent.run(point))
+
+
+def _by_sinkhorn(problem: Problem, point: Point) -> Point:
+    """To the tolerance, or for as long as that is fast."""
+    rate, before = math.inf, math.inf
+    while rate > _FAST and problem.residual(point) > problem.tol and not problem.over():
+        dtype = problem.dtype
+        point = problem.read(problem.sinkhorn(point), problem.whole)
+        residual = problem.residual(point)
+        rate = math.log(before / max(residual, 1e-300))
+        # What was read in float32 last may have been its rounding.
+        before = residual if problem.dtype == dtype else math.inf
+    return point
 
 
 def refine(problem: Problem, init_K: Tensor) -> Solution:
@@ -219,12 +233,14 @@ def _costs(problem: Problem, a_K: Tensor) -> _Costs:
     sparse = taking[0] + (_ENTRY * spreads[0] + _PAIR * spreads[0] ** 2) / clusters
     # A step is a read and, where coordinates are held in the box, part of a factor's work.
     entries, factoring = problem.count * clusters, _factoring(clusters)
-    exact = entries * (1 + min(dense, sparse)) / (entries + _HOLDING * factoring)
-    if problem.rows.device.type != "cpu" or taking[0] > _WORTH:
-        return _Costs(spreads[0], exact, sparse < dense)
-    finest = max([0, *(n for n, cost in enumerate(taking) if cost <= _EASY)])
-    fitting = (_fitting(problem, spreads[n], _LEAST[n]) for n in range(finest, -1, -1))
-    return _Costs(spreads[0], exact, sparse < dense, next(filter(None, fitting), None))
+    take = problem.whole if spreads[0] > _THICK * clusters else None
+    read = _WHOLE if take else 1.0
+    exact = entries * (1 + min(dense, sparse)) / (entries * read + _HOLDING * factoring)
+    if take is None and problem.rows.device.type == "cpu" and taking[0] <= _WORTH:
+        finest = max([0, *(n for n, cost in enumerate(taking) if cost <= _EASY)])
+        fitting = (_fitting(problem, spreads[n], _LEAST[n]) for n in range(finest, -1, -1))
+        take = next(filter(None, fitting), None)
+    return _Costs(spreads[0], exact, sparse < dense, take)
 
 
 def _fitting(problem: Problem, spread: float, least: float) -> Take | None:
@@ -263,8 +279,9 @@ class _OfRows:
     def __init__(self, problem: Problem, samples: _Samples, sample: str) -> None:
         self._problem, self._samples, self._sample = problem, samples, sample
         self._known: _Costs | None = None
-        drawn = samples.size(_SMALL if sample == "small" else _LARGE)
-        self.squares = _has_squares(problem, drawn, problem.count)
+        # Of the rows that are drawn, of all processes.
+        self._size = samples.size(_SMALL if sample == "small" else _LARGE)
+        self.squares = _has_squares(problem, self._size, problem.count)
         self.starved = _STARVED if self.squares else lbfgs.STARVED
 
     def costs(self, a_K: Tensor, anew: bool) -> _Costs:
@@ -280,7 +297,7 @@ class _OfRows:
     @property
     def part(self) -> float:
         """The sample's share of the rows."""
-        return total(self._drawn) / self._problem.count
+        return self._size / self._problem.count
 
     def at(self, a_K: Tensor, costs: _Costs, everything: bool) -> Tensor:
         """The Hessian at potentials, of all rows or of the sample."""

@@ -41,6 +41,10 @@ class Take(NamedTuple):
     least: float = NEGLIGIBLE
 
 
+# All of the plan, which a problem keeps (see `dense`).
+WHOLE = Take(least=0.0)
+
+
 class Plans:
     """Plans at potentials `a_K`, of rows of all processes: this one's in blocks."""
 

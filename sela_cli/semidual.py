@@ -24,8 +24,9 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from sela_cli import parallel
+from sela_cli.dense import DensePlan
 from sela_cli.marginals import Given, Marginal
-from sela_cli.plans import Entries, Plans, Take, gram, hessian_of
+from sela_cli.plans import WHOLE, Entries, Plans, Take, gram, hessian_of
 from sela_cli.spread import spread
 from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, in_order, map_spans
 
@@ -33,8 +34,8 @@ from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, in_order, map_spans
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
 # Rows that the breadth of the plan, and its rounding, are taken from.
 _SOME, _ROUNDED = 512, 2048
-# From this many entries on, float32 is used for as long as it can tell.
-_LARGE = 1 << 20
+# From this many entries on, and for such tolerances, float32 is used for as long as it can tell.
+_LARGE, _COARSE = 1 << 20, 5e-3
 # A residual of so many times the rounding is not spoilt by it.
 _CLEAR = 4
 # A step is taken back where the slope at its end is still this share of the first, upwards.
@@ -99,9 +100,10 @@ class Problem:
         self._progress, self.stop = progress, stop
         self.memory, self.square = memory, square
         self.count = total(rows)
-        large = self.count * rows.shape[1] >= _LARGE
+        large = self.count * rows.shape[1] >= _LARGE or tol >= _COARSE
         self.dtype = torch.float32 if large else torch.float64
         self._rounded: tuple[float, float] | None = None
+        self._dense: DensePlan | None = None
         self.trace: list[Step] = []
         self._start = time.monotonic()
 
@@ -125,12 +127,20 @@ class Problem:
             other.trace, other._start, other._progress = self.trace, self._start, self._progress
         return other
 
+    @property
+    def whole(self) -> Take | None:
+        """Plans to ask for where all of them fit: later reads are products then."""
+        values = self.count * self.rows.shape[1] / parallel.size()
+        fits = values * self.dtype.itemsize <= self.memory
+        return WHOLE if fits and self.rows.device.type == "cpu" else None
+
     def zeros(self) -> Tensor:
         """Potentials to start from where there are none."""
         return torch.zeros(self.rows.shape[1], dtype=torch.float64)
 
     def read(self, a_K: Tensor, take: Take | None = None) -> Point:
-        """One read of the matrix at potentials `a_K`, and plans with it.
+        """One read of the matrix at potentials `a_K`, and plans with it; or, of the `whole`
+        plan, what a read would give.
 
         Large matrices are read in float32 until its rounding shows in the residual, from
         then on in float64, in which a residual within the tolerance is looked at again.
@@ -148,6 +158,8 @@ class Problem:
             if self.residual(point) > self.tol:
                 if moved > self.tol / 4 and self.residual(point) <= _CLEAR * moved:
                     self.dtype = torch.float64
+            elif self._dense and moved <= self.tol / 4:
+                pass
             elif off <= self.tol / 4:
                 # What was read is what these give.
                 return point._replace(a_K=_single(point.a_K))
@@ -164,8 +176,13 @@ class Problem:
         """
         single, double = torch.float32, torch.float64
 
+        def coarse(rows_n: np.ndarray) -> Tensor:
+            if self._dense:
+                return self._dense.sums_of(rows_n, a_K)
+            return _plan(self.rows.take(rows_n, single), self.lamb, a_K).sum(0, dtype=double)
+
         def off(rows_n: np.ndarray) -> Tensor:
-            coarse_K = _plan(self.rows.take(rows_n, single), self.lamb, a_K).sum(0, dtype=double)
+            coarse_K = coarse(rows_n)
             fine_nK = _plan(self.rows.take(rows_n, double), self.lamb, a_K)
             # The potentials next to these change entries by factors.
             factors_K = (_single(a_K) - a_K).exp().to(fine_nK)
@@ -188,7 +205,17 @@ class Problem:
         return point
 
     def _soft_sizes(self, a_K: Tensor, take: Take | None) -> Point:
-        return soft_sizes(self.rows, self.lamb, a_K, self.dtype, take)
+        if take != WHOLE:
+            # Two kinds of plans need not fit.
+            self._dense = self._dense if take is None else None
+            return soft_sizes(self.rows, self.lamb, a_K, self.dtype, take)
+        if not (self._dense and self._dense.dtype == self.dtype and self._dense.near(a_K)):
+            self._dense = None
+            self._dense = DensePlan(self.rows, self.lamb, a_K, self.dtype)
+        s_K = _means(self._dense.sums(a_K), self.rows)
+        if (s_K < _UNDERFLOW[self.dtype]).any():
+            return soft_sizes(self.rows, self.lamb, a_K, self.dtype)
+        return Point(a_K, s_K.log())
 
     def move(self, point: Point, change_K: Tensor, take: Take | None = None) -> Point:
         """The point that a step along `change_K` leads to, shortened where F would rise.
@@ -237,7 +264,7 @@ class Problem:
 
     def solution(self, point: Point) -> Solution:
         """The result of a solve that ends at `point`."""
-        residual = self.residual(point)
+        residual, self._dense = self.residual(point), None
         return Solution(point.a_K, residual, residual <= self.tol, self.trace)
 
 
@@ -278,14 +305,18 @@ def soft_sizes(
         sums_K += part_K
         if block is not None:
             blocks.append(block)
-    # The number of rows goes along: one exchange between processes a read.
-    sums = parallel.sum_of(torch.cat([sums_K, sums_K.new_tensor([rows.shape[0]])]))
-    s_K = sums[:-1] / sums[-1]
+    s_K = _means(sums_K, rows)
     log_s_K = s_K.log()
     dead = (s_K < _UNDERFLOW[dtype]).nonzero()[:, 0]
     if len(dead):
         log_s_K[dead] = _log_sizes(rows, lamb, a_K, dead)
     return Point(a_K, log_s_K, Plans(a_K, take, blocks) if take else None)
+
+
+def _means(sums_K: Tensor, rows: Rows) -> Tensor:
+    """Of all processes' rows, from the sums over this one's: one exchange."""
+    sums = parallel.sum_of(torch.cat([sums_K, sums_K.new_tensor([rows.shape[0]])]))
+    return sums[:-1] / sums[-1]
 
 
 @cache
@@ -382,5 +413,5 @@ def breadth(rows: Rows, lamb: float, a_K: Tensor, least: Sequence[float]) -> lis
     q_nK = plan_of_some(rows, lamb, a_K, torch.float32)
     # Sums of floats: those of truth values take four times as long.
     above_nK = torch.empty_like(q_nK)
-    squares = [torch.gt(q_nK, share, out=above_nK).sum(1).double().square() for share in least]
-    return parallel.mean_of(torch.stack(squares, 1).cpu()).sqrt().tolist()
+    counts = [torch.gt(q_nK, share, out=above_nK).sum(1) for share in least]
+    return parallel.mean_of(torch.stack(counts, 1).double().square().cpu()).sqrt().tolist()

@@ -17,7 +17,7 @@ def solve(problem: Problem, init_K: Tensor | None = None) -> Solution:
     problem's tolerance, or when its reads are over. Never raises for want of
     convergence: see `Solution.converged`. Source: SeLa eq. 7, in the log domain.
     """
-    point = problem.read(problem.zeros() if init_K is None else init_K)
+    point = problem.read(problem.zeros() if init_K is None else init_K, problem.whole)
     while problem.residual(point) > problem.tol and not problem.over():
-        point = problem.read(problem.sinkhorn(point))
+        point = problem.read(problem.sinkhorn(point), problem.whole)
     return problem.solution(point)

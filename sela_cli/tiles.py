@@ -91,14 +91,13 @@ class InMemory(_Chosen):
     """Rows kept as float32; whoever wants float64 has it from where they came."""
 
     scores_NK: Tensor
-    rows_N: np.ndarray
 
     @classmethod
     def of(cls, source: Rows, rows_N: np.ndarray | None = None) -> InMemory:
         """The named rows (ascending), or all of them."""
         rows = source if rows_N is None else Some(source, rows_N)
         count, clusters = rows.shape
-        scores_NK = _room(rows.shape, source.device)
+        scores_NK = room(rows.shape, source.device)
         span = tile_rows(clusters, _SPAN_ELEMENTS)
 
         def keep(start: int) -> None:
@@ -107,7 +106,7 @@ class InMemory(_Chosen):
             torch.clamp(tile_nK, min=_FARTHEST, out=scores_NK[start:stop])
 
         deque(in_order(keep, range(0, count, span), source.device), maxlen=0)
-        return cls(source, scores_NK, np.arange(count) if rows_N is None else rows_N)
+        return cls(rows, scores_NK)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -118,13 +117,13 @@ class InMemory(_Chosen):
         """Rows start..stop-1, (n, K). As they are kept, where `dtype` is None."""
         if dtype in (torch.float32, None):
             return self.scores_NK[start:stop]
-        return self.source.take(self.rows_N[start:stop], dtype)
+        return self.source.tile(start, stop, dtype)
 
     def take(self, rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
         """The named rows, (n, K)."""
         if dtype == torch.float32:
             return self.scores_NK[torch.from_numpy(rows_n)]
-        return self.source.take(self.rows_N[rows_n], dtype)
+        return self.source.take(rows_n, dtype)
 
 
 @dataclass(frozen=True)
@@ -167,11 +166,14 @@ class Resident:
         return stored_nK if dtype is None else less_maximum(stored_nK, dtype)
 
 
-def _room(shape: tuple[int, int], device: torch.device) -> Tensor:
+def room(
+    shape: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A matrix that is still to be filled."""
     if device.type != "cpu":
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
     # NumPy asks for large pages, which are there in half the time.
-    return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.from_numpy(np.empty(shape, np.float32 if dtype == torch.float32 else np.float64))
 
 
 def less_maximum(tile_nK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -275,7 +277,7 @@ def _even_part(count: int, most: int) -> int:
     """The part of a count of which there are an even number, as workers mostly are, of one size:
     so that all are done at one time."""
     parts = -(-count // most)
-    return -(-count // (parts + parts % 2)) if parts > 1 else most
+    return max(1, -(-count // max(parts + parts % 2, 1)))
 
 
 def map_rows(

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from sela_cli import assignment, lbfgs, newton, sinkhorn
 from sela_cli.curvature import Products
+from sela_cli.dense import DensePlan
 from sela_cli.marginals import Between
-from sela_cli.plans import Take
+from sela_cli.plans import WHOLE, Take
 from sela_cli.semidual import Point, Problem, Solution, laplacian, soft_sizes
 from sela_cli.shares import marginal
 from sela_cli.tiles import CPU, InMemory, Rows, by_itself, in_order
@@ -360,13 +361,44 @@ def test_a_far_start_is_left_with_what_it_cost(monkeypatch: pytest.MonkeyPatch) 
 
     class Watched(Problem):
         def read(self, a_K: torch.Tensor, take: Take | None = None) -> Point:
-            taken.append(take is not None)
+            taken.append(take not in (None, WHOLE))
             return super().read(a_K, take)
 
     rows = ArrayRows(logits(5000, 100))
     start_K = torch.arange(100.0, dtype=torch.float64) * 100
     solution = newton.solve(Watched(rows, uniform(100), 0.5, 1e-4, 100), start_K)
     assert solution.converged and taken[0] and not any(taken[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("count", "clusters"), [(1000, 7), (257, 100), (3, 5), (0, 4)])
+def test_a_plan_kept_whole_tells_soft_sizes_nearby(
+    dtype: torch.dtype, count: int, clusters: int
+) -> None:
+    """As the scores themselves do; and of some rows."""
+    rng = np.random.default_rng(5)
+    scores_NK = logits(count, clusters, scale=5.0)
+    a_K, moved_K = (torch.from_numpy(rng.normal(0, 3, clusters)) for _ in range(2))
+    plan = DensePlan(ArrayRows(scores_NK), 4.0, a_K, dtype)
+    q_NK = softmax(4.0 * scores_NK + (a_K + moved_K).numpy(), axis=1)
+    close = {"rtol": 1e-5 if dtype == torch.float32 else 1e-12, "atol": 1e-6 * count}
+    np.testing.assert_allclose(plan.sums(a_K + moved_K), q_NK.sum(0), **close)
+    some_n = np.arange(0, count, 2)
+    found_K = plan.sums_of(some_n, a_K + moved_K)
+    np.testing.assert_allclose(found_K, q_NK[some_n].sum(0), **close)
+    assert plan.near(a_K + moved_K) and not plan.near(a_K + 21.0)
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_a_plan_kept_whole_changes_no_optimum(solve: Solver) -> None:
+    """With room for it and without; potentials go far from where they start."""
+    rows = InMemory.of(ArrayRows(logits(2000, 12, scale=6.0)))
+    found = []
+    for memory in (1 << 30, 0):
+        assert bool(Problem(rows, uniform(12), 20.0, 1.0, 1, memory=memory).whole) == (memory > 0)
+        found.append(solve(rows, uniform(12), 20.0, 1e-10, 20_000, memory=memory))
+    assert found[0].converged and found[1].converged
+    np.testing.assert_allclose(found[0].potentials_K, found[1].potentials_K, atol=1e-6)
 
 
 def test_plans_are_as_fine_as_memory_has_room_for() -> None:
@@ -379,7 +411,7 @@ def test_plans_are_as_fine_as_memory_has_room_for() -> None:
             return super().read(a_K, take)
 
     rows, finest, reads = InMemory.of(ArrayRows(logits(3000, 200, scale=10.0))), [], []
-    for memory in (1 << 24, 400_000, 0):
+    for memory in (2_000_000, 400_000, 0):
         taken.clear()
         solution = newton.solve(Watched(rows, uniform(200), 4.0, 1e-6, 100, memory=memory))
         assert solution.converged
