@@ -171,7 +171,7 @@ def solve(rows: Resident, tol: float) -> list[str]:
     sharp_K, preferred = assignment.sharpen(rows, problem, potentials_K, newton.refine, bounds)
     slack = 1e-4 * assignment.certified(rows, sharp_K, None).objective
     # As `sela label` has by itself.
-    memory = Budget(clusters, LabelSettings().max_memory, newton=True).unused
+    memory = Budget(count, clusters, LabelSettings().max_memory, newton=True).unused
     labels_N, prices_K = assignment.balanced(
         rows, sharp_K, bounds, slack, memory=memory, preferred=preferred
     )

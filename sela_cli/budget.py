@@ -14,8 +14,8 @@ from sela_cli.errors import UsageError
 from sela_cli.scores import Scores
 from sela_cli.tiles import SQUARE_WORKERS, InMemory, Resident, Rows
 
-# Python and torch without a matrix.
-_BASE = 700 << 20
+# Python and torch without a matrix, and for each row its labels, its margin and its maximum.
+_BASE, _ROW = 700 << 20, 64
 # Of a GPU: torch's own, and the tiles being worked on; and for each pair of clusters, the
 # losses, Hessians and samples.
 _DEVICE_BASE = 4 << 30
@@ -30,25 +30,34 @@ _SQUARE_CLUSTERS = 4096
 
 @dataclass(frozen=True)
 class Budget:
-    """For heads of `clusters` each, `most` in all; `newton`: whether steps go by a Hessian."""
+    """For `rows` and heads of `clusters` each, `most` in all; `newton`: whether steps go by a
+    Hessian; `resident`: scores that are in memory in any case."""
 
+    rows: int
     clusters: int
     most: int
     newton: bool
+    resident: int = 0
 
-    def check_balancing(self) -> None:
-        """Raises UsageError where exactly balanced labels can't be had."""
-        if self._balancing > self.most:
+    def check(self, balanced: bool) -> None:
+        """Raises UsageError where labels, exactly balanced ones or others, can't be had."""
+        least = self._least + (self._balancing if balanced else 0)
+        if least > self.most:
+            mend = f"allow {math.ceil(least / 2**20)}M"
+            if balanced and self._least <= self.most:
+                mend += ", or use --assign argmax"
+            if self.resident:
+                mend += "; scores written by numpy.save are read a part at a time"
             raise UsageError(
-                f"--max-memory {self.most / 2**20:.0f}M is too little to balance "
+                f"--max-memory {self.most / 2**20:.0f}M is too little for {self.rows} rows and "
                 f"{self.clusters} clusters",
-                f"allow {math.ceil(self._balancing / 2**20)}M, or use --assign argmax",
+                mend,
             )
 
     @property
     def square(self) -> bool:
         """Whether Newton's matrices of K x K fit."""
-        return self.clusters <= _SQUARE_CLUSTERS and self._curvature <= self.most
+        return self.clusters <= _SQUARE_CLUSTERS and self._least + self._curvature <= self.most
 
     @property
     def unused(self) -> int:
@@ -56,7 +65,7 @@ class Budget:
         solving = 0
         if self.newton:
             solving = self._curvature if self.square else self.clusters**2 * _SAMPLE
-        return max(self.most - _BASE - max(self._balancing, solving), 0)
+        return max(self.most - self._least - max(self._balancing, solving), 0)
 
     @property
     def plans(self) -> int:
@@ -99,6 +108,11 @@ class Budget:
             scores.features.keep(device)
             return taken
         return 0
+
+    @property
+    def _least(self) -> int:
+        """What any labelling takes."""
+        return _BASE + self.rows * _ROW + self.resident
 
     @property
     def _balancing(self) -> int:

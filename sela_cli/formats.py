@@ -69,7 +69,7 @@ class HeadLabels:
 class Labels:
     """A labels file."""
 
-    keys: list[str]
+    keys: Sequence[str]
     index_N: np.ndarray
     heads: list[HeadLabels]
     header: Header | None = None
@@ -103,6 +103,9 @@ class Checkpoint:
     header: Header | None = None
 
 
+# Texts that are encoded at a time.
+_TEXTS = 1 << 16
+
 PROBE_DTYPE = np.dtype(
     [
         ("layer", "S32"),
@@ -127,9 +130,12 @@ def _write_images(file: h5py.File, keys: Sequence[str], index_N: np.ndarray) -> 
 
 
 def _write_texts(file: h5py.File, name: str, texts: Sequence[str]) -> None:
-    encoded = np.array([key_bytes(text) for text in texts])
-    utf8 = h5py.string_dtype("utf-8", encoded.dtype.itemsize)
-    file.create_dataset(name, data=encoded.astype(utf8))
+    width = max((len(key_bytes(text)) for text in texts), default=0) or 1
+    utf8 = h5py.string_dtype("utf-8", width)
+    stored = file.create_dataset(name, (len(texts),), utf8)
+    for start in range(0, len(texts), _TEXTS):
+        some = [key_bytes(text) for text in texts[start : start + _TEXTS]]
+        stored[start : start + len(some)] = np.array(some, f"S{width}").astype(utf8)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ SOLVERS = ("auto", "newton", "lbfgs", "sinkhorn")
 _OF_SOLVES = ("lamb", "tol", "marginal", "min_size", "max_size", "solver")
 _NOT_OF = {
     "--method kmeans": (*_OF_SOLVES, "max_memory", "assign", "input_kind"),
-    "--assign random": (*_OF_SOLVES, "max_iter", "input_kind"),
+    "--assign random": (*_OF_SOLVES, "max_iter", "input_kind", "max_memory"),
     "--fixed": (*_OF_SOLVES, "max_iter"),
 }
 
@@ -309,7 +309,7 @@ def label(
     where = torch.device(device)
     taken = 0
     if settings.assign != "random":
-        widest = max(matrix.shape[1] for matrix in scores.heads)
+        widest = max(scores.heads, key=lambda matrix: matrix.shape[1])
         taken = _budget(widest, settings).keep_features(scores, where)
     heads = []
     for number, matrix in enumerate(scores.heads):
@@ -358,9 +358,9 @@ def check(scores: Scores, path: str, settings: LabelSettings, init: Labels | Non
             raise BadData(
                 "--fixed: these labels were not solved for", "solve with sela label first"
             )
+        if settings.assign != "random":
+            _budget(matrix, settings).check(settings.assign == "balanced")
         if settings.assign in ("balanced", "argmax"):
-            if settings.assign == "balanced":
-                _budget(clusters, settings).check_balancing()
             _bounds(count, clusters, settings)
             marginal(settings.marginal, clusters)
 
@@ -373,8 +373,9 @@ def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadL
     )
 
 
-def _budget(clusters: int, settings: LabelSettings) -> Budget:
-    return Budget(clusters, settings.max_memory, settings.solver in ("auto", "newton"))
+def _budget(matrix: Matrix, settings: LabelSettings) -> Budget:
+    newton = settings.solver in ("auto", "newton")
+    return Budget(*matrix.shape, settings.max_memory, newton, matrix.resident)
 
 
 class _Sizes(NamedTuple):
@@ -420,7 +421,7 @@ def _solve_head(
         "lbfgs": (lbfgs.solve, lbfgs.solve),
         "sinkhorn": (sinkhorn.solve, sinkhorn.solve),
     }[settings.solver]
-    budget, shared = _budget(rows.shape[1], settings), parallel.size() > 1
+    budget, shared = _budget(rows.matrix, settings), parallel.size() > 1
     mine = job.share(rows.shape[0])
     part = budget.kept(Part(rows, mine.start, mine.stop) if shared else rows, taken)
     # Every process makes the labels of all rows; solving is what takes time.
@@ -525,7 +526,7 @@ def _fixed_head(
 ) -> HeadLabels:
     """The labels that saved potentials give to rows that they were not solved for."""
     lamb = before.attributes["lamb"]
-    kept = _budget(rows.shape[1], settings).kept(rows, taken)
+    kept = _budget(rows.matrix, settings).kept(rows, taken)
     result = assignment.certified(kept, torch.from_numpy(before.potentials_K) / lamb, None)
     known = {"lamb": lamb, "objective": result.objective, "bytes-read": _bytes_read(rows)}
     return HeadLabels(

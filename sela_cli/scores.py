@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import shlex
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, overload
 
 import h5py
 import numpy as np
@@ -85,10 +86,20 @@ class Tally:
 
 
 class Matrix:
-    """N x K scores of one head, read by a slice or an ascending array of rows."""
+    """N x K scores of one head, read by a slice or an ascending array of rows.
 
-    def __init__(self, shape: tuple[int, int], load: Callable[[Which], np.ndarray], name: str):
+    `resident`: bytes of them that are in memory in any case.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        load: Callable[[Which], np.ndarray],
+        name: str,
+        resident: int = 0,
+    ) -> None:
         self.shape, self.name, self.tally = shape, name, Tally()
+        self.resident = resident
         self._load = load
 
     def read(self, rows: Which) -> np.ndarray:
@@ -162,12 +173,39 @@ class Product(Matrix):
         return torch.addmm(self._bias_K.to(device), block_nD, self._weight_KD.to(device).T)
 
 
+class RowNumbers(Sequence[str]):
+    """Keys of rows without names, "0", "1" and so on: as a list they took 60 bytes a row."""
+
+    def __init__(self, count: int) -> None:
+        self._rows = range(count)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        return [*map(str, self._rows[row])] if isinstance(row, slice) else str(self._rows[row])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return False
+        return isinstance(other, RowNumbers) or all(map(operator.eq, self, other))
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a file offers to be labelled: its heads, and who its rows are."""
 
     heads: list[Matrix]
-    keys: list[str]
+    keys: Sequence[str]
     index_N: np.ndarray
     header: envelope.Header | None
     features: Features | None = None
@@ -353,6 +391,8 @@ def _factored(stack: ExitStack, path: str, file: h5py.File) -> tuple[list[Matrix
     for number in range(len(file.get("heads", ()))):
         weight_KD = envelope.dataset(path, file, f"heads/{number}/weight", (None, width))[()]
         bias_K = envelope.dataset(path, file, f"heads/{number}/bias", (len(weight_KD),))[()]
+        # Other programs write float64.
+        weight_KD, bias_K = weight_KD.astype(np.float32), bias_K.astype(np.float32)
         heads.append(Product(features, weight_KD, bias_K, f"features x heads/{number}"))
     return heads, features
 
@@ -460,11 +500,10 @@ def _of_array(path: str, array: np.ndarray, name: str) -> Scores:
         )
     if array.ndim != 2:
         raise BadData(f"{path}: '{name}' has shape {array.shape}, scores are N x K")
-    return _anonymous(Matrix(array.shape, lambda rows: np.asarray(array[rows]), name))
+    resident = 0 if isinstance(array, np.memmap) else array.nbytes
+    return _anonymous(Matrix(array.shape, lambda rows: np.asarray(array[rows]), name, resident))
 
 
-def _anonymous(matrix: Matrix, keys: list[str] | None = None) -> Scores:
+def _anonymous(matrix: Matrix, keys: Sequence[str] | None = None) -> Scores:
     rows = matrix.shape[0]
-    if keys is None:
-        keys = [str(row) for row in range(rows)]
-    return Scores([matrix], keys, np.arange(rows), None)
+    return Scores([matrix], RowNumbers(rows) if keys is None else keys, np.arange(rows), None)

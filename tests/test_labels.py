@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -217,7 +218,7 @@ def test_one_head_is_labelled_and_the_others_kept(tmp_path: Path) -> None:
         relabel_stage(path, after, LabelSettings(method="kmeans"), 1, before)
 
 
-@pytest.mark.parametrize("memory", [4 << 30, 702 << 20])
+@pytest.mark.parametrize("memory", [4 << 30, 704 << 20])
 def test_every_byte_that_is_read_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
 ) -> None:
@@ -256,7 +257,7 @@ def factored(path: Path, dtype: str = "float16") -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("memory", [4 << 30, 702 << 20])
+@pytest.mark.parametrize("memory", [4 << 30, 704 << 20])
 def test_features_are_read_once_for_all_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
 ) -> None:
@@ -398,6 +399,8 @@ def test_labels_that_no_solve_makes_refuse_its_options(
 
 
 def test_random_labels_have_no_kind_of_input_and_fixed_ones_no_kmeans() -> None:
+    with pytest.raises(UsageError, match="--max-memory is not for --assign random"):
+        LabelSettings(assign="random", max_memory=1 << 30).check()
     with pytest.raises(UsageError, match="--input-kind is not for --assign random"):
         LabelSettings(assign="random", input_kind="probabilities").check()
     LabelSettings(assign="fixed", input_kind="probabilities").check()
@@ -441,11 +444,36 @@ def test_kmeans_of_one_row(tmp_path: Path) -> None:
     assert head.labels_N.tolist() == [0]
 
 
+def test_too_little_memory_is_told_with_what_is_enough(matrix: Path) -> None:
+    """For all that is there, not for the matrices of K x K alone."""
+    for assign in ("balanced", "argmax"):
+        with pytest.raises(UsageError, match="--max-memory 10M is too little") as refused:
+            label(matrix, assign=assign, max_memory=10 << 20)
+        allowed = re.search(r"allow (\d+)M", str(refused.value))
+        assert allowed and int(allowed[1]) > 500
+        label(matrix, assign=assign, max_memory=int(allowed[1]) << 20)
+
+
+def test_scores_that_can_only_be_read_whole_count_as_memory(tmp_path: Path) -> None:
+    """Compressed ones are not kept a second time where that is too much, and refused where
+    they are too much themselves."""
+    stored = scores(30_000, 100).astype(np.float32)
+    np.savez_compressed(tmp_path / "scores.npz", scores=stored)
+    np.save(tmp_path / "scores.npy", stored)
+    size, least = stored.nbytes >> 20, 702
+    with pytest.raises(UsageError, match="written by numpy"):
+        label(tmp_path / "scores.npz", assign="argmax", max_memory=least << 20)
+    read = label(tmp_path / "scores.npz", assign="argmax", max_memory=least + size + 2 << 20)
+    assert read.attributes["converged"]
+    by_parts = label(tmp_path / "scores.npy", assign="argmax", max_memory=least << 20)
+    assert by_parts.attributes["converged"]
+
+
 def test_solver_and_memory_are_the_same_whatever_the_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of the largest preset, with the memory that is allowed by default."""
-    budget, found = Budget(3000, LabelSettings().max_memory, newton=True), []
+    budget, found = Budget(1_281_167, 3000, LabelSettings().max_memory, newton=True), []
     for threads in (1, 256):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append((budget.square, budget.unused))

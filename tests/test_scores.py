@@ -540,3 +540,39 @@ def test_another_kind_of_our_files_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "probe.h5")
     formats.write_probe(path, [], envelope.Provenance("test", {}))
     assert "holds probe" in refusal(path)
+
+
+def test_rows_without_names_are_called_by_their_numbers(tmp_path: Path) -> None:
+    """As a list of them would be, which is not made."""
+    with scores.open_scores(npy(tmp_path, np.zeros((12, 3)))) as opened:
+        keys = opened.keys
+        names = [str(row) for row in range(12)]
+        assert [*keys] == names and keys == names and names == keys
+        assert (keys[3], keys[-1], keys[2:5]) == ("3", "11", names[2:5])
+        assert keys != names[:-1] and keys != [*names[:-1], "x"]
+        assert opened.dataset_id == envelope.dataset_id(names)
+        assert not isinstance(keys, list)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, ">f4"])
+def test_heads_of_other_programs_are_taken(tmp_path: Path, dtype: str) -> None:
+    rng = np.random.default_rng(2)
+    features, weight = rng.standard_normal((40, 6)), rng.standard_normal((5, 6))
+    path = str(tmp_path / "logits.h5")
+    with formats.create_logits(
+        path,
+        [f"{row}.png" for row in range(40)],
+        np.arange(40),
+        envelope.Provenance("test", {}),
+        columns={"features": 6},
+        dtype="float32",
+        heads=[(weight.astype(np.float32), np.ones(5, np.float32))],
+    ) as datasets:
+        datasets["features"][:] = features
+    with h5py.File(path, "r+") as file:
+        for name, values in (("weight", weight), ("bias", np.ones(5))):
+            del file[f"heads/0/{name}"]
+            file[f"heads/0/{name}"] = values.astype(dtype)
+    with scores.open_scores(path) as opened:
+        found = opened.heads[0].read(slice(0, 40))
+    np.testing.assert_allclose(found, features @ weight.T + 1, atol=1e-5)
