@@ -186,8 +186,8 @@ def create(
     """
     assert kind in KINDS
     created = _now()
+    beside = Path(f"{Path(path).resolve()}.unfinished") if path != "-" else None
     with replacing(path, force) as partial:
-        beside = Path(f"{Path(path).resolve()}.unfinished") if path != "-" else None
         goes_on = part is not None and beside is not None and _taken_up(part, beside, partial)
         try:
             with (
@@ -203,8 +203,9 @@ def create(
                 _leave(part, partial, beside)
             raise
         _tried.add(_identity(str(partial)))
-        if beside is not None:
-            beside.unlink(missing_ok=True)
+    # Until the file has its name, this is all that there is of the work.
+    if beside is not None:
+        beside.unlink(missing_ok=True)
 
 
 @dataclass

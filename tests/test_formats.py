@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -564,6 +565,20 @@ def test_failure_of_the_last_step_leaves_nothing(
     with pytest.raises(CannotCreate, match=r"file\.h5: No space left"):
         formats.write_labels(str(tmp_path / "file.h5"), some_labels(), PLAIN, force=True)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_unfinished_work_stays_where_the_last_step_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file.h5.unfinished").write_text("hours of work")
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(CannotCreate, match=r"file\.h5: No space left"):
+        write_labels(str(tmp_path / "file.h5"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["hours of work"]
 
 
 def test_target_appears_when_it_is_complete(tmp_path: Path) -> None:
