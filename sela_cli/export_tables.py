@@ -65,20 +65,23 @@ def write_links(labels: Labels, images: str, output: str) -> int:
     """A folder of symbolic links for each cluster: OUTPUT/head-0/cluster-007/0000012-cat.jpg.
 
     `images` is the folder that was labelled. Returns the number of links. Raises UsageError
-    where `output` is in it, BadData where an image does not, CannotCreate where `output`
-    exists: a folder that may hold more than links is never replaced.
+    where one of the two is in the other, BadData where an image does not lie there, CannotCreate
+    where `output` exists: a folder that may hold more than links is never replaced.
     """
     root, target = Path(images).resolve(), Path(output)
     if target.resolve().is_relative_to(root):
         # Links are images of the folder that they lie in.
         raise UsageError(f"{output} is in {images}", f"name a folder outside of {images}")
+    if root.is_relative_to(target.resolve()):
+        raise UsageError(f"{images} is in {output}", "name another folder")
     for key in labels.keys:
         if not (root / key).is_file():
             raise BadData(f"{images} has no '{key}'", "give the folder that was labelled")
     if target.exists():
-        raise CannotCreate(
-            f"{output} exists", f"rm -r {shlex.quote(output)}, or name another folder"
-        )
+        mend = "name another folder"
+        if _holds_links_alone(target):
+            mend = f"rm -r {shlex.quote(output)}, or {mend}"
+        raise CannotCreate(f"{output} exists", mend)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         for number, head in enumerate(labels.heads):
@@ -96,6 +99,14 @@ def write_links(labels: Labels, images: str, output: str) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return len(labels.heads) * len(labels.keys)
+
+
+def _holds_links_alone(path: Path) -> bool:
+    """Whether nothing is lost with a folder but links in the folders of clusters."""
+    return path.is_dir() and all(
+        each.match("head-*/cluster-*/*") if each.is_symlink() else each.is_dir()
+        for each in path.rglob("*")
+    )
 
 
 def _ending(name: str) -> str:

@@ -130,12 +130,31 @@ def test_links_replace_nothing_and_are_made_whole_or_not_at_all(
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
+def test_only_links_of_ours_are_offered_to_be_removed(photos: Path, tmp_path: Path) -> None:
+    def mend(name: str) -> str:
+        with pytest.raises(CannotCreate, match="exists") as caught:
+            export_tables.write_links(labels_of(LABELS_TN[0]), str(photos), str(tmp_path / name))
+        return caught.value.mend
+
+    export_tables.write_links(labels_of(*LABELS_TN), str(photos), str(tmp_path / "ours"))
+    assert mend("ours").startswith("rm -r ")
+    (tmp_path / "ours/head-0/cluster-0/notes").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "favourites").mkdir()
+    (tmp_path / "favourites/cat.jpg").symlink_to(photos / KEYS[0])
+    for name in ("ours", "file", "favourites"):
+        assert mend(name) == "name another folder"
+
+
 def test_links_never_join_the_images(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to(photos / "a")
     before = open_source(str(photos)).keys
     for inside in ("photos", "photos/clusters", "photos/b/../clusters", "alias/c"):
         with pytest.raises(UsageError, match="name a folder outside of"):
             export_tables.write_links(labels_of(*LABELS_TN), str(photos), str(tmp_path / inside))
+    for around in (tmp_path, tmp_path.parent, photos / ".."):
+        with pytest.raises(UsageError, match=r"photos is in .*; name another folder"):
+            export_tables.write_links(labels_of(*LABELS_TN), str(photos), str(around))
     assert open_source(str(photos)).keys == before == sorted(KEYS)
 
 
