@@ -338,7 +338,8 @@ def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matr
     # Contiguous data is read past HDF5, at three times the speed and from many threads.
     offset = item.id.get_offset() if item.chunks is None and item.size else None
     if offset is not None and item.dtype.isnative:
-        stored = Stored(file.filename, item.dtype, item.shape, offset, path)
+        # A link may lead to another file.
+        stored = Stored(item.file.filename, item.dtype, item.shape, offset, path)
         return _of_stored(stack, stored, item.name)
     if item.chunks:
         item = _caching(item)

@@ -86,6 +86,13 @@ def foreign_chunked(folder: Path, matrix: np.ndarray) -> str:
     return foreign(folder, matrix, chunks=(2, 3), compression="gzip")
 
 
+def foreign_linked(folder: Path, matrix: np.ndarray) -> str:
+    part = foreign(folder, matrix)
+    with h5py.File(folder / "linked.h5", "w") as file:
+        file["scores"] = h5py.ExternalLink(part, "/deep/scores")
+    return str(folder / "linked.h5::/scores")
+
+
 def foreign_big_endian(folder: Path, matrix: np.ndarray) -> str:
     return foreign(folder, matrix.astype(matrix.dtype.newbyteorder(">")))
 
@@ -145,6 +152,7 @@ CONTAINERS = [
     foreign,
     foreign_named,
     foreign_chunked,
+    foreign_linked,
     foreign_big_endian,
     foreign_userblock,
     npy,

@@ -78,6 +78,15 @@ def write_hdf5(path: Path, **arrays: np.ndarray) -> str:
     return str(path)
 
 
+def write_linked(root: Path) -> str:
+    """A file with nothing of its own: the images lie in another one, at some offset."""
+    (root / "parts").mkdir()
+    write_hdf5(root / "parts/one.h5", other=PIXELS[:2], images=PIXELS, keys=in_bytes(NAMES))
+    with h5py.File(root / "a.h5", "w") as file:
+        file["images"] = h5py.ExternalLink("parts/one.h5", "/images")
+    return str(root / "a.h5")
+
+
 def in_bytes(names: list[str]) -> np.ndarray:
     return np.array([name.encode() for name in names])
 
@@ -98,6 +107,7 @@ FORMS: dict[str, Callable[[Path], str]] = {
     "HDF5 NCHW": lambda root: write_hdf5(
         root / "a.hdf5", images=PIXELS.transpose(0, 3, 1, 2), keys=in_bytes(NAMES)
     ),
+    "HDF5 behind a link": lambda root: write_linked(root) + "::/images",
     "HDF5 named": lambda root: (
         write_hdf5(root / "a.h5", x=PIXELS, other=255 - PIXELS, keys=in_bytes(NAMES)) + "::/x"
     ),

@@ -385,7 +385,9 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
             truth_N, classes = _hdf5_classes(spec, path, beside)
         item = file[names[0]]
         offset = item.id.get_offset() if item.chunks is None else None
-    stored = None if offset is None else Stored(path, np.dtype(np.uint8), shape, offset, path)
+        # A link may lead to another file.
+        lies_in = item.file.filename
+    stored = None if offset is None else Stored(lies_in, np.dtype(np.uint8), shape, offset, path)
     chunked: Any = h5py.File(path, "r")[names[0]] if stored is None else None
     lock = threading.Lock()
 
