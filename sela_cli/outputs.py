@@ -14,6 +14,9 @@ from pathlib import Path
 from sela_cli.errors import BadData, CannotCreate, UsageError
 from sela_cli.locks import locked
 
+# Bytes of a file's name that file systems take.
+_LONGEST_NAME = 255
+
 
 def same_file(path: str, other: str) -> bool:
     """Whether both name one file, there or not."""
@@ -23,14 +26,18 @@ def same_file(path: str, other: str) -> bool:
 def check_output(path: str, force: bool, *inputs: str | None) -> None:
     """Refuse, before any work is done, an output that could not be written.
 
-    Raises CannotCreate where it exists and `force` is off, or its folder is missing;
-    UsageError where it is one of the `inputs` (FILE or FILE::NAME).
+    Raises CannotCreate where it exists and `force` is off, its name is too long, or its
+    folder is missing; UsageError where it is one of the `inputs` (FILE or FILE::NAME).
     """
     if path == "-":
         return
     if any(each and same_file(path, each.partition("::")[0]) for each in inputs):
         raise UsageError(f"{path} would take the place of what is read", "name another output")
-    target = Path(path)
+    # Of a link, the file that it leads to is replaced.
+    target = Path(os.path.realpath(path) if os.path.islink(path) else path)
+    # What lies beside it meanwhile has a longer name.
+    if len(os.fsencode(f"{target.name}.unfinished")) > _LONGEST_NAME:
+        raise CannotCreate(f"{path}: its name is too long", "choose a shorter one")
     if target.exists() and not target.is_file():
         kind = "a folder" if target.is_dir() else "a device or a pipe"
         raise CannotCreate(f"{path} is {kind}", "name a file, or - for standard output")

@@ -23,11 +23,13 @@ _SAVE_SECONDS = 300.0
 class Unfinished:
     """The state of unfinished work at `output`; only the call of the same `identity` takes it up.
 
-    With `output` `-` nothing is kept.
+    With `output` `-` nothing is kept. Raises CannotCreate where nothing could be.
     """
 
     def __init__(self, output: str, kind: str, identity: dict[str, Any]) -> None:
         self.path = Path(f"{output}.unfinished") if output != "-" else None
+        if self.path is not None:
+            outputs.check_output(str(self.path), force=True)
         self._kind, self._identity = kind, identity
         self._saved = time.monotonic()
 

@@ -24,6 +24,7 @@ from sela_cli import envelope, formats, outputs
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, NoInput
 from sela_cli.formats import Checkpoint, HeadLabels, Labels
+from sela_cli.unfinished import Unfinished
 
 PLAIN = Provenance("test", {"number": 1})
 ATTRIBUTES = {
@@ -623,6 +624,28 @@ def test_what_mends_a_missing_folder_is_a_command(tmp_path: Path) -> None:
         outputs.check_output(output, force=True)
     subprocess.run(caught.value.mend, shell=True, check=True)
     outputs.check_output(output, force=True)
+
+
+def test_a_link_to_what_can_be_no_file_is_refused(tmp_path: Path) -> None:
+    link = tmp_path / "link.h5"
+    link.symlink_to(tmp_path / "nowhere" / "file.h5")
+    with pytest.raises(CannotCreate, match="no such folder") as caught:
+        outputs.check_output(str(link), force=False)
+    subprocess.run(caught.value.mend, shell=True, check=True)
+    write_labels(str(link))
+    assert link.is_symlink() and formats.read_labels(str(tmp_path / "nowhere" / "file.h5"))
+
+
+def test_names_are_refused_where_those_beside_would_be_too_long(tmp_path: Path) -> None:
+    longest = f"{'é' * 120}.h5"
+    write_labels(str(tmp_path / f"{longest}5"))
+    Unfinished(str(tmp_path / longest[10:]), "train", {}).write(some_checkpoint())
+    (tmp_path / "link.h5").symlink_to(f"{longest}55")
+    for name in (f"{longest}55", "x" * 300, "link.h5"):
+        with pytest.raises(CannotCreate, match="too long"):
+            outputs.check_output(str(tmp_path / name), force=False)
+    with pytest.raises(CannotCreate, match="too long"):
+        Unfinished(str(tmp_path / longest), "train", {})
 
 
 def test_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
