@@ -136,6 +136,9 @@ def _blocks(dataset: h5py.Dataset) -> Iterator[np.ndarray]:
 
 def plain(value: Any) -> Any:
     """A value of an HDF5 attribute as Python's own."""
+    if isinstance(value, bytes):
+        # A string of fixed length, as C, MATLAB and R write them.
+        return text_of(value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -433,7 +436,7 @@ def open_file(path: str, *kinds: str) -> Iterator[tuple[h5py.File, Header]]:
 
 def is_ours(file: h5py.File) -> bool:
     """Whether an open HDF5 file was written by sela."""
-    return bool(file.attrs.get("format") == FORMAT)
+    return bool(plain(file.attrs.get("format")) == FORMAT)
 
 
 def read_header_of(path: str, file: h5py.File) -> Header:
@@ -445,9 +448,9 @@ def read_header_of(path: str, file: h5py.File) -> Header:
         if version > VERSION:
             raise BadData(
                 f"{path} has format-version {version}, this release reads up to {VERSION}",
-                f"it was written by {file.attrs['generated-by']}: pip install -U sela",
+                f"it was written by {plain(file.attrs['generated-by'])}: pip install -U sela",
             )
-        text = {name: str(file.attrs[name]) for name in ENVELOPE if name != "format-version"}
+        text = {name: str(plain(file.attrs[name])) for name in ENVELOPE if name != "format-version"}
         header = Header(
             path=path,
             kind=text["kind"],

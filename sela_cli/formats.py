@@ -313,13 +313,13 @@ def read_checkpoint(path: str) -> Checkpoint:
             return Checkpoint(
                 model=model,
                 optimizer=optimizer,
-                arch=str(file.attrs["arch"]),
+                arch=str(plain(file.attrs["arch"])),
                 image_size=int(file.attrs["image-size"]),
                 heads=[int(clusters) for clusters in json.loads(file.attrs["heads"])],
                 step=int(file.attrs["step"]),
                 epoch=float(file.attrs["epoch"]),
                 recipe=json.loads(file.attrs["recipe"]),
-                labels_digest=str(file.attrs["labels-digest"]),
+                labels_digest=str(plain(file.attrs["labels-digest"])),
                 losses=array(path, file, "losses", (None,), "f"),
                 header=header,
             )
@@ -344,5 +344,4 @@ def _read_table(path: str, kind: str, dtype: np.dtype) -> list[dict[str, Any]]:
     missing = [name for name in dtype.names or () if name not in names]
     if missing:
         raise BadData(f"{path}: dataset 'results' lacks columns {', '.join(missing)}")
-    rows = [dict(zip(names, (plain(value) for value in row), strict=True)) for row in table]
-    return [{k: v.decode() if isinstance(v, bytes) else v for k, v in row.items()} for row in rows]
+    return [dict(zip(names, (plain(value) for value in row), strict=True)) for row in table]

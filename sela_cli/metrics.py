@@ -256,4 +256,4 @@ def _truth_of_array(labels: Labels, truth: str) -> np.ndarray:
 def _holds_images(path: str) -> bool:
     """Whether an HDF5 file is one of images, packed or anybody's."""
     with envelope.open_hdf5(path) as file:
-        return not envelope.is_ours(file) or file.attrs.get("kind") == "images"
+        return not envelope.is_ours(file) or envelope.plain(file.attrs.get("kind")) == "images"

@@ -279,6 +279,28 @@ def test_logits_come_back(matrix: np.ndarray, dtype: str) -> None:
     np.testing.assert_array_equal(read, matrix.astype(dtype))
 
 
+@EACH
+def test_attributes_may_be_strings_of_fixed_length(path: str, write: Callable[..., None]) -> None:
+    """As C, MATLAB and R write them."""
+    write(path)
+    shown = envelope.describe(path)
+
+    def fix(name: str, item: Any) -> None:
+        for key, value in item.attrs.items():
+            if isinstance(value, str):
+                item.attrs[key] = np.bytes_(value.encode())
+
+    with h5py.File(path, "r+") as file:
+        fix("", file)
+        file.visititems(fix)
+        assert isinstance(file.attrs["format"], bytes)
+        assert envelope.payload_digest(file) == shown["digest"]
+    assert envelope.describe(path) == shown
+    read = READERS[write](path)
+    if isinstance(read, Checkpoint):
+        assert (read.arch, read.labels_digest) == ("alexnet", "sha256:abc")
+
+
 def test_probe_comes_back(path: str) -> None:
     rows = [some_row(), some_row(method="knn", lr=-1.0, epoch=-1, top1=1 / 3)]
     formats.write_probe(path, rows, PLAIN)
