@@ -27,7 +27,7 @@ import h5py
 import numpy as np
 
 from sela_cli import __version__, interrupt, job
-from sela_cli.errors import BadData, CannotCreate, NoInput, StoppedEarly, UsageError
+from sela_cli.errors import BadData, CannotCreate, NoInput, SelaError, StoppedEarly, UsageError
 from sela_cli.outputs import reason, removable, replacing, synced
 from sela_cli.watchdog import survives
 
@@ -367,7 +367,7 @@ def open_hdf5(path: str, shown: str = "") -> Iterator[h5py.File]:
             ) from error
         if error.errno == errno.EAGAIN:
             raise NoInput(f"{shown}: another process is writing it", "wait for it") from error
-        if _is_numpy(path):
+        if error.errno not in _OF_THE_DISK and _is_numpy(path):
             raise BadData(
                 f"{shown} is a NumPy array, and a file that sela wrote is needed here",
                 "sela label takes arrays as scores",
@@ -399,17 +399,26 @@ def _is_numpy(path: str) -> bool:
         return stream.read(6) == b"\x93NUMPY"
 
 
-def _damaged(path: str, error: Exception) -> BadData:
+# Of a disk or a file server that fails: the file may be whole.
+_OF_THE_DISK = (errno.EIO, errno.ESTALE)
+
+
+def _damaged(path: str, error: Exception) -> SelaError:
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return NoInput(f"{path}: {reason(error)}")
     problem = "truncated" if "truncated" in str(error) else "damaged or not HDF5"
     return BadData(f"{path}: {problem}", "write it again")
 
 
 @contextmanager
 def damage_named(path: str) -> Iterator[None]:
-    """What HDF5 raises in this block, which does nothing but read `path`, is BadData."""
+    """What HDF5 raises in this block, which does nothing but read `path`, is BadData.
+
+    NoInput where the disk fails; too little memory is no fault of the file.
+    """
     try:
         yield
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise _damaged(path, error) from error
 
 

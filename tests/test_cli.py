@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -478,6 +479,32 @@ def test_too_little_memory_is_no_bug(
     done = sela("info", "logits.h5")
     assert (done.code, done.err.count("\n")) == (70, 1)
     assert "a bug" not in done.err and "out of memory" in done.err and "; use" in done.err
+
+
+@pytest.mark.parametrize(("module", "name"), [(h5py, "File"), (formats, "read_images")])
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (OSError(errno.EIO, "read failed"), 66, "Input/output error"),
+        (OSError(errno.ESTALE, "read failed"), 66, "Stale file handle"),
+        (MemoryError("Unable to allocate 2 GiB"), 70, "out of memory"),
+    ],
+)
+def test_a_machine_that_fails_is_no_damage_of_the_file(
+    module: types.ModuleType,
+    name: str,
+    error: Exception,
+    code: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*given: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(module, name, fails)
+    done = sela(*words("export-labels labels.h5 -o new.npy"))
+    assert (done.code, done.err.count("\n")) == (code, 1)
+    assert told in done.err and "damaged" not in done.err and "write it again" not in done.err
 
 
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
