@@ -240,7 +240,9 @@ def warning(labels: Labels, output: str, head: int | None = None) -> StoppedEarl
         how = f" (residual {worst:.2g}, asked for {failed[0]['tol']:g})"
         if worst <= failed[0]["tol"]:
             how = " (stopped before the sizes were balanced)"
-        mend = f"go on with --init {shlex.quote(output)}, or a larger --max-iter or --tol"
+        mend += " or --tol"
+        if output != "-":
+            mend = f"go on with --init {shlex.quote(output)} --force, or {mend}"
     return StoppedEarly(
         f"{output}: {len(failed)} of {len(looked_at)} heads did not converge{how}; "
         "labels are written",

@@ -581,9 +581,18 @@ def test_probabilities_that_are_taken_for_logits_are_hinted_at(tmp_path: Path) -
 
 def test_unconverged_labels_are_written_and_exit_75(tmp_path: Path) -> None:
     output = str(tmp_path / "labels.h5")
-    done = sela(*words("label logits.h5 --max-iter 1 --tol 1e-12 -o"), output)
-    assert done.code == 75 and done.err.count("\n") == 1 and "--init" in done.err
+    line = [*words("label logits.h5 --max-iter 1 --tol 1e-12 -o"), output]
+    done = sela(*line)
+    assert done.code == 75 and done.err.count("\n") == 1
     assert not any(head.attributes["converged"] for head in formats.read_labels(output).heads)
+    more = done.err.split("go on with ")[1].split(",")[0]
+    assert sela(*line, *words(more)).code == 75
+
+
+def test_unconverged_labels_in_a_pipe_are_nothing_to_go_on_with() -> None:
+    done = sela(*words("label logits.h5 --max-iter 1 --tol 1e-12 -o -"))
+    assert done.code == 75 and done.out
+    assert "larger --max-iter or --tol" in done.err and "--init" not in done.err
 
 
 # ---- pipes ------------------------------------------------------------------
