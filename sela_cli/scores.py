@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, overload
+from typing import IO, Any, overload
 
 import h5py
 import numpy as np
@@ -424,13 +424,13 @@ def _of_stored(stack: ExitStack, stored: Stored, name: str) -> Matrix:
 def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
     try:
         archive = stack.enter_context(np.load(actual, allow_pickle=False))
-        name = name or _only(path, list(archive.files))
+        for entry in archive.zip.infolist():
+            envelope.check_expansion(path, entry.filename, entry.file_size, entry.compress_size)
+        name = name or _only(path, _matrices(archive.zip))
         if name not in archive.files:
             raise BadData(
                 f"{path}: there is no array '{name}'", f"it holds {', '.join(archive.files)}"
             )
-        for entry in archive.zip.infolist():
-            envelope.check_expansion(path, entry.filename, entry.file_size, entry.compress_size)
         stored = _uncompressed(archive, actual, name, path)
         if stored:
             return _anonymous(_of_stored(stack, stored, name))
@@ -447,8 +447,11 @@ def _open_safetensors(stack: ExitStack, path: str, actual: str, name: str) -> Sc
 
     try:
         tensors = stack.enter_context(safe_open(actual, framework="np"))
-        name = name or _only(path, list(tensors.keys()))
-        if name not in tensors.keys():  # noqa: SIM118 (not a mapping)
+        names = list(tensors.keys())
+        name = name or _only(
+            path, [each for each in names if len(tensors.get_slice(each).get_shape()) == 2]
+        )
+        if name not in names:
             raise BadData(f"{path}: there is no tensor '{name}'")
         stored = _of_tensor(tensors.get_slice(name), actual, name, path)
         if stored:
@@ -461,6 +464,26 @@ def _open_safetensors(stack: ExitStack, path: str, actual: str, name: str) -> Sc
     return _of_array(path, array, name)
 
 
+def _matrices(archive: zipfile.ZipFile) -> list[str]:
+    """Names of the 2-D arrays of numbers: no more than their headers is read."""
+    found: list[str] = []
+    for name in archive.namelist():
+        if name.endswith(".npy"):
+            with archive.open(name) as stream:
+                shape, _, dtype = _header_of(stream)
+            if len(shape) == 2 and envelope.usable(dtype, "fiu"):
+                found.append(name.removesuffix(".npy"))
+    return found
+
+
+def _header_of(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape of the .npy that begins here, whether it is transposed, and its dtype."""
+    if np.lib.format.read_magic(stream) == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    # The third version differs from the second in names of columns alone.
+    return np.lib.format.read_array_header_2_0(stream)
+
+
 def _uncompressed(archive: NpzFile, actual: str, name: str, shown: str) -> Stored | None:
     """A matrix of an archive as it lies there; none where that is not by the row."""
     assert archive.zip is not None
@@ -471,9 +494,7 @@ def _uncompressed(archive: NpzFile, actual: str, name: str, shown: str) -> Store
         # The local header ends with a name and a field that are as long as it says.
         stream.seek(entry.header_offset + _ZIP_LENGTHS)
         stream.seek(sum(struct.unpack("<HH", stream.read(4))), os.SEEK_CUR)
-        if np.lib.format.read_magic(stream) != (1, 0):
-            return None
-        shape, transposed, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, transposed, dtype = _header_of(stream)
         offset = stream.tell()
     fits = 0 < math.prod(shape) * dtype.itemsize <= entry.file_size
     if transposed or len(shape) != 2 or not envelope.usable(dtype, "fiu") or not fits:

@@ -130,6 +130,12 @@ def npz_plain(folder: Path, matrix: np.ndarray) -> str:
     return str(folder / "a.npz")
 
 
+def npz_with_others(folder: Path, matrix: np.ndarray) -> str:
+    others = {"names": np.array(["a", "b"]), "words": np.array([["a"]]), "cube": np.ones((2, 2, 2))}
+    np.savez(folder / "a.npz", scores=matrix, ids=np.arange(N), **others)
+    return str(folder / "a.npz")
+
+
 def npz_named(folder: Path, matrix: np.ndarray) -> str:
     np.savez(folder / "a.npz", other=-matrix, scores=np.asfortranarray(matrix))
     return str(folder / "a.npz") + "::scores"
@@ -137,6 +143,12 @@ def npz_named(folder: Path, matrix: np.ndarray) -> str:
 
 def tensors(folder: Path, matrix: np.ndarray) -> str:
     save_file({"scores": matrix}, folder / "a.safetensors")
+    return str(folder / "a.safetensors")
+
+
+def tensors_with_others(folder: Path, matrix: np.ndarray) -> str:
+    others = {"ids": np.arange(N), "cube": np.ones((2, 2, 2))}
+    save_file({"scores": matrix, **others}, folder / "a.safetensors")
     return str(folder / "a.safetensors")
 
 
@@ -161,8 +173,10 @@ CONTAINERS = [
     npy_without_suffix,
     npz,
     npz_plain,
+    npz_with_others,
     npz_named,
     tensors,
+    tensors_with_others,
     tensors_named,
 ]
 
