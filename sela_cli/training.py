@@ -363,6 +363,8 @@ def train_stage(
         assert start.header is not None
         provenance = provenance.reading("checkpoint", start.header)
         trainer.restore(start, start.header.path)
+        # Its own step, unless the batch size or the number of images is another.
+        trainer.step = recipe.steps(start.epoch, len(images))
     if left:
         trainer.restore(left, str(unfinished.path))
     trainer.labels_digest = labels.header.digest
@@ -432,19 +434,20 @@ class Training:
 
     def plan(self) -> dict[str, Any]:
         """What a dry run shows."""
-        first = self.start.step if self.start else 0
+        count = len(self.images)
+        first = self.recipe.steps(self.start.epoch, count) if self.start else 0
         goal = self.recipe.epochs if self.to is None else self.to
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         return {
             "output": self.output,
-            "images": len(self.images),
+            "images": count,
             "arch": self.network.arch,
             "image_size": self.network.image_size,
             "heads": self.network.clusters,
             "parameters": parameters,
             "megabytes": 8 * parameters / 1e6,
             "from_step": first,
-            "to_step": self.recipe.steps(goal, len(self.images)),
+            "to_step": self.recipe.steps(goal, count),
             "recipe": asdict(self.recipe),
         }
 

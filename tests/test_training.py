@@ -29,7 +29,15 @@ from sela_cli.networks import Network, build, parse_heads
 from sela_cli.options import PresetChoice
 from sela_cli.presets import PRESETS, preset
 from sela_cli.schedule import learning_rate, relabel_positions, step_at
-from sela_cli.training import Recipe, Trainer, label_view, mean_loss, network_of, train_stage
+from sela_cli.training import (
+    Recipe,
+    Trainer,
+    Training,
+    label_view,
+    mean_loss,
+    network_of,
+    train_stage,
+)
 
 HEADS = [10, 4]
 RECIPE = Recipe(epochs=2, batch_size=10, aug="paper", lr=0.01)
@@ -148,6 +156,23 @@ def test_stages_in_two_parts_give_the_digest_of_one(
     assert (done.step, done.epoch, len(done.losses)) == (4, 1.0, 4)
     assert done.arch == "alexnet-small" and done.heads == HEADS and done.image_size == 32
     assert labels.header is not None and done.labels_digest == labels.header.digest
+
+
+@pytest.mark.parametrize("batch_size", [20, 5])
+def test_another_batch_size_goes_on_at_the_epoch_of_the_checkpoint(
+    batch_size: int, images: Images, labels: Labels, tmp_path: Path
+) -> None:
+    """Half an epoch is done, and half an epoch of batches of the new size follows."""
+    half, whole = str(tmp_path / "half.h5"), str(tmp_path / "whole.h5")
+    train_stage(images, labels, fresh(), half, RECIPE, to=0.5)
+    start, recipe = formats.read_checkpoint(half), replace(RECIPE, batch_size=batch_size)
+    network = network_of(start, half)
+    asked = Training("train", images, labels, network, whole, recipe, start, 1.0, False)
+    steps: list[int] = []
+    done = asked.run("cpu", lambda done, total, note: steps.append(done))
+    assert len(steps) == 20 // batch_size and steps[-1] == 20
+    assert (done.step, done.epoch, len(done.losses)) == (40 // batch_size, 1.0, 2 + len(steps))
+    assert (asked.plan()["from_step"], asked.plan()["to_step"]) == (len(steps), 2 * len(steps))
 
 
 def test_interrupted_stage_saves_and_goes_on(
