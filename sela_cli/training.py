@@ -482,8 +482,8 @@ def prepare(
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
     recipe = Recipe.of(start.recipe if start else {}, options)
     recipe.check()
-    if start and recipe.precision == "auto":
-        recipe = replace(recipe, precision=start.recipe.get("precision", "float32"))
+    if start and recipe.precision == "auto" and "precision" in start.recipe:
+        recipe = replace(recipe, precision=start.recipe["precision"])
     images, size = open_images(data, start.image_size if start else image_size, **opening)
     if start and checkpoint:
         network = network_of(start, checkpoint)

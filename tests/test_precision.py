@@ -29,6 +29,7 @@ from sela_cli.cli import app
 from sela_cli.devices import LEAD
 from sela_cli.envelope import Provenance
 from sela_cli.errors import StoppedEarly, UsageError
+from sela_cli.formats import Checkpoint
 from sela_cli.images.batches import Images, open_images
 from sela_cli.labels import LabelSettings, label_stage
 from sela_cli.logits import embed_stage
@@ -138,13 +139,20 @@ def test_a_run_keeps_the_arithmetic_it_began_in(
     assert kept["precision"] == recipe["precision"] == "bfloat16"
 
 
-def test_a_training_keeps_the_arithmetic_it_began_in(
-    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def labels(images: Images, tmp_path: Path) -> str:
+    """The path of random labels of one head."""
     network = build("alexnet-small", 16, [5], seed=0)
-    scores, labels, output = (str(tmp_path / name) for name in ("a.h5", "l.h5", "c.h5"))
+    scores, labels = str(tmp_path / "a.h5"), str(tmp_path / "l.h5")
     embed_stage(images, network, scores, Provenance("embed", {}, dataset_id=images.dataset_id))
     label_stage(scores, labels, LabelSettings(assign="random"))
+    return labels
+
+
+def test_a_training_keeps_the_arithmetic_it_began_in(
+    labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = str(tmp_path / "c.h5")
 
     def prepared(**more: Any) -> training.Training:
         options = {"epochs": 1.0, "batch_size": 10, "precision": "auto"}
@@ -161,6 +169,21 @@ def test_a_training_keeps_the_arithmetic_it_began_in(
     monkeypatch.setattr(precision, "faster", lambda *_, **__: "float32")
     assert train(prepared(arch="alexnet-small", image_size=16)) == "bfloat16"
     assert train(prepared(checkpoint=output, force=True)) == "bfloat16"
+
+
+def test_for_a_network_from_elsewhere_the_arithmetic_is_measured(
+    labels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`sela import` knows of no training that it began in."""
+    start, output = str(tmp_path / "start.h5"), str(tmp_path / "c.h5")
+    network = build("alexnet-small", 16, [5], seed=0)
+    state = Checkpoint(network.arrays(), {}, "alexnet-small", 16, [5], 0, 0.0, {})
+    formats.write_checkpoint(start, state, Provenance("test", {}))
+    monkeypatch.setattr(precision, "faster", lambda *_, **__: "bfloat16")
+    options = {"epochs": 1.0, "batch_size": 40, "precision": "auto"}
+    data = ("digits", labels, output, options)
+    asked = training.prepare("train", *data, checkpoint=start, limit=40)
+    assert asked.run("cpu", lambda *_: None).recipe["precision"] == "bfloat16"
 
 
 def test_a_probe_keeps_the_arithmetic_it_began_in(
