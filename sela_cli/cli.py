@@ -146,9 +146,11 @@ def _unforeseen(error: Exception) -> tuple[str, int]:
 
     if job.launched() and isinstance(error, RuntimeError) and _OF_A_JOB.search(str(error)):
         return "another process of the job has failed", 1
-    if isinstance(error, MemoryError):
-        return f"out of memory ({error}); use less data, or a machine with more", 70
-    # torch's, by its name: importing torch here would cost every --help a second.
+    # torch's on the CPU, which is a RuntimeError.
+    _, allocator, told = str(error).rpartition("DefaultCPUAllocator: ")
+    if allocator or isinstance(error, MemoryError):
+        return f"out of memory ({told}); use less data, or a machine with more", 70
+    # That of its GPUs, by its name: importing torch here would cost every --help a second.
     if type(error).__name__ == "OutOfMemoryError":
         return f"{error}; use a smaller --batch-size, or --device cpu", 70
     if isinstance(error, OSError) and error.filename is not None:

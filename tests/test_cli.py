@@ -507,6 +507,15 @@ def test_a_machine_that_fails_is_no_damage_of_the_file(
     assert told in done.err and "damaged" not in done.err and "write it again" not in done.err
 
 
+def test_too_little_memory_for_a_tensor_on_the_cpu_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(envelope, "describe", lambda *opened: torch.empty(1 << 60))
+    done = sela("info", "logits.h5")
+    assert (done.code, done.err.count("\n")) == (70, 1)
+    assert done.err.startswith("sela: out of memory (can't allocate") and "; use" in done.err
+
+
 def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_debug", False)
     with (
