@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -39,6 +39,14 @@ FEATURES = "features"
 CROPS = (1, 10)
 Progress = Callable[[int, int, str], None]
 _KEPT_NOWHERE = Unfinished("-", "probe", {})
+# Options that a method has no use for.
+_NOT_OF = {
+    "knn": (
+        *("layers", "epochs", "lr", "lr_milestones", "validation", "batch_size"),
+        *("weight_decay", "aug", "crops"),
+    ),
+    "linear": ("k", "sigma", "pca"),
+}
 
 # The paper's pooling before the linear classifiers of AlexNet at 224 pixels: (kernel,
 # stride, padding), about 9,600 inputs each.
@@ -127,6 +135,16 @@ def recipes(options: Mapping[str, Any]) -> tuple[LinearRecipe, KnnRecipe]:
         for kind in (LinearRecipe, KnnRecipe)
     )
     return LinearRecipe(**linear), KnnRecipe(**knn)
+
+
+def check_asked(asked: Collection[str], method: str, linear: LinearRecipe) -> None:
+    """Raises UsageError where an option that was given would change nothing."""
+    for name in asked:
+        if name in _NOT_OF.get(method, ()):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} is not for --method {method}", "use --method both")
+    if "validation" in asked and len(linear.lrs) == 1:
+        raise UsageError("--validation chooses among several rates", "name them by --lr")
 
 
 def plan(

@@ -350,6 +350,19 @@ REFUSED: list[tuple[str, int, list[str]]] = [
             ("info labels.h5 --plot labels.h5", "labels.h5"),
         )
     ],
+    *[
+        (f"{PROBE} {options}", 2, [named])
+        for options, named in (
+            ("--method knn --batch-size 8", "--batch-size is not for --method knn"),
+            ("--method knn --layers conv3", "--layers is not for --method knn"),
+            ("--protocol knn --lr-milestones 0.5", "--lr-milestones is not for --method knn"),
+            ("--method linear --pca 8", "--pca is not for --method linear"),
+            ("--protocol small-linear --k 5", "--k is not for --method linear"),
+            ("--validation 0.2", "--validation chooses among several rates"),
+            ("--lr 0.1 --validation 0.2", "--validation chooses among several rates"),
+            ("--test photos --holdout 0.3", "--holdout is for images without --test"),
+        )
+    ],
     ("schedule --epochs inf --opts 3", 2, ["--epochs"]),
     ("schedule --epochs nan --opts 3", 2, ["--epochs"]),
     (f"{RUN} --heads many", 2, ["many"]),

@@ -75,6 +75,14 @@ def test_options_override_a_protocol(world: Path) -> None:
     assert plan["linear"]["lrs"] == [0.1, 0.2] and plan["linear"]["batch_size"] == 192
 
 
+def test_what_a_protocol_names_for_the_other_method_is_passed_over(world: Path) -> None:
+    """As long as nobody gave it as an option."""
+    line = (world, "alexnet", "-o", world / "no.h5", "--dry-run", "--protocol")
+    assert probe(*line, "imagenet-linear", "--method", "knn")["knn"]["ks"] == [10]
+    plan = probe(*line, "knn", "--method", "both", "--lr", "0.1,0.2", "--validation", 0.3)
+    assert plan["knn"]["pca"] == 128 and plan["linear"]["validation"] == 0.3
+
+
 @pytest.mark.parametrize("network", ["alexnet", "resnet"])
 def test_a_short_large_scale_probe(network: str, world: Path, tmp_path: Path) -> None:
     output = tmp_path / "probe.h5"

@@ -33,6 +33,7 @@ from sela_cli.options import (
 EXAMPLES = """Examples: sela probe --data digits -c checkpoint.h5 -o probe.h5 --method knn.
 sela probe --protocol imagenet-linear --data imagenet:ROOT --test imagenet:ROOT@val
 -c checkpoint.h5 -o probe.h5"""
+_HOLDOUT = 0.2
 
 
 def probe(
@@ -46,11 +47,14 @@ def probe(
         typer.Option("--test", metavar="SPEC", help="Test images; default: --holdout of --data."),
     ] = None,
     holdout: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--holdout", min=0.01, max=0.99, help="Share of --data to test on, without --test."
+            "--holdout",
+            min=0.01,
+            max=0.99,
+            help="Share of --data to test on, without --test; default 0.2.",
         ),
-    ] = 0.2,
+    ] = None,
     protocol: Annotated[
         ProtocolChoice | None,
         typer.Option(
@@ -133,31 +137,21 @@ def probe(
     from functools import partial
 
     from sela_cli import envelope, formats, outputs, presets, probes
+    from sela_cli.errors import UsageError
     from sela_cli.images.batches import open_images
     from sela_cli.precision import decided
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
     from sela_cli.unfinished import began_in
 
+    if test and holdout:
+        raise UsageError("--holdout is for images without --test", "drop one of them")
+    share = holdout or _HOLDOUT
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
         outputs.check_output(output, force, data, test, checkpoint)
     state = formats.read_checkpoint(checkpoint)
-    network = network_of(state, checkpoint)
-    opening: dict[str, Any] = {"download": download, "skip_bad": skip_bad, "limit": limit}
-    with terminal.progress("decode", "images") as progress:
-        train, _ = open_images(data, state.image_size, progress=progress, **opening)
-        left_out = terminal.left_out(train, limit)
-        if test:
-            tested, _ = open_images(test, state.image_size, progress=progress, **opening)
-            left_out["left_out"] += terminal.left_out(tested, limit)["left_out"]
-            split = "test"
-        else:
-            train, tested = probes.holdout(train, holdout, seed)
-            split = f"holdout {holdout:g}"
-    options: dict[str, Any] = {"method": "both", "layers": "all"}
-    options |= presets.protocol(protocol.value if protocol else None, state.arch)
-    options |= given(
+    asked = given(
         method=method,
         layers=layers,
         k=tuple(whole_numbers(k)) if k else None,
@@ -172,7 +166,22 @@ def probe(
         aug=aug,
         crops=crops,
     )
+    options: dict[str, Any] = {"method": "both", "layers": "all"}
+    options |= presets.protocol(protocol.value if protocol else None, state.arch) | asked
     linear, knn = probes.recipes(options | {"seed": seed})
+    probes.check_asked(asked, options["method"], linear)
+    network = network_of(state, checkpoint)
+    opening: dict[str, Any] = {"download": download, "skip_bad": skip_bad, "limit": limit}
+    with terminal.progress("decode", "images") as progress:
+        train, _ = open_images(data, state.image_size, progress=progress, **opening)
+        left_out = terminal.left_out(train, limit)
+        if test:
+            tested, _ = open_images(test, state.image_size, progress=progress, **opening)
+            left_out["left_out"] += terminal.left_out(tested, limit)["left_out"]
+            split = "test"
+        else:
+            train, tested = probes.holdout(train, share, seed)
+            split = f"holdout {share:g}"
     if dry_run:
         plan = probes.plan(
             train, tested, network, options["method"], options["layers"], linear, knn
@@ -181,7 +190,7 @@ def probe(
             plan | left_out, f"would probe with {len(train)} images, test on {len(tested)}"
         )
         return
-    parameters = {"data": data, "test": test, "holdout": holdout, "seed": seed} | options
+    parameters = {"data": data, "test": test, "holdout": share, "seed": seed} | options
     provenance = envelope.Provenance("probe", parameters, dataset_id=train.dataset_id)
     assert state.header is not None
     arithmetic = decided(
