@@ -42,7 +42,7 @@ OptionalSeed = Annotated[
         "--seed",
         min=0,
         max=(1 << 63) - 1,
-        help="Seed of every random draw; default: that of the checkpoint gone on from, else 0.",
+        help="Seed of every random draw; default: the checkpoint's where there is one, else 0.",
     ),
 ]
 Device = Annotated[
@@ -241,13 +241,23 @@ View = Annotated[
         "augmented as in training.",
     ),
 ]
+_ARITHMETIC = (
+    "Arithmetic of the network: float32, the often faster bfloat16, or auto, the faster one, "
+    "measured at the start"
+)
 Precision = Annotated[
     PrecisionChoice | None,
     typer.Option(
         "--precision",
-        help="Arithmetic of the network: float32, the often faster bfloat16, or auto, the faster "
-        "one, measured at the start; default: the checkpoint's where one is gone on from, "
-        "the preset's, else float32.",
+        help=f"{_ARITHMETIC}; default: the checkpoint's where there is one, else float32.",
+    ),
+]
+# A run takes no more than the weights of the checkpoint that it begins with.
+RunPrecision = Annotated[
+    PrecisionChoice | None,
+    typer.Option(
+        "--precision",
+        help=f"{_ARITHMETIC}; default: the preset's where there is one, else float32.",
     ),
 ]
 Compile = Annotated[

@@ -857,6 +857,14 @@ def test_help_page_explains_every_option(name: str) -> None:
             assert re.search(rf"(?<![\w-]){option}(?![\w-])", page), option
 
 
+@pytest.mark.parametrize(("name", "told"), [("run", False), ("train", True), ("embed", True)])
+def test_help_tells_whether_settings_of_a_checkpoint_hold(name: str, told: bool) -> None:
+    """A run takes no more than its weights."""
+    command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+    helps = {parameter.name: parameter.help for parameter in command.params}
+    assert [("checkpoint" in helps[option]) for option in ("seed", "precision")] == [told, told]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_example_of_the_help_page_is_a_command_line(name: str) -> None:
     """It parses: its options exist. The files that it names need not."""
