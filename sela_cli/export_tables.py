@@ -69,9 +69,7 @@ def write_links(labels: Labels, images: str, output: str) -> int:
     where `output` exists: a folder that may hold more than links is never replaced.
     """
     root, target = Path(images).resolve(), Path(output)
-    if target.resolve().is_relative_to(root):
-        # Links are images of the folder that they lie in.
-        raise UsageError(f"{output} is in {images}", f"name a folder outside of {images}")
+    outputs.check_outside(output, images)
     if root.is_relative_to(target.resolve()):
         raise UsageError(f"{images} is in {output}", "name another folder")
     for key in labels.keys:

@@ -49,6 +49,12 @@ def check_output(path: str, force: bool, *inputs: str | None) -> None:
         raise CannotCreate(f"{path}: its folder is read-only", "choose another --output")
 
 
+def check_outside(folder: str, images: str) -> None:
+    """Raises UsageError where files in `folder` would be images of the folder `images`."""
+    if Path(folder).resolve().is_relative_to(Path(images).resolve()):
+        raise UsageError(f"{folder} is in {images}", f"name a folder outside of {images}")
+
+
 @contextmanager
 def replacing(path: str, force: bool = False) -> Iterator[Path]:
     """Write a file whole or not at all: yields where to write, then moves it to `path`.

@@ -414,6 +414,38 @@ def test_unfinished_runs_and_other_images_are_refused(run_folder: Path, tmp_path
     assert output.read_text() == "precious"
 
 
+def test_figures_never_join_the_images(
+    run_folder: Path, contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, output = tmp_path / "photos", tmp_path / "report.html"
+    photos.mkdir()
+    source = replace(contents.source, spec=str(photos))
+    monkeypatch.setattr(page, "read", lambda *asked: replace(contents, source=source))
+    for inside in (photos, photos / "figures", photos / "a" / ".." / "figures"):
+        with pytest.raises(UsageError, match="name a folder outside of"):
+            page.report_stage(run_folder, str(output), png=inside)
+    assert not list(photos.iterdir()) and not output.exists()
+
+
+def test_figures_may_lie_in_a_folder_that_is_called_as_the_data(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    monkeypatch.setattr(figures, "FIGURES", {"loss": figures.FIGURES["loss"]})
+    assert page.report_stage(run_folder, "report.html", png=Path("digits"))["figures"]
+    assert [path.name for path in Path("digits").iterdir()] == ["loss.png"]
+
+
+@pytest.mark.parametrize("folder", ["taken", "taken/figures"])
+def test_a_folder_of_figures_that_can_not_be_made_is_no_missing_input(
+    folder: str, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("precious")
+    with pytest.raises(CannotCreate, match=f"{folder}: .*; choose another --png"):
+        figures.write_pngs({}, tmp_path / folder)
+
+
 def test_a_run_that_names_no_images_needs_them_named(run_folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy)

@@ -96,6 +96,11 @@ def open_source(spec: str, download: bool = False) -> Source:
     return source
 
 
+def is_folder(spec: str) -> bool:
+    """Whether `spec` names a folder, whose images are all below it."""
+    return spec != "digits" and os.path.isdir(spec)
+
+
 def no_classes(spec: str, keys: list[str], otherwise: str = "") -> BadData:
     """What to raise where classes are needed and the images have none.
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sela_cli import formats, outputs
-from sela_cli.errors import BadData
+from sela_cli.errors import BadData, CannotCreate
 from sela_cli.report.contents import Contents, Trace
 
 _STYLE: Any = {
@@ -223,7 +223,11 @@ def write_png(figure: Figure, path: str, force: bool = False) -> None:
 
 
 def write_pngs(figures: dict[str, Figure], folder: Path, force: bool = False) -> None:
-    """NAME.png of each figure in `folder`."""
+    """NAME.png of each figure in `folder`, which need not be there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotCreate(f"{folder}: {error.strerror}", "choose another --png") from error
     for name, figure in figures.items():
         write_png(figure, str(folder / f"{name}.png"), force)
 

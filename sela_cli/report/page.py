@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sela_cli import __version__, outputs
+from sela_cli.images.sources import is_folder
 from sela_cli.report import figures
 from sela_cli.report.contents import Contents, gallery, read, read_files
 
@@ -36,9 +37,10 @@ def report_stage(
     outputs.check_output(output, force, *map(str, read_files(folder)))
     contents = read(folder, data)
     outputs.check_output(output, force, contents.source.spec)
+    if png and is_folder(contents.source.spec):
+        outputs.check_outside(str(png), contents.source.spec)
     drawn = figures.draw(contents)
     if png:
-        png.mkdir(parents=True, exist_ok=True)
         figures.write_pngs(drawn, png, force)
     shown = gallery(contents, clusters, images)
     text = page(contents, drawn, shown)
