@@ -172,10 +172,17 @@ def plan(
     return shown
 
 
-def _check_classes(*both: Images) -> None:
-    for images in both:
+def _check_classes(train: Images, test: Images) -> None:
+    for images in (train, test):
         if images.truth_N is None:
             raise no_classes(images.spec, images.keys)
+    # Test images of classes that training has not count as wrong: here all of them would.
+    if train.classes and test.classes and not set(train.classes) & set(test.classes):
+        raise BadData(
+            f"{train.spec} and {test.spec} have no class in common: one has "
+            f"'{train.classes[0]}', the other '{test.classes[0]}'",
+            "call the classes of both the same",
+        )
 
 
 def probe_stage(

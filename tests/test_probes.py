@@ -218,6 +218,18 @@ def test_unknown_classes_are_bad_data(
         plan(*pair, network, "both", "all", LinearRecipe(), KnnRecipe())
 
 
+def test_classes_of_other_names_are_bad_data(
+    probe: Callable[..., list[dict[str, Any]]], network: Network
+) -> None:
+    """They would all be counted as wrong, as of a network that has learned nothing."""
+    train, test = coloured(12, 1), coloured(6, 2)
+    test.classes = ("azul", "verde", "rojo")
+    with pytest.raises(BadData, match="no class in common: one has 'blue', the other 'azul'"):
+        probe(train, test)
+    with pytest.raises(BadData, match="no class in common"):
+        plan(train, test, network, "both", "all", LinearRecipe(), KnnRecipe())
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
