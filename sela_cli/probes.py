@@ -327,6 +327,8 @@ def chosen_layers(network: Network, layers: str) -> list[str]:
     for name in names:
         if name not in (*known, FEATURES):
             raise UsageError(f"--layers {name} is none of {', '.join((*known, FEATURES))}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--layers {layers} names a layer twice")
     return names
 
 

@@ -235,6 +235,7 @@ def test_classes_of_other_names_are_bad_data(
     [
         ("layers", "conv9"),
         ("layers", "conv1,fc6"),
+        ("layers", "conv1,conv5,conv1"),
         ("method", "svm"),
         ("aug", "mirror"),
         ("k", (0,)),
