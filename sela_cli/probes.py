@@ -7,7 +7,6 @@ of several learning rates a held-out part of the training images chooses.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -220,7 +219,7 @@ def probe_stage(
         "parameters": provenance.parameters,
         "inputs": [entry["digest"] for entry in provenance.inputs],
         "images": [train.dataset_id, test.dataset_id],
-        "truth": [_digest(images) for images in (train, test)],
+        "truth": [images.truth_digest for images in (train, test)],
         "layers": names,
         "recipe": asdict(linear) | {"precision": precision},
         "device": device.split(":")[0],
@@ -294,12 +293,6 @@ def _row(
     nan = float("nan")
     row = {"layer": layer, "method": method, "head": "", "setting": setting, "lr": nan, "epoch": -1}
     return row | {"split": split, "n": count, "top1": top1, "top5": top5, "loss": nan}
-
-
-def _digest(images: Images) -> str:
-    """Hash of the true classes."""
-    assert images.truth_N is not None
-    return hashlib.sha256(images.truth_N.astype(np.int64).tobytes()).hexdigest()
 
 
 def _classes(train: Images, test: Images) -> int:

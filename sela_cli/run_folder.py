@@ -60,10 +60,12 @@ def claim(images: Images, folder: Path, settings: RunSettings, force: bool, resu
     """
     path = folder / "run.json"
     identity = envelope.through_json(
-        {"dataset-id": images.dataset_id, "settings": asdict(settings)}
+        {
+            "dataset-id": images.dataset_id,
+            "classes": images.truth_digest,
+            "settings": asdict(settings),
+        }
     )
-    # The report finds the images by `data`; a run may go on with them in another place.
-    told = identity | {"data": images.spec}
     if not path.exists():
         # Hidden ones may be a run's that was killed before it had its run.json.
         if found := [*own_files(folder, "[!.]*"), *_events(folder)]:
@@ -78,6 +80,9 @@ def claim(images: Images, folder: Path, settings: RunSettings, force: bool, resu
     else:
         try:
             before = json.loads(path.read_text())
+            if before.get("classes") is None:
+                # Runs of earlier versions have no note of them.
+                del identity["classes"]
             same = identity.items() <= before.items()
         except (ValueError, AttributeError) as error:
             raise BadData(f"{path}: damaged ({error})", "start over with --force") from error
@@ -89,7 +94,8 @@ def claim(images: Images, folder: Path, settings: RunSettings, force: bool, resu
         if not resume or (folder / "rounds.csv").exists():
             state = "a finished" if (folder / "rounds.csv").exists() else "an unfinished"
             raise CannotCreate(f"{folder} holds {state} run", "choose another --out, or --force")
-    write_json(path, told)
+    # The report finds the images by `data`; a run may go on with them in another place.
+    write_json(path, identity | {"data": images.spec})
 
 
 def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -100,6 +106,8 @@ def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
         return "settings or images"
     if "dataset-id" in names:
         return "images"
+    if "classes" in names:
+        return "true classes (if unfinished, it goes on with those of then)"
     told = [f"{name} {old[name]} there, {new[name]} here" for name in names[:_TOLD]]
     return f"settings ({'; '.join(told)})"
 

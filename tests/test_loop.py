@@ -58,6 +58,13 @@ def images() -> Images:
     return open_images("digits", 32, limit=60)[0]
 
 
+def unlabelled(images: Images) -> Images:
+    """The same images, of which no classes are known."""
+    bare = images.subset(np.arange(len(images)))
+    bare.truth_N, bare.classes = None, ()
+    return bare
+
+
 @pytest.fixture
 def settings() -> RunSettings:
     return settings_of("digits", 32, OPTIONS)
@@ -351,12 +358,49 @@ def test_an_unfinished_run_is_refused_where_resuming_is_off(
         loop.run(images, tmp_path / "run", settings, SILENT, resume=False)
 
 
+def begin(images: Images, folder: Path, settings: RunSettings) -> None:
+    """A run that is stopped as soon as it can be."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedEarly):
+        patch.setattr(interrupt, "requested", lambda: True)
+        loop.run(images, folder, settings, SILENT)
+
+
+@pytest.mark.parametrize("change", ["gained", "lost", "moved"])
+def test_a_run_whose_images_have_other_classes_by_now_is_refused(
+    change: str, images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    """Half of its rows would lack what the others have."""
+    moved = images.subset(np.arange(len(images)))
+    assert images.truth_N is not None
+    moved.truth_N = images.truth_N[::-1].copy()
+    before, now = {
+        "gained": (unlabelled(images), images),
+        "lost": (images, unlabelled(images)),
+        "moved": (images, moved),
+    }[change]
+    begin(before, tmp_path / "run", settings)
+    with pytest.raises(CannotCreate, match=r"other true classes .*; choose another --out"):
+        loop.run(now, tmp_path / "run", settings, SILENT)
+    begin(before, tmp_path / "run", settings)
+
+
+def test_a_run_of_an_earlier_version_which_noted_no_classes_goes_on(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    settings = replace(settings, opts=0)
+    begin(images, tmp_path, settings)
+    path = tmp_path / "run.json"
+    earlier = json.loads(path.read_text())
+    assert earlier.pop("classes")
+    path.write_text(json.dumps(earlier))
+    loop.run(images, tmp_path, settings, SILENT)
+    assert (tmp_path / "rounds.csv").exists() and json.loads(path.read_text()) == earlier
+
+
 def test_unlabelled_images_are_the_normal_case(
     images: Images, settings: RunSettings, tmp_path: Path
 ) -> None:
-    bare = images.subset(np.arange(len(images)))
-    bare.truth_N, bare.classes = None, ()
-    summary = loop.run(bare, tmp_path / "run", settings, SILENT)
+    summary = loop.run(unlabelled(images), tmp_path / "run", settings, SILENT)
     assert "knn" not in summary and not (tmp_path / "run" / "probe.h5").exists()
     assert "nmi" not in summary["heads"][0]
     assert "5 clusters of 12" in loop.text_of(summary)

@@ -7,6 +7,7 @@ N images, n images of a batch, S stored side in pixels.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -92,6 +93,13 @@ class Images:
     def spec(self) -> str:
         """How the user named them."""
         return self.source.spec
+
+    @property
+    def truth_digest(self) -> str:
+        """Hash of the true classes' numbers; '' where they are not known."""
+        if self.truth_N is None:
+            return ""
+        return hashlib.sha256(self.truth_N.astype(np.int64).tobytes()).hexdigest()
 
     def batch(self, rows_n: Tensor) -> Tensor:
         """The images of these positions, (n, 3, S, S), uint8."""
