@@ -59,8 +59,11 @@ class Unfinished:
         """Save now and then, by the first process; and where a stop is asked for, raising
         StoppedEarly unless this was the last step."""
         if parallel.any_of(interrupt.requested()) and step < last:
+            told, mend = "state saved", "run it again"
+            if self.path is None:
+                told, mend = "nothing saved", "with -o FILE its state is kept"
             with self.kept(state):
-                raise StoppedEarly(f"stopped at step {step} of {last}, state saved", "run it again")
+                raise StoppedEarly(f"stopped at step {step} of {last}, {told}", mend)
         if parallel.rank() == 0 and time.monotonic() - self._saved > _SAVE_SECONDS:
             self.write(state())
 

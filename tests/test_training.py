@@ -193,6 +193,14 @@ def test_interrupted_stage_saves_and_goes_on(
     assert not Path(f"{parted}.unfinished").exists()
 
 
+def test_stopped_on_its_way_to_standard_output_it_claims_to_have_saved_nothing(
+    images: Images, labels: Labels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "requested", lambda: True)
+    with pytest.raises(StoppedEarly, match=r"step 1 of 4, nothing saved; .*-o FILE"):
+        train_stage(images, labels, fresh(), "-", RECIPE, to=1.0)
+
+
 def test_saved_state_of_another_recipe_is_not_taken_up(
     images: Images, labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
