@@ -148,6 +148,11 @@ class _Run:
     # What it begins with, until that lies in a file.
     first: tuple[Network, Checkpoint | None] | None = None
 
+    @property
+    def has_knn(self) -> bool:
+        """Whether kNN accuracy is measured: it takes classes, and images to hold out."""
+        return self.images.truth_N is not None and len(self.images) > 1
+
     def path(self, name: str) -> str:
         return str(self.folder / name)
 
@@ -159,7 +164,7 @@ class _Run:
             self._train(*self._first(), 0, "checkpoint-000.h5", 0.0)
         # Neither is needed again, and both may be large.
         self.first = self.start = None
-        if self.images.truth_N is not None:
+        if self.has_knn:
             self._knn("probe-000.h5", "checkpoint-000.h5")
         for number, position in enumerate(positions, start=1):
             if not (self.folder / f"labels-{number:03d}.h5").exists():
@@ -170,7 +175,7 @@ class _Run:
             losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
             self._record_training(losses, last)
         job.once(partial(self._copy_labels, last))
-        if self.images.truth_N is not None:
+        if self.has_knn:
             self._knn("probe.h5", "checkpoint.h5")
         rounds = self._rounds()
         job.once(partial(self._finish, rounds))
@@ -498,6 +503,7 @@ class _Run:
         if self.images.truth_N is not None:
             for head, sizes in zip(labels.heads, summary["heads"], strict=True):
                 sizes |= metrics.agreement_but_ami(head.labels_N, self.images.truth_N)
+        if self.has_knn:
             summary["knn"] = {
                 "fresh": formats.read_probe(self.path("probe-000.h5"))[0]["top1"],
                 "trained": formats.read_probe(self.path("probe.h5"))[0]["top1"],

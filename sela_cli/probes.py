@@ -64,7 +64,7 @@ def holdout(images: Images, fraction: float, seed: int) -> tuple[Images, Images]
     """A seeded split into bank and test images, for collections without a test set."""
     order = np.random.default_rng(seed).permutation(len(images))
     if len(images) < 2:
-        raise BadData(f"{images.spec}: one image can't be split into bank and test", "give --test")
+        raise BadData(f"{images.spec}: one image can't be split in two", "use more images")
     tested = min(max(1, round(fraction * len(images))), len(images) - 1)
     return images.subset(np.sort(order[tested:])), images.subset(np.sort(order[:tested]))
 

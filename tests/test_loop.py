@@ -397,6 +397,15 @@ def test_a_run_of_an_earlier_version_which_noted_no_classes_goes_on(
     assert (tmp_path / "rounds.csv").exists() and json.loads(path.read_text()) == earlier
 
 
+def test_a_run_of_one_image_has_no_knn_accuracy(
+    images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    """None can be held out."""
+    settings = replace(settings, heads=(1,), opts=1)
+    summary = loop.run(images.subset(np.arange(1)), tmp_path / "run", settings, SILENT)
+    assert "knn" not in summary and "1 clusters of 1" in loop.text_of(summary)
+
+
 def test_unlabelled_images_are_the_normal_case(
     images: Images, settings: RunSettings, tmp_path: Path
 ) -> None:

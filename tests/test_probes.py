@@ -566,6 +566,12 @@ def test_holdout_is_disjoint_and_covers(fraction: float) -> None:
         np.testing.assert_array_equal(part.truth_N, images.truth_N[part.index_N])
 
 
+def test_one_image_is_not_held_out_from_itself() -> None:
+    """The advice is of use wherever images are split, with or without an option of its own."""
+    with pytest.raises(BadData, match=r"one image can't be split.*; use more images"):
+        holdout(coloured(1, 1), 0.2, seed=0)
+
+
 def test_holdout_is_a_function_of_the_seed() -> None:
     images = coloured(60, 1)
     parts = [holdout(images, 0.3, seed)[1].keys for seed in (1, 1, 2)]

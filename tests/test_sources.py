@@ -587,6 +587,13 @@ def test_broken_image_is_named_or_left_out(
     assert images.index_N.tolist() == [0, 1, 3, 4]
 
 
+def test_the_advice_for_a_broken_image_helps_where_there_is_no_skip_bad(tmp_path: Path) -> None:
+    """As in `sela report` and `sela finetune`."""
+    write_folder(tmp_path, NAMES[:1], [BROKEN["text"]])
+    with pytest.raises(BadData, match=r"; repair it, or .*--skip-bad where a command has that"):
+        open_source(str(tmp_path)).image(0)
+
+
 def test_listed_but_absent_image_is_named(tmp_path: Path) -> None:
     spec = write_list(tmp_path, [*NAMES, "absent.png"])
     with pytest.raises(BadData, match=r"absent\.png"):

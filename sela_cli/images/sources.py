@@ -78,7 +78,7 @@ class Source:
         except Exception as error:  # A decoder of a damaged file may raise anything.
             raise BadData(
                 f"{self.spec}: image '{self.keys[number]}' can't be read ({error})",
-                "--skip-bad leaves such images out",
+                "repair it, or leave it out with --skip-bad where a command has that",
             ) from error
 
 
