@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 from scipy.special import entr
 
 from sela_cli import envelope, formats
-from sela_cli.errors import BadData, NoInput
+from sela_cli.errors import BadData, NoInput, StoppedEarly
 from sela_cli.formats import HeadLabels, Labels
 from sela_cli.images.sources import no_classes, open_source
 
@@ -241,6 +241,8 @@ def _truth_of_array(labels: Labels, truth: str) -> np.ndarray:
         truth_N = np.load(truth, allow_pickle=False)
     except FileNotFoundError:
         raise NoInput(f"{truth}: no such file") from None
+    except StoppedEarly:
+        raise
     except Exception as error:  # The header is Python text: damage shows in many ways.
         raise BadData(f"{truth}: not a readable .npy array ({error})") from error
     if truth_N.shape != (len(labels.keys),) or truth_N.dtype.kind not in "biuUS":

@@ -403,6 +403,8 @@ def _open_npy(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
         raise BadData(f"{path} is a .npy: its array has no name, so not '{name}'", f"give {path}")
     try:
         array = np.load(actual, mmap_mode="r", allow_pickle=False)
+    except SelaError:
+        raise
     except Exception as error:  # The header is Python text: damage shows in many ways.
         raise BadData(f"{path}: not a readable .npy array ({error})") from error
     if isinstance(array, np.ndarray) and array.ndim == 2:

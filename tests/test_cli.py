@@ -930,6 +930,21 @@ def test_a_signal_ends_what_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> No
     assert done.code == 75 and "run it again" in done.err
 
 
+@pytest.mark.parametrize(
+    "line", ["metrics labels.h5 --truth truth.npy", "export-logits scores.npy -o new.npy"]
+)
+def test_a_signal_while_an_array_is_opened_is_not_taken_for_damage(
+    monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    def load(*opened: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(interrupt, "_requested", False)
+    monkeypatch.setattr(np, "load", load)
+    done = sela(*words(line))
+    assert done.code == 75 and "stopped by a signal; run it again" in done.err
+
+
 # The first question comes while images are decoded, the second while they are embedded.
 @pytest.mark.parametrize("question", [1, 2])
 def test_ctrl_c_exits_130_and_leaves_nothing(world: Path, stop_at: Stop, question: int) -> None:

@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import fuzz
 import h5py
@@ -33,7 +33,7 @@ from PIL import Image
 from sela_cli import cli, envelope, formats, interrupt, locks, outputs, watchdog
 from sela_cli.errors import BadData, CannotCreate, NoInput, StoppedEarly
 from sela_cli.images import sources
-from sela_cli.images.sources import open_source
+from sela_cli.images.sources import Source, open_source
 
 ROOT = Path(__file__).parents[1]
 OURS = ("logits", "factored logits", "labels", "checkpoint", "probe")
@@ -237,6 +237,14 @@ def test_signal_ends_the_wait_for_a_pipe(tmp_path: Path, monkeypatch: pytest.Mon
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGUSR1, usr1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_signal_in_the_middle_of_a_picture_is_not_taken_for_damage() -> None:
+    def decode(number: int) -> NoReturn:
+        raise StoppedEarly("stopped by a signal")
+
+    with pytest.raises(StoppedEarly, match=r"^stopped by a signal$"):
+        Source("made", ["a.png"], decode).image(0)
 
 
 # ---- hostile files ----------------------------------------------------------

@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from sela_cli import envelope
-from sela_cli.errors import BadData, NoInput, UsageError
+from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
 from sela_cli.stored import Stored
 
 SUFFIXES = frozenset(
@@ -75,6 +75,8 @@ class Source:
             if side and self.reduced:
                 return self.reduced(number, side)
             return self.decode(number)
+        except StoppedEarly:  # A signal may come in the middle of a picture.
+            raise
         except Exception as error:  # A decoder of a damaged file may raise anything.
             raise BadData(
                 f"{self.spec}: image '{self.keys[number]}' can't be read ({error})",
