@@ -59,6 +59,11 @@ def test_a_packed_folder_is_the_folder(side: int | None, folder: str, tmp_path: 
     assert plan(two)["megabytes"] == pytest.approx(COUNT * 3 * two.side**2 / 1e6)
 
 
+def test_a_packed_file_of_any_name_is_opened(folder: str, tmp_path: Path) -> None:
+    images, _ = open_images(packed(folder, tmp_path / "photos.pack", 16), 16)
+    assert images.keys == open_source(folder).keys
+
+
 def test_a_packed_file_is_neither_held_nor_decoded(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,9 @@ def _open(spec: str, download: bool) -> Source:
         return _hdf5(spec, path, inner)
     if lower.endswith(_LIST_SUFFIXES):
         return _list(spec)
+    # `sela pack` writes to whatever name it is given.
+    if os.access(path, os.R_OK) and h5py.is_hdf5(path):
+        return _hdf5(spec, path, inner)
     raise BadData(f"{spec}: not a folder, tar, HDF5 file or text list (.txt)")
 
 
