@@ -110,7 +110,8 @@ def certificate(head: HeadLabels) -> dict[str, Any]:
     """Sizes of a head, what its solve says of itself, and the seconds that it took."""
     values = sizes(head) | head.attributes
     if values["assign"] == "balanced":
-        values["gap"] = values["objective"] - values["lower-bound"]
+        # Below zero only by rounding.
+        values["gap"] = max(values["objective"] - values["lower-bound"], 0.0)
     values["seconds"] = float(head.trace["seconds"][-1]) if "seconds" in head.trace else 0.0
     return values
 
@@ -123,8 +124,7 @@ def certificate_lines(heads: list[dict[str, Any]]) -> list[str]:
         if values["assign"] in ("balanced", "argmax"):
             line += f", objective {values['objective']:.4f}, "
             if values["assign"] == "balanced":
-                # Below zero only by rounding.
-                line += f"gap {max(values['gap'], 0.0):.1e}, "
+                line += f"gap {values['gap']:.1e}, "
             line += (
                 f"residual {values['residual']:.1e}, {values['n-iters']} passes, "
                 f"{values['seconds']:.1f} s"
