@@ -205,6 +205,9 @@ class Problem:
         return point
 
     def _soft_sizes(self, a_K: Tensor, take: Take | None) -> Point:
+        if take == WHOLE:
+            # In double precision it may not fit.
+            take = self.whole
         if take != WHOLE:
             # Two kinds of plans need not fit.
             self._dense = self._dense if take is None else None

@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment, linprog, minimize
 from scipy.special import log_softmax, logsumexp, softmax
 from torch import Tensor
 
-from sela_cli import assignment, lbfgs, newton, sinkhorn
+from sela_cli import assignment, lbfgs, newton, semidual, sinkhorn
 from sela_cli.curvature import Products
 from sela_cli.dense import DensePlan
 from sela_cli.marginals import Between
@@ -399,6 +399,25 @@ def test_a_plan_kept_whole_changes_no_optimum(solve: Solver) -> None:
         found.append(solve(rows, uniform(12), 20.0, 1e-10, 20_000, memory=memory))
     assert found[0].converged and found[1].converged
     np.testing.assert_allclose(found[0].potentials_K, found[1].potentials_K, atol=1e-6)
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_a_whole_plan_in_double_precision_is_kept_only_where_it_fits(
+    solve: Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = set()
+
+    class Watched(DensePlan):
+        def __init__(self, rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype) -> None:
+            super().__init__(rows, lamb, a_K, dtype)
+            made.add(dtype)
+
+    monkeypatch.setattr(semidual, "DensePlan", Watched)
+    rows = InMemory.of(ArrayRows(logits(30_000, 40)))
+    for size, kinds in ((8, {torch.float32, torch.float64}), (4, {torch.float32})):
+        made.clear()
+        solution = solve(rows, uniform(40), 10.0, 1e-10, 5000, memory=size * 30_000 * 40)
+        assert solution.converged and made == kinds
 
 
 def test_plans_are_as_fine_as_memory_has_room_for() -> None:
