@@ -320,9 +320,9 @@ def main() -> None:
             "2 tol / sqrt(K). "
             "*(cap)*: not there after the iterations allowed "
             f"({', '.join(f'{k} {v}' for k, v in CAPS.items())}). Seconds: one run, newton "
-            "the median of three. Reads: passes over the matrix; two an iteration where "
-            "there are two products. Memory: peak beyond the input. *objective F*: the "
-            "semi-dual, lower is better.",
+            "the median of three. Reads: passes over the matrix, or over a plan that is kept "
+            "whole; two an iteration where there are two products. Memory: peak beyond the "
+            "input. *objective F*: the semi-dual, lower is better.",
             "",
             *small(names, options.inputs, options.log),
             "",
