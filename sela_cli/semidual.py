@@ -209,8 +209,8 @@ class Problem:
             # In double precision it may not fit.
             take = self.whole
         if take != WHOLE:
-            # Two kinds of plans need not fit.
-            self._dense = self._dense if take is None else None
+            # It is that of the last read, or none: two kinds of plans need not fit.
+            self._dense = None
             return soft_sizes(self.rows, self.lamb, a_K, self.dtype, take)
         if not (self._dense and self._dense.dtype == self.dtype and self._dense.near(a_K)):
             self._dense = None
