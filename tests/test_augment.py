@@ -133,13 +133,17 @@ def jittered_by(factors: list[float], view: Tensor, generator: torch.Generator) 
     order = torch.randperm(4, generator=generator).tolist()
     count = len(view)
     factors_n3 = torch.tensor(factors[:3]).expand(count, 3)
-    return augment._jittered(view, order, factors_n3, torch.full((count,), factors[3]))
+    view = view.clone()
+    augment._jitter(view, order, factors_n3, torch.full((count,), factors[3]))
+    return view
 
 
 def drawn_jitter(view: Tensor, augmentation: Augmentation = AUGMENTATIONS["paper"]) -> Tensor:
     draws = augment.draw(len(view), view.shape[-1], augmentation, seeded())
     assert draws.factors_n3 is not None and draws.hue_n is not None
-    return augment._jittered(view, draws.order, draws.factors_n3, draws.hue_n)
+    view = view.clone()
+    augment._jitter(view, draws.order, draws.factors_n3, draws.hue_n)
+    return view
 
 
 @pytest.mark.parametrize("operation", range(4))
@@ -158,7 +162,8 @@ def test_hue_of_greys_and_pure_colours() -> None:
     levels = torch.tensor([0.0, 0.5, 1.0])
     cube = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 27, 1)
     for shift in (-0.5, -0.2, 0.1, 1 / 3):
-        got = augment._hue_shifted(cube, torch.full((1, 1, 1), shift))
+        got = cube.clone()
+        augment._shift_hue(got, torch.full((1, 1, 1), shift))
         torch.testing.assert_close(got, functional.adjust_hue(cube, shift), atol=1e-5, rtol=0)
 
 
