@@ -28,6 +28,7 @@ import numpy as np
 
 from sela_cli import __version__, interrupt, job
 from sela_cli.errors import BadData, CannotCreate, NoInput, SelaError, StoppedEarly, UsageError
+from sela_cli.keys import named, text_of
 from sela_cli.outputs import reason, removable, replacing, synced
 from sela_cli.watchdog import survives
 
@@ -92,14 +93,6 @@ class Header:
     creation_date: str
 
 
-def dataset_id(keys: Sequence[str]) -> str:
-    """Hash of the ordered image keys."""
-    digest = hashlib.sha256()
-    for key in keys:
-        digest.update(key_bytes(key) + b"\0")
-    return "sha256:" + digest.hexdigest()
-
-
 def payload_digest(file: h5py.File) -> str:
     """Hash of the results in a file: all of it but provenance and costs."""
     digest = hashlib.sha256()
@@ -151,27 +144,17 @@ def through_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def key_bytes(key: str) -> bytes:
-    """An image's key as it is stored and hashed: names of files may be no UTF-8."""
-    return key.encode("utf-8", "surrogateescape")
-
-
-def text_of(stored: bytes) -> str:
-    """The reverse of `key_bytes`."""
-    return bytes(stored).decode("utf-8", "surrogateescape")
-
-
 def is_column(item: Any, rows: int, kinds: str) -> bool:
     """Whether this is a dataset of one value a row, of these kinds (NumPy's letters)."""
     return isinstance(item, h5py.Dataset) and item.shape == (rows,) and item.dtype.kind in kinds
 
 
-def keys_beside(item: h5py.Dataset) -> list[str] | None:
+def keys_beside(item: h5py.Dataset) -> Sequence[str] | None:
     """What anybody's file calls the rows of a dataset: `keys` (N,) in the same group."""
     keys = item.parent.get("keys")
     if not is_column(keys, item.shape[0], "SO"):
         return None
-    return [text_of(key) for key in keys[()]]
+    return named(keys[()])
 
 
 @contextmanager

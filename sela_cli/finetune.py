@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sela_cli import envelope, extras, formats, interrupt, outputs, passes, voc
+from sela_cli import extras, formats, interrupt, outputs, passes, voc
 from sela_cli.envelope import Provenance
 from sela_cli.errors import SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint
 from sela_cli.images.augment import AUGMENTATIONS, MEAN, STD, random_view
 from sela_cli.images.batches import Images, stored_side
 from sela_cli.images.sources import Source
+from sela_cli.keys import dataset_id
 from sela_cli.networks import AlexNet, Network, arrays_of, load_arrays
 from sela_cli.seeds import generator_of, seed_of
 from sela_cli.unfinished import Unfinished, momentum_of, restore_momentum
@@ -92,7 +93,7 @@ def finetune_stage(
     identity = {
         "parameters": provenance.parameters,
         "inputs": [entry["digest"] for entry in provenance.inputs],
-        "images": [envelope.dataset_id(source.keys) for source, _ in (train, test)],
+        "images": [dataset_id(source.keys) for source, _ in (train, test)],
         "recipe": asdict(recipe),
         "device": device.split(":")[0],
     }

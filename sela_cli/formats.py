@@ -22,12 +22,11 @@ from sela_cli.envelope import (
     create,
     dataset,
     datasets,
-    key_bytes,
     open_file,
     plain,
-    text_of,
 )
 from sela_cli.errors import BadData
+from sela_cli.keys import named, stored
 
 LABEL_ATTRIBUTES = (
     "assign",
@@ -103,9 +102,6 @@ class Checkpoint:
     header: Header | None = None
 
 
-# Texts that are encoded at a time.
-_TEXTS = 1 << 16
-
 PROBE_DTYPE = np.dtype(
     [
         ("layer", "S32"),
@@ -130,12 +126,10 @@ def _write_images(file: h5py.File, keys: Sequence[str], index_N: np.ndarray) -> 
 
 
 def _write_texts(file: h5py.File, name: str, texts: Sequence[str]) -> None:
-    width = max((len(key_bytes(text)) for text in texts), default=0) or 1
-    utf8 = h5py.string_dtype("utf-8", width)
-    stored = file.create_dataset(name, (len(texts),), utf8)
-    for start in range(0, len(texts), _TEXTS):
-        some = [key_bytes(text) for text in texts[start : start + _TEXTS]]
-        stored[start : start + len(some)] = np.array(some, f"S{width}").astype(utf8)
+    utf8 = h5py.string_dtype("utf-8", max((n.dtype.itemsize for _, n in stored(texts)), default=1))
+    written = file.create_dataset(name, (len(texts),), utf8)
+    for start, some_n in stored(texts):
+        written[start : start + len(some_n)] = some_n.astype(utf8)
 
 
 @contextmanager
@@ -261,10 +255,10 @@ def _table(rows: Sequence[Mapping[str, Any]], dtype: np.dtype) -> np.ndarray:
     return np.array([tuple(row[name] for name in dtype.names or ()) for row in rows], dtype)
 
 
-def read_images(path: str, file: h5py.File) -> tuple[list[str], np.ndarray]:
+def read_images(path: str, file: h5py.File) -> tuple[Sequence[str], np.ndarray]:
     """The keys and index that `logits` and `labels` name their rows with."""
     raw = dataset(path, file, "keys", (None,), "SO")[()]
-    keys = [text_of(key) for key in raw]
+    keys = named(raw)
     return keys, array(path, file, "index", (len(keys),), "iu")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
 import shlex
 import struct
@@ -20,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any, overload
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -31,6 +30,7 @@ from torch import Tensor
 from sela_cli import envelope, formats
 from sela_cli.devices import sent
 from sela_cli.errors import BadData, NoInput, SelaError
+from sela_cli.keys import RowNumbers, dataset_id
 from sela_cli.stored import Stored
 from sela_cli.tiles import CPU
 
@@ -173,33 +173,6 @@ class Product(Matrix):
         return torch.addmm(self._bias_K.to(device), block_nD, self._weight_KD.to(device).T)
 
 
-class RowNumbers(Sequence[str]):
-    """Keys of rows without names, "0", "1" and so on: as a list they took 60 bytes a row."""
-
-    def __init__(self, count: int) -> None:
-        self._rows = range(count)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        return [*map(str, self._rows[row])] if isinstance(row, slice) else str(self._rows[row])
-
-    def __iter__(self) -> Iterator[str]:
-        return map(str, self._rows)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or len(self) != len(other):
-            return False
-        return isinstance(other, RowNumbers) or all(map(operator.eq, self, other))
-
-
 @dataclass(frozen=True)
 class Scores:
     """What a file offers to be labelled: its heads, and who its rows are."""
@@ -213,7 +186,7 @@ class Scores:
     @property
     def dataset_id(self) -> str:
         """Hash of the ordered row keys."""
-        return self.header.dataset_id if self.header else envelope.dataset_id(self.keys)
+        return self.header.dataset_id if self.header else dataset_id(self.keys)
 
 
 @contextmanager

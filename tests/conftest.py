@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from sela_cli import envelope, formats
+from sela_cli.keys import dataset_id
 
 SHARED = Path(os.environ.get("SELA_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -53,7 +54,7 @@ def write_logits(tmp_path: Path) -> Callable[..., str]:
     def write(*heads_NK: np.ndarray, name: str = "logits.h5", keys: list[str] | None = None) -> str:
         path = str(tmp_path / name)
         keys = keys or [f"image/{row}" for row in range(len(heads_NK[0]))]
-        provenance = envelope.Provenance("test", {}, dataset_id=envelope.dataset_id(keys))
+        provenance = envelope.Provenance("test", {}, dataset_id=dataset_id(keys))
         columns = {f"logits/{head}": array.shape[1] for head, array in enumerate(heads_NK)}
         with formats.create_logits(
             path, keys, np.arange(len(keys)), provenance, columns=columns, dtype="float32"

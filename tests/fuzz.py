@@ -37,6 +37,7 @@ from sela_cli.envelope import Provenance
 from sela_cli.errors import SelaError
 from sela_cli.formats import Checkpoint, HeadLabels, Labels
 from sela_cli.images.sources import open_source
+from sela_cli.keys import dataset_id
 from sela_cli.scores import open_scores
 from sela_cli.shares import marginal
 
@@ -61,7 +62,7 @@ class Outcome(NamedTuple):
 
 _ROWS = 12
 _KEYS = [f"class{row % 2}/{row}.png" for row in range(_ROWS)]
-_PROVENANCE = Provenance("fuzz", {"seed": 0}, dataset_id=envelope.dataset_id(_KEYS))
+_PROVENANCE = Provenance("fuzz", {"seed": 0}, dataset_id=dataset_id(_KEYS))
 
 
 def _matrix() -> np.ndarray:

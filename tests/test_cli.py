@@ -30,6 +30,7 @@ from safetensors.numpy import save_file
 from sela_cli import __version__, cli, envelope, errors, formats, interrupt, options
 from sela_cli.envelope import Provenance
 from sela_cli.formats import Checkpoint
+from sela_cli.keys import dataset_id
 
 COMMANDS = list(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 TINY = "--arch alexnet-small --image-size 16 --device cpu --batch-size 4"
@@ -157,7 +158,7 @@ def write_logits(path: str, *heads_NK: np.ndarray, keys: list[str] | None = None
         path,
         keys,
         np.arange(len(keys)),
-        Provenance("test", {}, dataset_id=envelope.dataset_id(keys)),
+        Provenance("test", {}, dataset_id=dataset_id(keys)),
         columns={f"logits/{number}": head.shape[1] for number, head in enumerate(heads_NK)},
         dtype="float32",
     ) as datasets:

@@ -24,6 +24,7 @@ from sela_cli import envelope, formats, outputs
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, NoInput
 from sela_cli.formats import Checkpoint, HeadLabels, Labels
+from sela_cli.keys import RowNumbers, dataset_id, key_bytes, named, stored
 from sela_cli.unfinished import Unfinished
 
 PLAIN = Provenance("test", {"number": 1})
@@ -177,10 +178,10 @@ ODD_KEYS = [" ", "a,b", 'q"uote', "new\nline", "trailing ", "naïve/Ωμέγα/�
 def test_any_key_survives(keys: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/labels.h5"
-        formats.write_labels(path, some_labels(keys), PLAIN.of(envelope.dataset_id(keys)))
+        formats.write_labels(path, some_labels(keys), PLAIN.of(dataset_id(keys)))
         read = formats.read_labels(path)
     assert read.keys == keys
-    assert read.header is not None and read.header.dataset_id == envelope.dataset_id(read.keys)
+    assert read.header is not None and read.header.dataset_id == dataset_id(read.keys)
 
 
 def test_odd_keys_survive_in_logits(path: str) -> None:
@@ -196,9 +197,21 @@ def test_odd_keys_survive_in_logits(path: str) -> None:
 def test_dataset_id_is_what_the_schema_says() -> None:
     keys = [*ODD_KEYS, "plain"]
     text = b"".join(os.fsencode(key) + b"\0" for key in keys)
-    assert envelope.dataset_id(keys) == "sha256:" + hashlib.sha256(text).hexdigest()
-    assert envelope.dataset_id(keys) != envelope.dataset_id(keys[::-1])
-    assert envelope.dataset_id(["ab", "c"]) != envelope.dataset_id(["a", "bc"])
+    assert dataset_id(keys) == "sha256:" + hashlib.sha256(text).hexdigest()
+    assert dataset_id(keys) != dataset_id(keys[::-1])
+    assert dataset_id(["ab", "c"]) != dataset_id(["a", "bc"])
+
+
+@pytest.mark.parametrize("count", [1, 10, 11, 101, 70_001])
+def test_numbers_of_rows_are_kept_as_their_texts_are(count: int) -> None:
+    texts = [str(row) for row in range(count)]
+    for some in (stored(RowNumbers(count)), stored(texts)):
+        assert [key for _, block in some for key in block] == [key_bytes(key) for key in texts]
+    assert dataset_id(RowNumbers(count)) == dataset_id(texts)
+    assert isinstance(named(np.array(texts, "S")), RowNumbers)
+    assert named(np.array(texts, "S")) == texts
+    other = [*texts[:-1], "x"]
+    assert isinstance(named(np.array(other, "S")), list) and named(np.array(other, "S")) == other
 
 
 def test_labels_come_back(path: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from sela_cli import envelope, formats
 from sela_cli.images.sources import open_source
+from sela_cli.keys import dataset_id
 from sela_cli.labels import summary
 from sela_cli.scores import open_scores
 
@@ -21,7 +22,7 @@ KEYS = ["a/1.jpg", "a/2.jpg", "b/é.png"]
 def test_header_and_digest_still_hold(path: Path) -> None:
     header = envelope.read_header(str(path))
     assert header.kind == path.stem.split("-")[1].replace("features", "logits")
-    assert header.dataset_id == envelope.dataset_id(KEYS)
+    assert header.dataset_id == dataset_id(KEYS)
     with h5py.File(path) as file:
         assert envelope.payload_digest(file) == header.digest
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file as save_torch_file
 
 from sela_cli import envelope, formats, scores
 from sela_cli.errors import BadData, NoInput
+from sela_cli.keys import dataset_id
 
 N, K, D = 11, 4, 3
 RNG = np.random.default_rng(1)
@@ -44,7 +45,7 @@ def ours(
         str(path),
         keys,
         np.arange(N),
-        envelope.Provenance("test", {}, dataset_id=envelope.dataset_id(keys)),
+        envelope.Provenance("test", {}, dataset_id=dataset_id(keys)),
         columns={name: array.shape[1] for name, array in arrays.items()},
         dtype=next(iter(arrays.values())).dtype.str,
         heads=heads or [],
@@ -210,7 +211,7 @@ def test_rows_have_keys(tmp_path: Path, write: Write) -> None:
         letter = "k" if opened.header else ""
         assert opened.keys == [f"{letter}{row}" for row in range(N)]
         assert opened.index_N.tolist() == list(range(N))
-        assert opened.dataset_id == envelope.dataset_id(opened.keys)
+        assert opened.dataset_id == dataset_id(opened.keys)
 
 
 def test_rows_of_anybodys_file_are_called_as_the_keys_beside_them(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_rows_of_anybodys_file_are_called_as_the_keys_beside_them(tmp_path: Path
         file["deep/keys"] = ["b/ü.jpg", "a.jpg", "c.jpg"]
     with scores.open_scores(path) as opened:
         assert opened.keys == ["b/ü.jpg", "a.jpg", "c.jpg"]
-        assert opened.dataset_id == envelope.dataset_id(opened.keys)
+        assert opened.dataset_id == dataset_id(opened.keys)
     with h5py.File(path, "r+") as file:
         file["deep/keys"][1] = "c.jpg"
     with pytest.raises(BadData, match="twice"), scores.open_scores(path):
@@ -572,7 +573,7 @@ def test_rows_without_names_are_called_by_their_numbers(tmp_path: Path) -> None:
         assert [*keys] == names and keys == names and names == keys
         assert (keys[3], keys[-1], keys[2:5]) == ("3", "11", names[2:5])
         assert keys != names[:-1] and keys != [*names[:-1], "x"]
-        assert opened.dataset_id == envelope.dataset_id(names)
+        assert opened.dataset_id == dataset_id(names)
         assert not isinstance(keys, list)
 
 

@@ -79,6 +79,7 @@ def finetune(
 
     from sela_cli import envelope, formats, outputs, voc
     from sela_cli.finetune import FinetuneRecipe, finetune_stage
+    from sela_cli.keys import dataset_id
     from sela_cli.terminal import Terminal
     from sela_cli.training import network_of
 
@@ -113,9 +114,7 @@ def finetune(
         return
     assert state.header is not None
     parameters = {"data": data, "test": test, "limit": limit} | resolved
-    provenance = envelope.Provenance(
-        "finetune", parameters, dataset_id=envelope.dataset_id(learned[0].keys)
-    )
+    provenance = envelope.Provenance("finetune", parameters, dataset_id=dataset_id(learned[0].keys))
     with terminal.progress("finetune", "images") as progress:
         rows = finetune_stage(
             learned,

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli import envelope, interrupt, job
+from sela_cli import interrupt, job
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.images.sources import Source, open_source
+from sela_cli.keys import dataset_id
 from sela_cli.spread import spread
 
 _Made = TypeVar("_Made")
@@ -81,7 +82,7 @@ class Images:
         self.keys = [source.keys[row] for row in rows]
         self.truth_N = None if source.truth_N is None else source.truth_N[rows]
         self.classes = source.classes
-        self.dataset_id = envelope.dataset_id(self.keys)
+        self.dataset_id = dataset_id(self.keys)
         self._held: Tensor | None = None
         fits = source.pixels is not None and source.pixels.shape[-1] == side
         self._stored = source.pixels if fits else None

@@ -12,7 +12,7 @@ import tarfile
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
@@ -23,6 +23,7 @@ import numpy as np
 
 from sela_cli import envelope
 from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
+from sela_cli.keys import text_of
 from sela_cli.stored import Stored
 
 SUFFIXES = frozenset(
@@ -47,7 +48,7 @@ class Source:
     """
 
     spec: str
-    keys: list[str]
+    keys: Sequence[str]
     decode: Callable[[int], np.ndarray]
     truth_N: np.ndarray | None = None
     classes: tuple[str, ...] = ()
@@ -103,7 +104,7 @@ def is_folder(spec: str) -> bool:
     return spec != "digits" and os.path.isdir(spec)
 
 
-def no_classes(spec: str, keys: list[str], otherwise: str = "") -> BadData:
+def no_classes(spec: str, keys: Sequence[str], otherwise: str = "") -> BadData:
     """What to raise where classes are needed and the images have none.
 
     `otherwise` ends the advice.
@@ -186,7 +187,7 @@ def _with_folder_classes(source: Source) -> Source:
     return replace(source, truth_N=truth_N, classes=classes)
 
 
-def _folder_classes(keys: list[str]) -> tuple[list[str], list[str]]:
+def _folder_classes(keys: Sequence[str]) -> tuple[list[str], list[str]]:
     """The first folder of each key below those that all share, and the keys without one."""
     parts = [PurePosixPath(key).parts for key in keys]
     depth = 0
@@ -420,10 +421,10 @@ def _hdf5_classes(spec: str, path: str, group: h5py.Group) -> tuple[np.ndarray, 
     if "classes" not in group:
         values, truth_N = np.unique(labels_N, return_inverse=True)
         return truth_N, tuple(
-            envelope.text_of(value) if isinstance(value, bytes) else str(value) for value in values
+            text_of(value) if isinstance(value, bytes) else str(value) for value in values
         )
     names_C = envelope.dataset(path, group, "classes", (None,), "SO")[()]
-    names = tuple(envelope.text_of(name) for name in names_C)
+    names = tuple(text_of(name) for name in names_C)
     if labels_N.dtype.kind not in "iu" or labels_N.min() < 0 or labels_N.max() >= len(names):
         raise BadData(f"{spec}: dataset 'labels' does not number the {len(names)} 'classes'")
     return labels_N.astype(np.int64), names
