@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli.tiles import CPU, Rows, in_order, map_spans, room, tile_rows
+from sela_cli.tiles import CPU, Rows, in_order, map_spans, room, softmax, tile_rows
 
 # Potentials may have moved so far: entries that were too small for a number are negligible still.
 _NEAR = 20.0
@@ -38,7 +38,7 @@ class DensePlan:
             for first, tile_nK in tiles:
                 found_nK = self._plan_NK[first : first + len(tile_nK)]
                 score_nK = torch.add(self.a_K.to(tile_nK), tile_nK, alpha=lamb)
-                torch.softmax(score_nK, 1, out=found_nK)
+                softmax(score_nK, out=found_nK)
 
         deque(map_spans(rows, work, dtype), maxlen=0)
 

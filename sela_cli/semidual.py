@@ -28,7 +28,7 @@ from sela_cli.dense import DensePlan
 from sela_cli.marginals import Given, Marginal
 from sela_cli.plans import WHOLE, Entries, Plans, Take, gram, hessian_of
 from sela_cli.spread import spread
-from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, in_order, map_spans
+from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, in_order, map_spans, softmax
 
 # Below this a mean of softmax entries may have lost terms to underflow.
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
@@ -349,7 +349,7 @@ def plan_of_some(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype) -> Te
 
 def _plan(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
     """softmax_k(lambda score_ik + a_k) of a tile."""
-    return torch.softmax(torch.add(a_K.to(tile_nK), tile_nK, alpha=lamb), 1)
+    return softmax(torch.add(a_K.to(tile_nK), tile_nK, alpha=lamb))
 
 
 def _log_sizes(rows: Rows, lamb: float, a_K: Tensor, columns: Tensor) -> Tensor:

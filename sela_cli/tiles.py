@@ -41,6 +41,8 @@ _DEVICE_TILE, _DEVICE_VIEW = 1 << 23, 1 << 32
 _DEVICE_TILES = 8
 # Threads that read tiles for it, and so the spans that are in its memory.
 _DEVICE_WORKERS = 4
+# Rows shorter than this torch takes one number at a time, at ten times the price.
+_VECTOR = 16
 # Workers of a pass, where that is not what the calling thread has.
 _THREADS: ContextVar[int | None] = ContextVar("threads", default=None)
 # Threads that make K x K numbers each: memory is not to grow with the number of processors.
@@ -195,6 +197,14 @@ def less(wide_nK: Tensor, maximum_n1: Tensor, stored_nK: Tensor, dtype: torch.dt
     # In place where that spoils no stored rows: a large new tile costs more than the sum.
     ours = wide_nK is not stored_nK
     return (wide_nK.sub_(maximum_n1) if ours else wide_nK.sub(maximum_n1)).to(dtype)
+
+
+def softmax(score_nK: Tensor, out: Tensor | None = None) -> Tensor:
+    """Of each row; in `out`, if it is given."""
+    if score_nK.shape[1] >= _VECTOR or score_nK.device.type != "cpu":
+        return torch.softmax(score_nK, 1, out=out)
+    found_nK = torch.softmax(score_nK.T.contiguous(), 0).T
+    return found_nK if out is None else out.copy_(found_nK)
 
 
 @dataclass(frozen=True)

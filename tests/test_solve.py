@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment, linprog, minimize
 from scipy.special import log_softmax, logsumexp, softmax
 from torch import Tensor
 
-from sela_cli import assignment, lbfgs, newton, semidual, sinkhorn
+from sela_cli import assignment, lbfgs, newton, semidual, sinkhorn, tiles
 from sela_cli.curvature import Products
 from sela_cli.dense import DensePlan
 from sela_cli.marginals import Between
@@ -418,6 +418,17 @@ def test_a_whole_plan_in_double_precision_is_kept_only_where_it_fits(
         made.clear()
         solution = solve(rows, uniform(40), 10.0, 1e-10, 5000, memory=size * 30_000 * 40)
         assert solution.converged and made == kinds
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 15, 16, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softmax_of_short_rows_is_torchs(clusters: int, dtype: torch.dtype) -> None:
+    score_nK = torch.randn(301, clusters, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    expected_nK = torch.softmax(40 * score_nK, 1)
+    torch.testing.assert_close(tiles.softmax(40 * score_nK), expected_nK)
+    out_nK = torch.full_like(score_nK, torch.nan)
+    assert tiles.softmax(40 * score_nK, out=out_nK) is out_nK
+    torch.testing.assert_close(out_nK, expected_nK)
 
 
 def test_plans_are_as_fine_as_memory_has_room_for() -> None:
