@@ -105,9 +105,7 @@ class LabelSettings:
                 raise UsageError(f"{option} is not for {self._way}", "drop one of them")
         if self.solver not in SOLVERS:
             raise UsageError(f"--solver {self.solver} is none of {', '.join(SOLVERS)}")
-        if (self.min_size, self.max_size) != (None, None) and (
-            self.assign != "balanced" or self.marginal != "uniform"
-        ):
+        if self.bounded and (self.assign != "balanced" or self.marginal != "uniform"):
             raise UsageError(
                 "--min-size and --max-size are for --assign balanced, in place of --marginal"
             )
@@ -117,6 +115,11 @@ class LabelSettings:
     def as_used(self) -> LabelSettings:
         """The same, but what such labels have no use for is as by default."""
         return replace(self, **{name: getattr(LabelSettings, name) for name in self._unused})
+
+    @property
+    def bounded(self) -> bool:
+        """Whether sizes are only to lie between bounds."""
+        return (self.min_size, self.max_size) != (None, None)
 
     @property
     def _way(self) -> str:
@@ -346,10 +349,11 @@ def check(scores: Scores, path: str, settings: LabelSettings, init: Labels | Non
         count, clusters = matrix.shape
         if count == 0 or clusters == 0:
             raise BadData(f"{path}: '{matrix.name}' has shape {matrix.shape}: nothing to label")
-        if clusters > count and settings.assign != "fixed":
+        # More often a matrix of clusters x images than what is meant.
+        if clusters > count and settings.assign != "fixed" and not settings.bounded:
             raise BadData(
                 f"{path}: '{matrix.name}' has {clusters} clusters for {count} images",
-                "use at most as many clusters as images",
+                "use at most as many clusters as images, or say --max-size 1",
             )
         before = init.heads[number] if init else None
         if before and len(before.potentials_K) != clusters and settings.assign != "random":
@@ -389,7 +393,7 @@ class _Sizes(NamedTuple):
 
 def _bounds(count: int, clusters: int, settings: LabelSettings) -> Bounds | None:
     """The sizes that are allowed in place of those of the marginal, if any were given."""
-    if (settings.min_size, settings.max_size) == (None, None):
+    if not settings.bounded:
         return None
     low, high = settings.min_size or 0, min(settings.max_size or count, count)
     if not low <= high or not low * clusters <= count <= high * clusters:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sela_cli.errors import BadData
+from sela_cli.errors import BadData, NoInput
 
 
 class Stored:
@@ -27,7 +27,10 @@ class Stored:
         self._dtype, self._offset, self._shown = dtype, offset, shown
 
     def read(self, rows: slice | np.ndarray) -> np.ndarray:
-        """The named rows, in that order. Raises BadData where the file ends before them."""
+        """The named rows, in that order.
+
+        Raises BadData where the file ends before them, NoInput where the disk fails.
+        """
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(self.shape[0])
             block = np.empty((stop - start, *self.shape[1:]), self._dtype)
@@ -44,7 +47,11 @@ class Stored:
         left = block.view(np.uint8).reshape(-1)
         at = self._offset + row * math.prod(self.shape[1:]) * self._dtype.itemsize
         while len(left):
-            got = os.preadv(self.file.fileno(), [left.data], at)
+            try:
+                got = os.preadv(self.file.fileno(), [left.data], at)
+            except OSError as error:
+                # Of the disk or a file server: the file may be whole.
+                raise NoInput(f"{self._shown}: {error.strerror}") from error
             if not got:
                 raise BadData(f"{self._shown} ends too early, at row {row}", "copy it again")
             left, at = left[got:], at + got

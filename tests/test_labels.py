@@ -142,6 +142,18 @@ def test_impossible_sizes_are_refused(matrix: Path, low: int | None, high: int |
         label(matrix, min_size=low, max_size=high)
 
 
+@pytest.mark.parametrize("rows", [1, 30])
+def test_fewer_rows_than_clusters_are_given_one_each(tmp_path: Path, rows: int) -> None:
+    """As the assignment problem gives them."""
+    array = scores(rows, 100)
+    np.save(tmp_path / "few.npy", array)
+    head = label(tmp_path / "few.npy", max_size=1)
+    assert head.usage_K.max() == 1
+    chosen = linear_sum_assignment(-array)[1]
+    best, got = (array[range(rows), labels_N].mean() for labels_N in (chosen, head.labels_N))
+    assert got == pytest.approx(best, abs=1e-4)
+
+
 def test_shares_between_bounds_solve_their_own_equations() -> None:
     """r_k is c h_k, with one c wherever no bound is met."""
     array = scores(500, 7)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sela_cli.errors import BadData
+from sela_cli.errors import BadData, NoInput
 from sela_cli.stored import Stored
 
 ROWS = [
@@ -45,3 +46,13 @@ def test_a_file_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
         np.testing.assert_array_equal(rows_of.read(slice(0, 3)), array[:3])
         with pytest.raises(BadData, match="it ends too early, at row 3"):
             rows_of.read(np.array([0, 3]))
+
+
+def test_a_disk_that_fails_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with (rows_of := stored(tmp_path / "a", np.ones((7, 3)))).file:
+        monkeypatch.setattr(os, "preadv", broken)
+        with pytest.raises(NoInput, match="it: Input/output error"):
+            rows_of.read(slice(0, 3))
