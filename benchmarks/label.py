@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes",
         default="10000x1000,100000x1000,1000000x1000,100000x100,100000x300,100000x3000,"
-        "100000x10000,1281167x3000,3300000x1000:balanced:float64",
+        "100000x10000,20000000x10,1281167x3000,3300000x1000:balanced:float64",
         help="NxK, NxK:ASSIGN or NxK:ASSIGN:DTYPE",
     )
     parser.add_argument("--log", type=Path, default=Path("benchmarks/inputs/rows.md"))
