@@ -191,7 +191,10 @@ def write_labels(path: str, labels: Labels, provenance: Provenance, force: bool 
     """Write a labels file."""
     with create(path, "labels", provenance, force) as file:
         _write_images(file, labels.keys, labels.index_N)
-        file["labels"] = np.stack([head.labels_N for head in labels.heads]).astype(np.int32)
+        shape = len(labels.heads), len(labels.keys)
+        written = file.create_dataset("labels", shape, np.int32)
+        for number, head in enumerate(labels.heads):
+            written[number] = head.labels_N
         for number, head in enumerate(labels.heads):
             potentials = file.create_dataset(
                 f"potentials/{number}", data=head.potentials_K, dtype=np.float64

@@ -13,7 +13,7 @@ from typing import overload
 import numpy as np
 
 # Keys that are bytes at a time.
-_SOME = 1 << 16
+_SOME = 1 << 14
 
 
 def key_bytes(key: str) -> bytes:
@@ -87,15 +87,17 @@ def named(stored_N: np.ndarray) -> Sequence[str]:
     numbers = RowNumbers(len(stored_N))
     if all((stored_N[first : first + len(some)] == some).all() for first, some in stored(numbers)):
         return numbers
-    return [text_of(key) for key in stored_N]
+    return [text_of(key) for key in stored_N.tolist()]
 
 
 def dataset_id(keys: Sequence[str]) -> str:
     """Hash of the ordered keys, each with a zero byte behind it."""
     digest = hashlib.sha256()
-    for _, some_n in stored(keys):
-        lengths_n1 = np.char.str_len(some_n)[:, None]
-        width = some_n.dtype.itemsize + 1
-        bytes_nw = some_n.astype(f"S{width}").view(np.uint8).reshape(-1, width)
-        digest.update(bytes_nw[np.arange(width) <= lengths_n1].tobytes())
+    for start in range(0, len(keys), _SOME):
+        stop = min(start + _SOME, len(keys))
+        if isinstance(keys, RowNumbers):
+            some = keys.stored(start, stop).tolist()
+        else:
+            some = [key_bytes(key) for key in keys[start:stop]]
+        digest.update(b"\0".join(some) + b"\0")
     return "sha256:" + digest.hexdigest()

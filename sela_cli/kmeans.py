@@ -23,12 +23,14 @@ from sela_cli import interrupt
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.formats import HeadLabels, Labels, unsolved
 from sela_cli.scores import Matrix, Scores
+from sela_cli.tiles import tile_rows
 
 COMPONENTS = 256
 # Rows that the principal components are taken from, and beyond which k-means goes in
 # batches: a whole pass costs N x K x P.
 _SAMPLE = 50_000
-_BLOCK = 8192
+# Numbers that are read at a time.
+_VALUES = 1 << 21
 # Of a head, which has only to begin well.
 _HEAD_ITERATIONS = 30
 # A direction with less of the largest variance is rounding: whitening would blow it up.
@@ -136,10 +138,11 @@ def whitened(matrix: Matrix, path: str, seed: int) -> np.ndarray:
     kept = max(1, int((variances > _LEAST_VARIANCE * variances[0]).sum()))
     scale = np.sqrt(np.maximum(variances[:kept], np.finfo(np.float32).tiny)).astype(np.float32)
     points_NP = np.empty((count, kept), np.float32)
-    for start in range(0, count, _BLOCK):
-        block = np.arange(start, min(start + _BLOCK, count))
-        values = _finite(matrix.read(slice(start, block[-1] + 1)), block, path)
-        points_NP[block] = normalize(pca.transform(values)[:, :kept] / scale)
+    step = tile_rows(matrix.shape[1], _VALUES)
+    for start in range(0, count, step):
+        some = slice(start, min(start + step, count))
+        values = _finite(matrix.read(some), np.arange(some.start, some.stop), path)
+        points_NP[some] = normalize(pca.transform(values)[:, :kept] / scale)
     return points_NP
 
 

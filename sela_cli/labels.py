@@ -34,6 +34,7 @@ from sela_cli.budget import Budget
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels
+from sela_cli.keys import RowNumbers
 from sela_cli.marginals import Given, Marginal
 from sela_cli.score_rows import INPUT_KINDS, ScoreRows
 from sela_cli.scores import Matrix, Scores, open_scores
@@ -57,6 +58,8 @@ _NOT_OF = {
 _SLACK = 1e-4
 # Rows that this mean is taken over.
 _SOME = 4096
+# Lines of a table that are made at a time.
+_LINES = 1 << 16
 # Rows that tell probabilities from logits, and how far from 1 the sum of one may be.
 _LOOKED_AT, _OFF_ONE = 100, 1e-2
 
@@ -318,11 +321,11 @@ def label(
         taken = _budget(widest, settings).keep_features(scores, where)
     heads = []
     for number, matrix in enumerate(scores.heads):
-        rows = ScoreRows(matrix, path, settings.input_kind, where)
         before = init.heads[number] if init else None
         if settings.assign == "random":
             heads.append(_random_head(*matrix.shape, generator))
             continue
+        rows = ScoreRows(matrix, path, settings.input_kind, where)
         if settings.assign == "fixed" and before:
             heads.append(_fixed_head(rows, settings, before, taken))
             continue
@@ -351,9 +354,11 @@ def check(scores: Scores, path: str, settings: LabelSettings, init: Labels | Non
             raise BadData(f"{path}: '{matrix.name}' has shape {matrix.shape}: nothing to label")
         # More often a matrix of clusters x images than what is meant.
         if clusters > count and settings.assign != "fixed" and not settings.bounded:
+            mend = "use at most as many clusters as images"
+            if settings.assign == "balanced" and settings.marginal == "uniform":
+                mend += "; sela label --max-size 1 gives each a cluster of its own"
             raise BadData(
-                f"{path}: '{matrix.name}' has {clusters} clusters for {count} images",
-                "use at most as many clusters as images, or say --max-size 1",
+                f"{path}: '{matrix.name}' has {clusters} clusters for {count} images", mend
             )
         before = init.heads[number] if init else None
         if before and len(before.potentials_K) != clusters and settings.assign != "random":
@@ -373,7 +378,7 @@ def check(scores: Scores, path: str, settings: LabelSettings, init: Labels | Non
 
 def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadLabels:
     return HeadLabels(
-        labels_N=assignment.random_balanced(count, clusters, generator),
+        labels_N=assignment.random_balanced(count, clusters, generator).astype(np.int32),
         potentials_K=np.zeros(clusters),
         attributes=formats.unsolved("random"),
     )
@@ -468,7 +473,7 @@ def _solve_head(
         result = assignment.certified(whole, solution.potentials_K / settings.lamb, sizes.allowed)
     done = assign == settings.assign
     return HeadLabels(
-        labels_N=result.labels_N,
+        labels_N=result.labels_N.astype(np.int32),
         potentials_K=solution.potentials_K.numpy(),
         attributes={
             "assign": assign,
@@ -536,7 +541,7 @@ def _fixed_head(
     result = assignment.certified(kept, torch.from_numpy(before.potentials_K) / lamb, None)
     known = {"lamb": lamb, "objective": result.objective, "bytes-read": _bytes_read(rows)}
     return HeadLabels(
-        labels_N=result.labels_N,
+        labels_N=result.labels_N.astype(np.int32),
         potentials_K=before.potentials_K,
         attributes=formats.unsolved("fixed") | known,
     )
@@ -549,12 +554,14 @@ def write_csv(path: str, labels: Labels, force: bool = False) -> None:
         partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
     ):
         # Lines end as awk and cut read them; a name with a line's end in it is quoted then too.
-        odd = any("\r" in key for key in labels.keys)
+        odd = not isinstance(labels.keys, RowNumbers) and any("\r" in key for key in labels.keys)
         writer = csv.writer(
             stream,
             lineterminator="\n",
             quoting=csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL,
         )
         writer.writerow(["key", *labels.columns])
-        columns = [head.labels_N.tolist() for head in labels.heads]
-        writer.writerows(zip(labels.keys, *columns, strict=True))
+        for start in range(0, len(labels.keys), _LINES):
+            some = slice(start, start + _LINES)
+            columns = [head.labels_N[some].tolist() for head in labels.heads]
+            writer.writerows(zip(labels.keys[some], *columns, strict=True))

@@ -5,7 +5,7 @@ N images, K clusters, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
@@ -180,8 +180,7 @@ def between_files(labels: Labels, other_path: str) -> list[dict[str, float]]:
             f"{_path(labels)} has {len(labels.heads)} heads, {other_path} {len(other.heads)}",
             "compare one head with --truth",
         )
-    rows = dict(zip(other.keys, range(len(other.keys)), strict=True))
-    order_N = _of_keys(labels, rows, other_path)
+    order_N = _by_key(labels, other.keys, np.arange(len(other.keys)), other_path)
     return [
         {"head": number}
         | sizes(mine)
@@ -215,25 +214,26 @@ def _truth(labels: Labels, truth: str) -> np.ndarray:
         return _truth_of_array(labels, truth)
     if truth.endswith((".h5", ".hdf5")) and not _holds_images(truth):
         other = formats.read_labels(truth)
-        classes = dict(zip(other.keys, other.heads[0].labels_N.tolist(), strict=True))
-    else:
-        source = open_source(truth)
-        if source.truth_N is None:
-            raise no_classes(truth, source.keys, ", or give a .npy of one class a row")
-        classes = dict(zip(source.keys, source.truth_N.tolist(), strict=True))
-    return _of_keys(labels, classes, truth)
+        return _by_key(labels, other.keys, other.heads[0].labels_N, truth)
+    source = open_source(truth)
+    if source.truth_N is None:
+        raise no_classes(truth, source.keys, ", or give a .npy of one class a row")
+    return _by_key(labels, source.keys, source.truth_N, truth)
 
 
-def _of_keys(labels: Labels, values: Mapping[str, int], source: str) -> np.ndarray:
-    """What `source` says of every row of `labels`, by key."""
-    missing = [key for key in labels.keys if key not in values]
+def _by_key(labels: Labels, keys: Sequence[str], values_N: np.ndarray, source: str) -> np.ndarray:
+    """What `source` says of every row of `labels`, whose rows it may have in another order."""
+    if labels.keys == keys:
+        return values_N
+    rows = dict(zip(keys, range(len(keys)), strict=True))
+    missing = [key for key in labels.keys if key not in rows]
     if missing:
         raise BadData(
             f"{source} has no class for {len(missing)} of {len(labels.keys)} images of "
             f"{_path(labels)}, first '{missing[0]}'",
             "give the images that were embedded",
         )
-    return np.array([values[key] for key in labels.keys])
+    return values_N[[rows[key] for key in labels.keys]]
 
 
 def _truth_of_array(labels: Labels, truth: str) -> np.ndarray:

@@ -84,7 +84,8 @@ class Plans:
         """The same Hessian of all of the rows by its products with vectors, and its diagonal:
         in double precision, and without a matrix of K x K."""
         factor_K = self._factor(a_K)
-        parts = list(in_order(partial(_moved, factor_K=factor_K), self._blocks, CPU))
+        moved = partial(_moved, factor_K=factor_K)
+        parts = list(in_order(moved, self._blocks, CPU, SQUARE_WORKERS))
         # So that the rows of the Hessian sum to zero though entries are left out.
         whole_K = self._summed(parts, lambda part: part.T @ (part @ np.ones_like(factor_K)))
         squares_K = self._summed(parts, _squares)

@@ -255,7 +255,7 @@ def _scores_of_hdf5(stack: ExitStack, path: str, file: h5py.File, name: str) -> 
         name = name or _only_matrix(path, file)
         matrix = _of_dataset(stack, path, file, name)
         keys = envelope.keys_beside(file[name.lstrip("/")])
-        if keys and len(set(keys)) < len(keys):
+        if keys and not isinstance(keys, RowNumbers) and len(set(keys)) < len(keys):
             raise BadData(f"{path}: the 'keys' beside '{name}' name a row twice", "mend them")
         return _anonymous(matrix, keys)
     header = envelope.read_header_of(path, file)
@@ -393,7 +393,9 @@ def _open_npy(stack: ExitStack, path: str, actual: str, name: str) -> Scores:
 def _of_stored(stack: ExitStack, stored: Stored, name: str) -> Matrix:
     stack.enter_context(stored.file)
     rows, clusters = stored.shape
-    return Matrix((rows, clusters), stored.read, name)
+    matrix = Matrix((rows, clusters), stored.read, name)
+    stored.unwanted = matrix.tally.add
+    return matrix
 
 
 def _open_npz(stack: ExitStack, path: str, actual: str, name: str) -> Scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -763,3 +764,21 @@ def test_stored_side(native: int, size: int, side: int) -> None:
 def test_default_image_size(side: int, size: int, tmp_path: Path) -> None:
     Image.new("RGB", (side, side)).save(tmp_path / "a.png")
     assert open_images(str(tmp_path), None)[1] == size
+
+
+def test_a_disk_that_fails_is_no_damage_to_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "images.h5")
+    with h5py.File(path, "w") as file:
+        file["images"] = np.zeros((4, 3, 8, 8), np.uint8)
+    source = open_source(path)
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(NoInput, match="Input/output error"):
+        source.image(0)
+    with pytest.raises(NoInput, match="Input/output error"):
+        open_images(path, 8, skip_bad=True)

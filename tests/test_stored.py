@@ -39,6 +39,22 @@ def test_rows_are_those_of_the_array(dtype: str, shape: tuple[int, ...], tmp_pat
             assert rows_of.read(rows).dtype == array.dtype
 
 
+@pytest.mark.parametrize("skipped", [0, 12, 24, 4096])
+@pytest.mark.parametrize("piece", [1, 40, 1 << 20])
+def test_what_lies_between_rows_may_be_read_too(
+    skipped: int, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sela_cli.stored._SKIPPED", skipped)
+    monkeypatch.setattr("sela_cli.stored._PIECE", piece)
+    array = np.random.default_rng(0).standard_normal((100, 3)).astype(np.float32)
+    with (rows_of := stored(tmp_path / "a", array)).file:
+        for step in (1, 2, 3, 50):
+            rows = np.arange(0, 100, step)
+            np.testing.assert_array_equal(rows_of.read(rows), array[rows])
+        rows = np.array([99, 3, 4, 4, 6, 9, 2])
+        np.testing.assert_array_equal(rows_of.read(rows), array[rows])
+
+
 def test_a_file_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
     array = np.arange(70, dtype=np.float32).reshape(7, 10)
     with (rows_of := stored(tmp_path / "a", array)).file:

@@ -76,7 +76,8 @@ class Source:
             if side and self.reduced:
                 return self.reduced(number, side)
             return self.decode(number)
-        except StoppedEarly:  # A signal may come in the middle of a picture.
+        except (StoppedEarly, NoInput):
+            # A signal may come in the middle of a picture, and a disk may fail.
             raise
         except Exception as error:  # A decoder of a damaged file may raise anything.
             raise BadData(
@@ -175,8 +176,10 @@ def _rgb_file(path: Path, side: int = 0) -> np.ndarray:
 
 
 def _classes_of(names: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    classes, truth_N = np.unique(names, return_inverse=True)
-    return truth_N.astype(np.int64), tuple(str(name) for name in classes)
+    # Not np.unique, which makes every name as long as the longest.
+    classes = sorted(set(names))
+    numbers = dict(zip(classes, range(len(classes)), strict=True))
+    return np.array([numbers[name] for name in names], np.int64), tuple(classes)
 
 
 def _with_folder_classes(source: Source) -> Source:
