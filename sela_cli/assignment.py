@@ -228,7 +228,11 @@ def balanced(
         movable = rows if len(chosen_n) == count else Some(rows, chosen_n)
         # A cluster's rows are read for every path through it.
         size = movable.tile(0, 0, None).element_size()
-        if len(chosen_n) * clusters * size <= memory:
+        fits = len(chosen_n) * clusters * size <= memory
+        if isinstance(rows, InMemory) and not fits:
+            # All of them are there, without a copy.
+            chosen_n, margin, movable = np.arange(count), np.inf, rows
+        if fits or isinstance(movable, InMemory):
             movable = Resident.of(movable, CPU)
         flow = _Flow(movable, labels_N[chosen_n], prices_P, margin, aims_K, bounds)
         while surplus_P.any() and flow.advance(surplus_P, slack):

@@ -137,6 +137,8 @@ class Resident:
     @classmethod
     def of(cls, source: Rows, device: torch.device | None = None) -> Resident:
         """All the rows, read once; on the device that they are on, or another."""
+        if isinstance(source, InMemory) and device in (None, source.device):
+            return cls(source.scores_NK)
         dtype = source.tile(0, 0, None).dtype
         stored_NK = torch.empty(source.shape, dtype=dtype, device=device or source.device)
 

@@ -655,6 +655,33 @@ def test_rows_of_large_margins_are_not_needed(start: str, monkeypatch: pytest.Mo
     assert looked_at[0] < 20 and looked_at[-1] == 240 and len(looked_at) > 3
 
 
+@pytest.mark.parametrize("each_cluster", [1, 64])
+def test_rows_in_memory_are_balanced_without_another_read(
+    each_cluster: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though there is no room for a copy of those that are looked at."""
+    source = ArrayRows(logits(240, 8, scale=3.0))
+    rows = InMemory.of(source)
+    bounds = assignment.size_bounds(240, uniform(8).numpy())
+    prices_K = torch.zeros(8, dtype=torch.float64)
+    preferred = assignment.preferences(rows, prices_K)
+    monkeypatch.setattr(assignment, "_PER_MOVE", 0)
+    monkeypatch.setattr(assignment, "_PER_CLUSTER", each_cluster)
+    reading = source.take
+
+    def take(rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
+        assert not len(rows_n)
+        return reading(rows_n, dtype)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "take", take)
+        labels_N, _ = assignment.balanced(rows, prices_K, bounds, memory=0, preferred=preferred)
+    assert np.bincount(labels_N, minlength=8).tolist() == [30] * 8
+    objective = assignment.certified(rows, prices_K, None, labels_N).objective
+    best = cost_of_optimal_matching(source.scores_NK, np.full(8, 30))
+    assert objective == pytest.approx(best, abs=1e-6)
+
+
 def test_slack_costs_at_most_what_it_says() -> None:
     rows = ArrayRows(logits(800, 40, scale=0.05))
     bounds = assignment.size_bounds(800, uniform(40).numpy())
