@@ -129,10 +129,12 @@ def write_logits_as_npy(
             if scores.features is None:
                 raise BadData(f"{path} holds logits, no features", "sela embed --store features")
             matrix = scores.features.matrix
-        with outputs.replacing(output, force) as partial:
+        # Not by a mapping: a disk that is full would kill the process.
+        with outputs.replacing(output, force) as partial, partial.open("wb") as stream:
             dtype = matrix.read(slice(0, 1)).dtype
-            written = np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=matrix.shape)
+            descr = np.lib.format.dtype_to_descr(dtype)
+            header = {"descr": descr, "fortran_order": False, "shape": matrix.shape}
+            np.lib.format.write_array_header_1_0(stream, header)
             for start in range(0, matrix.shape[0], _TILE_ROWS):
-                written[start : start + _TILE_ROWS] = matrix.read(slice(start, start + _TILE_ROWS))
-            written.flush()
+                stream.write(matrix.read(slice(start, start + _TILE_ROWS)).tobytes())
             return matrix.shape

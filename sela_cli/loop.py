@@ -48,10 +48,13 @@ from sela_cli.precision import faster
 from sela_cli.relabel import relabel_stage
 from sela_cli.run_folder import claim, held, is_own, own_files, precision_of, write_json
 from sela_cli.run_settings import RunSettings, check_heads
+from sela_cli.spread import spread
 from sela_cli.training import label_view, network_of, train_stage
 
 Progress = Callable[[int, int, str], None]
 HOLDOUT = 0.2
+# Images that the kNN accuracy of a run is taken of, at most.
+KNN_IMAGES = 50_000
 _PREDICTIONS = "predictions.json"
 
 
@@ -411,7 +414,10 @@ class _Run:
             return
         state, network = self._state(checkpoint)
         assert state.header is not None
-        bank, test = probes.holdout(self.images, HOLDOUT, self.settings.recipe.seed)
+        # The cost grows with their square.
+        few = len(self.images) <= KNN_IMAGES
+        images = self.images if few else self.images.subset(spread(len(self.images), KNN_IMAGES))
+        bank, test = probes.holdout(images, HOLDOUT, self.settings.recipe.seed)
         parameters = {"method": "knn", "holdout": HOLDOUT, "seed": self.settings.recipe.seed}
         with self.watcher.stage(f"kNN of {checkpoint}") as progress:
             probes.probe_stage(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from sela_cli import formats, interrupt, job, outputs, parallel, passes
+from sela_cli import formats, interrupt, job, outputs, parallel, passes, schedule
 from sela_cli.batchwide import BatchNorm2d
 from sela_cli.devices import sent
 from sela_cli.envelope import Provenance
@@ -107,6 +107,7 @@ class LinearRecipe:
                 raise UsageError(f"{option} {number} must be at least {least} and finite")
         if not 0 < self.validation < 1:
             raise UsageError(f"--validation {self.validation} must lie between 0 and 1")
+        schedule.check_milestones(self.milestones)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from sela_cli.errors import UsageError
 
 RELABEL_KINDS = ("quadratic", "linear")
 LR_KINDS = ("step", "cosine", "constant")
@@ -34,6 +37,13 @@ def learning_rate(
         return 0.5 * lr * (1 + math.cos(math.pi * min(position / epochs, 1.0)))
     assert kind == "step"
     return float(lr * factor ** sum(position >= milestone for milestone in milestones))
+
+
+def check_milestones(milestones: Sequence[float]) -> None:
+    """Raises UsageError where one is no fraction of the epochs."""
+    if not all(0 <= milestone <= 1 for milestone in milestones):
+        told = ",".join(f"{milestone:g}" for milestone in milestones)
+        raise UsageError(f"--lr-milestones {told} are no fractions of the epochs, 0 to 1")
 
 
 def step_at(position: float, steps_per_epoch: int) -> int:

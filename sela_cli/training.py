@@ -85,6 +85,7 @@ class Recipe:
                 raise UsageError(f"{option} {number} must be at least {least} and finite")
         if self.lr == 0:
             raise UsageError("--lr 0 would learn nothing")
+        schedule.check_milestones(self.lr_milestones)
 
     @classmethod
     def of(cls, *layers: dict[str, Any]) -> Recipe:

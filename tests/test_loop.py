@@ -126,6 +126,16 @@ def test_every_round_is_balanced_and_told(
     assert summary["heads"][0]["clusters"] == 5 and summary["heads"][1]["clusters"] == 8
 
 
+def test_knn_accuracy_is_that_of_some_images_where_there_are_many(
+    images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "KNN_IMAGES", 30)
+    loop.run(images, tmp_path / "run", settings, Watcher(no_progress, print))
+    for name in ("probe-000.h5", "probe.h5"):
+        rows = formats.read_probe(str(tmp_path / "run" / name))
+        assert rows and {row["n"] for row in rows} == {6}
+
+
 def test_rounds_begin_at_the_positions_of_the_schedule(
     images: Images, settings: RunSettings, tmp_path: Path
 ) -> None:

@@ -249,6 +249,8 @@ def test_classes_of_other_names_are_bad_data(
         ("lr", (0.1, 0.1)),
         ("crops", 5),
         ("validation", 1.0),
+        ("lr_milestones", (10, 20, 30)),
+        ("lr_milestones", (math.nan,)),
     ],
 )
 def test_options_without_meaning(

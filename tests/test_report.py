@@ -470,6 +470,9 @@ def test_trace_of_labels(run_folder: Path, tmp_path: Path) -> None:
         for line, head in zip(axes.lines[: len(heads)], heads, strict=True):
             np.testing.assert_array_equal(line.get_xdata(), head.trace[name])
             np.testing.assert_array_equal(line.get_ydata(), head.trace["residual"])
+    # Of heads that were not all solved for each keeps its number.
+    (legend,) = figures.trace([{}, heads[1].trace], 1e-4).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["head 1", "tolerance"]
 
 
 # ---- in a browser -----------------------------------------------------------

@@ -456,6 +456,22 @@ def test_no_images_at_all(form: Callable[[Path], str], tmp_path: Path) -> None:
         open_source(form(tmp_path))
 
 
+def test_a_compressed_tar_is_read_from_beginning_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its members are called: going back would be to begin again."""
+    at: list[int] = []
+    member_bytes = sources._member_bytes
+
+    def noting(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+        at.append(member.offset_data)
+        return member_bytes(archive, member)
+
+    monkeypatch.setattr(sources, "_member_bytes", noting)
+    source = open_source(write_tar(tmp_path / "a.tar.gz", NAMES[::-1], FILES[::-1]))
+    assert at == sorted(at) and len(at) == len(source) and source.keys == sorted(source.keys)
+
+
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
 def test_tar_members_are_never_extracted(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

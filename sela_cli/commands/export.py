@@ -21,8 +21,8 @@ def export(
             "--output",
             "-o",
             metavar="FILE",
-            help="NAME.safetensors (a state dict; a ResNet's loads in torchvision) or NAME.onnx "
-            "(needs the extra onnx).",
+            help="NAME.safetensors (a state dict; a ResNet's for more than 64 pixels loads in "
+            "torchvision) or NAME.onnx (needs the extra onnx).",
         ),
     ],
     force: Force = False,

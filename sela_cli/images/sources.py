@@ -26,6 +26,8 @@ from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
 from sela_cli.keys import text_of
 from sela_cli.stored import Stored
 
+# HDF5's for the chunks of images, and a prime number of places in it.
+_CACHE_BYTES, _CACHE_SLOTS = 64 << 20, 100_003
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
@@ -291,7 +293,11 @@ def _tar(spec: str) -> Source:
             # Only an uncompressed tar can be read at random; others are held as they are, encoded.
             plain = isinstance(archive.fileobj, BufferedReader)
             # Once, however many links lead to it.
-            held = {} if plain else {m: _member_bytes(archive, m) for m in dict.fromkeys(members)}
+            held = {}
+            if not plain:
+                # As they lie there: to go back is to decompress from the beginning.
+                for member in sorted(set(members), key=lambda member: member.offset_data):
+                    held[member] = _member_bytes(archive, member)
     except PermissionError as error:
         raise NoInput(f"{spec}: permission denied", f"chmod u+r {shlex.quote(spec)}") from error
     except (
@@ -402,7 +408,9 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
         # A link may lead to another file.
         lies_in = item.file.filename
     stored = None if offset is None else Stored(lies_in, np.dtype(np.uint8), shape, offset, path)
-    chunked: Any = h5py.File(path, "r")[names[0]] if stored is None else None
+    # An image may lie in a part of each of hundreds of chunks: all of these are to have room.
+    cache = {"rdcc_nbytes": _CACHE_BYTES, "rdcc_nslots": _CACHE_SLOTS}
+    chunked: Any = h5py.File(path, "r", **cache)[names[0]] if stored is None else None
     lock = threading.Lock()
 
     def decode(number: int) -> np.ndarray:
@@ -500,7 +508,8 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
     elif name == "voc2007":
         keys = [f"{split}/{Path(path).name}" for path in data.images]
     else:
-        keys = [f"{split}/{number:06d}" for number in range(len(data))]
+        # Numbers alone would take labels of one set for those of another.
+        keys = [f"{name}/{split}/{number:06d}" for number in range(len(data))]
     # VOC's targets are annotation files: an image there has several classes.
     labels = None if name == "voc2007" else getattr(data, "targets", getattr(data, "labels", None))
     truth_N = None if labels is None else np.asarray(labels, dtype=np.int64)

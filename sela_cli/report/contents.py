@@ -80,11 +80,13 @@ def read(folder: Path, data: str | None = None) -> Contents:
         raise NoInput(f"{folder}: no finished run in it", "give the folder of `sela run --out`")
     try:
         run = json.loads((folder / "run.json").read_text())
-        spec = data or run["data"]
-    except (OSError, ValueError, KeyError) as error:
-        raise BadData(
-            f"{folder / 'run.json'}: damaged ({error!r})", "name the images by --data"
-        ) from error
+        spec, settings = data or run["data"], run["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if data is None:
+            raise BadData(
+                f"{folder / 'run.json'}: damaged ({error!r})", "name the images by --data"
+            ) from error
+        spec, settings = data, {}
     source = open_source(spec)
     labels = _found(source, formats.read_labels(str(folder / "labels.h5")))
     with (folder / "rounds.csv").open(newline="") as stream:
@@ -99,7 +101,7 @@ def read(folder: Path, data: str | None = None) -> Contents:
     probes = [path for path in folder.glob("probe*.h5") if path in own or _is_probe(path)]
     return Contents(
         folder=folder,
-        settings=run["settings"],
+        settings=settings,
         rounds=rounds,
         labels=labels,
         traces=[_traces(str(folder / f"labels-{number:03d}.h5")) for number in range(len(rounds))],
@@ -252,7 +254,7 @@ def thumbnail(contents: Contents, row: int) -> str:
     """An image as a data URL, its centre square at most 64 pixels wide."""
     from PIL import Image
 
-    pixels = contents.source.image(int(contents.labels.index_N[row]))
+    pixels = contents.source.image(int(contents.labels.index_N[row]), _THUMBNAIL_SIDE)
     side = min(_THUMBNAIL_SIDE, *pixels.shape[:2])
     kind = "png" if side <= _SMALL_SIDE else "jpeg"
     stream = BytesIO()

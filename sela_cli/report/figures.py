@@ -122,6 +122,8 @@ def trace(traces: Sequence[Trace], tol: float) -> Figure:
     figure = Figure(figsize=(7.5, 3.0), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for number, head in enumerate(traces):
+        if not _solved(head):
+            continue
         for axes, name in ((left, "iteration"), (right, "seconds")):
             label = f"head {number}" if len(traces) <= 10 else None
             axes.plot(head[name], head["residual"], "o-", ms=2, lw=1, label=label)
@@ -232,11 +234,15 @@ def write_pngs(figures: dict[str, Figure], folder: Path, force: bool = False) ->
         write_png(figure, str(folder / f"{name}.png"), force)
 
 
+def _solved(trace: Trace) -> bool:
+    return len(trace.get("iteration", ())) > 0
+
+
 def write_trace(labels_path: str, output: str, force: bool = False) -> None:
     """The convergence of a labels file as a PNG. Raises BadData where there is none."""
     labels = formats.read_labels(labels_path)
-    traces = [head.trace for head in labels.heads if len(head.trace.get("iteration", ()))]
-    if not traces:
+    traces = [head.trace for head in labels.heads]
+    if not any(map(_solved, traces)):
         raise BadData(f"{labels_path}: no trace in it: random labels are not solved for")
     with matplotlib.rc_context(_STYLE):
         figure = trace(traces, labels.heads[0].attributes["tol"])
