@@ -93,11 +93,6 @@ def named(stored_N: np.ndarray) -> Sequence[str]:
 def dataset_id(keys: Sequence[str]) -> str:
     """Hash of the ordered keys, each with a zero byte behind it."""
     digest = hashlib.sha256()
-    for start in range(0, len(keys), _SOME):
-        stop = min(start + _SOME, len(keys))
-        if isinstance(keys, RowNumbers):
-            some = keys.stored(start, stop).tolist()
-        else:
-            some = [key_bytes(key) for key in keys[start:stop]]
-        digest.update(b"\0".join(some) + b"\0")
+    for _, some_n in stored(keys):
+        digest.update(b"\0".join(some_n.tolist()) + b"\0")
     return "sha256:" + digest.hexdigest()

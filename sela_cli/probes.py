@@ -107,7 +107,8 @@ class LinearRecipe:
                 raise UsageError(f"{option} {number} must be at least {least} and finite")
         if not 0 < self.validation < 1:
             raise UsageError(f"--validation {self.validation} must lie between 0 and 1")
-        schedule.check_milestones(self.milestones)
+        if not schedule.are_fractions(self.milestones):
+            raise UsageError("--lr-milestones are fractions of the epochs, 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from sela_cli.errors import UsageError
-
 RELABEL_KINDS = ("quadratic", "linear")
 LR_KINDS = ("step", "cosine", "constant")
 
@@ -39,11 +37,9 @@ def learning_rate(
     return float(lr * factor ** sum(position >= milestone for milestone in milestones))
 
 
-def check_milestones(milestones: Sequence[float]) -> None:
-    """Raises UsageError where one is no fraction of the epochs."""
-    if not all(0 <= milestone <= 1 for milestone in milestones):
-        told = ",".join(f"{milestone:g}" for milestone in milestones)
-        raise UsageError(f"--lr-milestones {told} are no fractions of the epochs, 0 to 1")
+def are_fractions(milestones: Sequence[float]) -> bool:
+    """Whether all lie within the epochs."""
+    return all(0 <= milestone <= 1 for milestone in milestones)
 
 
 def step_at(position: float, steps_per_epoch: int) -> int:

@@ -85,7 +85,8 @@ class Recipe:
                 raise UsageError(f"{option} {number} must be at least {least} and finite")
         if self.lr == 0:
             raise UsageError("--lr 0 would learn nothing")
-        schedule.check_milestones(self.lr_milestones)
+        if not schedule.are_fractions(self.lr_milestones):
+            raise UsageError("--lr-milestones are fractions of the epochs, 0 to 1")
 
     @classmethod
     def of(cls, *layers: dict[str, Any]) -> Recipe:

@@ -199,7 +199,7 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("label vector.npy -o new.h5", 65, ["vector.npy", "(12,)"]),
     ("label wide.npy -o new.h5", 65, ["wide.npy", "12 clusters", "3 images"]),
     ("label wide.npy -o new.h5 --assign random", 65, ["wide.npy", "12 clusters"]),
-    (f"{TRAIN} -l photo-labels.h5 --lr-milestones 30,60", 2, ["30,60 are no fractions"]),
+    (f"{TRAIN} -l photo-labels.h5 --lr-milestones 30,60", 2, ["--lr-milestones are fractions"]),
     ("label labels.h5 -o new.h5", 65, ["labels.h5", "logits are needed"]),
     *[
         (f"label foreign.{ending} -o new.h5", 65, [f"numpy.save('scores.npy', {array})"])

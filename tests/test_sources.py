@@ -729,6 +729,12 @@ def test_lazy_and_held_batches_are_equal(tmp_path: Path, monkeypatch: pytest.Mon
     for images in (held.subset(part), lazy.subset(part)):
         assert images.keys == [NAMES[4], NAMES[1]] and images.index_N.tolist() == [4, 1]
         assert torch.equal(images.batch(torch.arange(2)), expected)
+    # What is in memory is not copied, and what is not may be read into it later.
+    assert held.subset(part)._held is held._held
+    late = lazy.subset(part)
+    monkeypatch.setattr(batches, "_MEMORY_BYTES", 1 << 30)
+    late.hold(lambda done, total, note: None)
+    assert late._held is not None and torch.equal(late.batch(torch.arange(2)), expected)
 
 
 # ---- squares ----------------------------------------------------------------

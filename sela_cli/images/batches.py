@@ -83,7 +83,9 @@ class Images:
         self.truth_N = None if source.truth_N is None else source.truth_N[rows]
         self.classes = source.classes
         self.dataset_id = dataset_id(self.keys)
+        # All that are in memory, and where these are among them.
         self._held: Tensor | None = None
+        self._places_N = torch.arange(len(rows))
         fits = source.pixels is not None and source.pixels.shape[-1] == side
         self._stored = source.pixels if fits else None
 
@@ -107,7 +109,7 @@ class Images:
         if self._stored is not None:
             return torch.from_numpy(self._stored.read(self.index_N[rows_n.numpy()]))
         if self._held is not None:
-            return self._held[rows_n]
+            return self._held[self._places_N[rows_n]]
         return _stacked(self._decoding(rows_n))
 
     def stream(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -131,7 +133,7 @@ class Images:
     def subset(self, rows: np.ndarray) -> Images:
         """Some of the images, in the given order."""
         part = Images(self.source, self.side, self.index_N[rows], self._decoders)
-        part._held = None if self._held is None else self._held[torch.from_numpy(rows)]
+        part._held, part._places_N = self._held, self._places_N[torch.from_numpy(rows)]
         return part
 
     def hold(self, progress: Callable[[int, int, str], None]) -> None:
@@ -144,7 +146,7 @@ class Images:
             progress(start + len(batch), len(self), "")
             if interrupt.requested():
                 raise StoppedEarly(f"{self.spec}: stopped while decoding", "run it again")
-        self._held = held
+        self._held, self._places_N = held, torch.arange(len(self))
 
     def in_order(self, batch_size: int) -> Iterator[tuple[int, Tensor]]:
         """Every image, by batches, each with the position of its first."""
