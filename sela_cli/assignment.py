@@ -127,8 +127,9 @@ def certified(
                 part_n[:] = first_n.cpu().numpy()
             labels_n1 = torch.from_numpy(part_n[:, None]).to(rows.device)
             # The maximum of each row is 0. Torch's own is slow where rows are short.
-            loss_n1 = tile_nK.exp().sum(1, keepdim=True).log_() - tile_nK.gather(1, labels_n1)
-            less_n1 = tile_nK.gather(1, labels_n1) - priced_nK.gather(1, first_n[:, None])
+            own_n1 = tile_nK.gather(1, labels_n1)
+            loss_n1 = tile_nK.exp().sum(1, keepdim=True).log_() - own_n1
+            less_n1 = own_n1 - priced_nK.gather(1, first_n[:, None])
             losses += float(loss_n1.sum()), float((loss_n1 + less_n1).sum())
         return losses
 

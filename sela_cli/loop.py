@@ -415,8 +415,7 @@ class _Run:
         state, network = self._state(checkpoint)
         assert state.header is not None
         # The cost grows with their square.
-        few = len(self.images) <= KNN_IMAGES
-        images = self.images if few else self.images.subset(spread(len(self.images), KNN_IMAGES))
+        images = self.images.subset(spread(len(self.images), KNN_IMAGES))
         bank, test = probes.holdout(images, HOLDOUT, self.settings.recipe.seed)
         parameters = {"method": "knn", "holdout": HOLDOUT, "seed": self.settings.recipe.seed}
         with self.watcher.stage(f"kNN of {checkpoint}") as progress:

@@ -319,8 +319,8 @@ def _shift_hue(view: Tensor, shift: Tensor) -> None:
         torch.eq(channel, value, out=mask)
         torch.sub(after, before, out=part).div_(safe).add_(hue)
         sixth.lerp_(part, mask)
-    turn = sixth.div_(6).add_(shift)
-    sixth = turn.sub_(torch.floor(turn, out=part)).mul_(6)
+    sixth.div_(6).add_(shift)
+    sixth.sub_(torch.floor(sixth, out=part)).mul_(6)
     # A channel lacks of the value 0 to 1 times the chroma, by its distance from its own hue.
     torch.sub(sixth, 3, out=part).abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma)
     torch.sub(value, part, out=red)

@@ -292,12 +292,10 @@ def _tar(spec: str) -> Source:
             members = [member for _, member in images]
             # Only an uncompressed tar can be read at random; others are held as they are, encoded.
             plain = isinstance(archive.fileobj, BufferedReader)
-            # Once, however many links lead to it.
-            held = {}
-            if not plain:
-                # As they lie there: to go back is to decompress from the beginning.
-                for member in sorted(set(members), key=lambda member: member.offset_data):
-                    held[member] = _member_bytes(archive, member)
+            # Once, however many links lead to it, and as they lie there: to go back is to
+            # decompress from the beginning.
+            once = sorted(set(members), key=lambda member: member.offset_data)
+            held = {} if plain else {member: _member_bytes(archive, member) for member in once}
     except PermissionError as error:
         raise NoInput(f"{spec}: permission denied", f"chmod u+r {shlex.quote(spec)}") from error
     except (
