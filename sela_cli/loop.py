@@ -450,8 +450,7 @@ class _Run:
         row |= self._kept()[str(number)]
         if self.images.truth_N is not None:
             scores = [
-                metrics.agreement_but_ami(head.labels_N, self.images.truth_N)
-                for head in labels.heads
+                metrics.agreement(head.labels_N, self.images.truth_N) for head in labels.heads
             ]
             for name in ("nmi", "ari"):
                 row[name] = float(np.mean([score[name] for score in scores]))
@@ -507,7 +506,7 @@ class _Run:
         }
         if self.images.truth_N is not None:
             for head, sizes in zip(labels.heads, summary["heads"], strict=True):
-                sizes |= metrics.agreement_but_ami(head.labels_N, self.images.truth_N)
+                sizes |= metrics.agreement(head.labels_N, self.images.truth_N)
         if self.has_knn:
             summary["knn"] = {
                 "fresh": formats.read_probe(self.path("probe-000.h5"))[0]["top1"],
