@@ -152,7 +152,7 @@ def _unforeseen(error: Exception) -> tuple[str, int]:
         return f"out of memory ({told}); use less data, or a machine with more", 70
     # That of its GPUs, by its name: importing torch here would cost every --help a second.
     if type(error).__name__ == "OutOfMemoryError":
-        return f"{error}; use a smaller --batch-size, or --device cpu", 70
+        return f"{error}; use --device cpu, or a smaller --batch-size where there is one", 70
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", NoInput.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

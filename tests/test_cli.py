@@ -30,6 +30,7 @@ from safetensors.numpy import save_file
 from sela_cli import __version__, cli, envelope, errors, formats, interrupt, options
 from sela_cli.envelope import Provenance
 from sela_cli.formats import Checkpoint
+from sela_cli.images.batches import Images
 from sela_cli.keys import dataset_id
 
 COMMANDS = list(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
@@ -365,6 +366,12 @@ REFUSED: list[tuple[str, int, list[str]]] = [
             ("--test photos --holdout 0.3", "--holdout is for images without --test"),
         )
     ],
+    (
+        "finetune --task classification --data voc2007:x -c tiny.h5 -o new.h5 --min-size 64",
+        2,
+        ["--min-size is for --task detection"],
+    ),
+    ("export-logits logits.h5 -o new.npy --features --head 0", 2, ["leave --head out"]),
     ("schedule --epochs inf --opts 3", 2, ["--epochs"]),
     ("schedule --epochs nan --opts 3", 2, ["--epochs"]),
     (f"{RUN} --heads many", 2, ["many"]),
@@ -810,11 +817,16 @@ def test_json_tells_what_was_done(stages: dict[str, dict[str, Any]]) -> None:
     [
         f"{EMBED} --data photos",
         "label logits.h5 -o new.h5",
+        f"{TRAIN} -l photo-labels.h5",
+        f"{RETRAIN} -l photo-labels.h5",
         f"{RUN} --image-size 16",
     ],
 )
-def test_dry_run_prints_a_plan_and_writes_nothing(world: Path, line: str) -> None:
+def test_dry_run_prints_a_plan_and_neither_writes_nor_decodes_all(
+    world: Path, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = snapshot(world)
+    monkeypatch.setattr(Images, "hold", mock.Mock(side_effect=AssertionError))
     assert json.loads(good(*words(line), "--dry-run", "--json").out)
     assert good(*words(line), "--dry-run").out
     assert snapshot(world) == before

@@ -91,6 +91,7 @@ def embed(
             download=download,
             skip_bad=skip_bad,
             limit=limit,
+            hold=not dry_run,
             progress=progress,
         )
     recipe = Recipe.of(state.recipe if state else {}, {"seed": seed})

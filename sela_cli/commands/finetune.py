@@ -19,6 +19,7 @@ from sela_cli.options import (
     Seed,
     TaskChoice,
     device_name,
+    given,
 )
 
 EXAMPLES = """Example: sela finetune --data voc2007:ROOT --task detection -c checkpoint.h5
@@ -60,8 +61,9 @@ def finetune(
         float, typer.Option("--weight-decay", min=0, help="SGD weight decay.")
     ] = 1e-4,
     min_size: Annotated[
-        int, typer.Option("--min-size", min=32, help="Shorter side of an image for detection.")
-    ] = 600,
+        int | None,
+        typer.Option("--min-size", min=32, help="Shorter side of images for detection; 600."),
+    ] = None,
     seed: Seed = 0,
     limit: Limit = None,
     download: Download = False,
@@ -78,6 +80,7 @@ def finetune(
     from dataclasses import asdict
 
     from sela_cli import envelope, formats, outputs, voc
+    from sela_cli.errors import UsageError
     from sela_cli.finetune import FinetuneRecipe, finetune_stage
     from sela_cli.keys import dataset_id
     from sela_cli.terminal import Terminal
@@ -86,6 +89,8 @@ def finetune(
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
         outputs.check_output(output, force, checkpoint)
+    if min_size is not None and task is not TaskChoice.detection:
+        raise UsageError("--min-size is for --task detection", "leave it out")
     recipe = FinetuneRecipe(
         task=task.value,
         part=train.value,
@@ -93,8 +98,8 @@ def finetune(
         batch_size=batch_size,
         lr=lr,
         weight_decay=weight_decay,
-        min_size=min_size,
         seed=seed,
+        **given(min_size=min_size),
     )
     recipe.check()
     state = formats.read_checkpoint(checkpoint)

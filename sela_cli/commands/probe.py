@@ -172,6 +172,7 @@ def probe(
     probes.check_asked(asked, options["method"], linear)
     network = network_of(state, checkpoint)
     opening: dict[str, Any] = {"download": download, "skip_bad": skip_bad, "limit": limit}
+    opening["hold"] = not dry_run
     with terminal.progress("decode", "images") as progress:
         train, _ = open_images(data, state.image_size, progress=progress, **opening)
         left_out = terminal.left_out(train, limit)

@@ -112,6 +112,7 @@ def retrain(
             skip_bad=skip_bad,
             download=download,
             force=force,
+            hold=not dry_run,
             progress=progress,
         )
     terminal.train(training, output, limit, device, dry_run)

@@ -199,6 +199,7 @@ def run(
             download=download,
             skip_bad=skip_bad,
             limit=limit,
+            hold=not dry_run,
             progress=progress,
         )
     left_out = terminal.left_out(images, limit)

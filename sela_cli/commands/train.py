@@ -118,6 +118,7 @@ def train(
             skip_bad=skip_bad,
             download=download,
             force=force,
+            hold=not dry_run,
             progress=progress,
         )
     terminal.train(training, output, limit, device, dry_run)
