@@ -43,6 +43,7 @@ from torchvision.transforms import v2
 
 from sela_cli.devices import LEAD, Graphed
 from sela_cli.envelope import Provenance
+from sela_cli.folding import folded
 from sela_cli.images.augment import MEAN, STD
 from sela_cli.images.batches import Images, open_images
 from sela_cli.images.pack import pack_stage
@@ -232,10 +233,13 @@ def alone(network: Network, batch_size: int, precision: str, device: str) -> dic
     objective = Objective(network, device, precision)
     labels_Tn = torch.stack([torch.arange(batch_size) % clusters for clusters in HEADS]).to(device)
 
+    trunk = folded(network.trunk, precision)
+
     def embed() -> Tensor:
-        network.eval()
-        with torch.no_grad(), autocast(device, precision):
-            return torch.cat(network(view), 1)
+        with torch.no_grad():
+            with autocast(device, precision):
+                features_nD = trunk(view)
+            return network.logits(features_nD.float())
 
     def train() -> Tensor:
         network.train()

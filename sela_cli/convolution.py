@@ -25,7 +25,7 @@ _APART = 32
 
 
 class Conv2d(nn.Conv2d):
-    """(n, I, H, W) -> (n, O, H', W'), as torch's; without bias, groups or dilation."""
+    """(n, I, H, W) -> (n, O, H', W'), as torch's; without groups or dilation."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """See torch's."""
@@ -35,7 +35,7 @@ class Conv2d(nn.Conv2d):
             return super().forward(maps)
         weight, padding = self.weight.to(maps.dtype), int(self.padding[0])
         found: Tensor = _ByProduct.apply(maps, weight, self.stride[0], padding)
-        return found
+        return found if self.bias is None else found + self.bias.to(found.dtype)[:, None, None]
 
 
 class _ByProduct(torch.autograd.Function):

@@ -21,6 +21,7 @@ from sela_cli import envelope, formats, interrupt, job, outputs, parallel, passe
 from sela_cli.devices import Graphed, has_graphs
 from sela_cli.envelope import Provenance
 from sela_cli.errors import StoppedEarly
+from sela_cli.folding import folded
 from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
 from sela_cli.networks import Network
@@ -167,12 +168,12 @@ def forward(
     """The features of a network, or the logits of each head, batch by batch, as float32 on the
     CPU. The first `skip` batches are left out.
     """
-    network.eval().to(device)
+    trunk = folded(network.eval().to(device).trunk, precision)
     columns = [network.width] if features else network.clusters
 
     def compute(view: Tensor) -> Tensor:
         with autocast(device, precision):
-            features_nD = network.trunk(view)
+            features_nD = trunk(view)
         if features:
             return features_nD
         # Not in bfloat16, which rounds logits of 10 by 0.03: lambda makes that e^0.8.

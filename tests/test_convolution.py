@@ -75,3 +75,13 @@ def test_every_network_is_made_of_it(arch: str) -> None:
         network = build(arch, 32, [2], seed=0)
     layers = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     assert layers and all(type(module) is Conv2d for module in layers)
+
+
+def test_a_bias_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Conv2d(3, 4, 3, padding=1).bfloat16()
+    maps = torch.randn(2, 3, 4, 4, dtype=torch.bfloat16)
+    found = {}
+    for fast in (True, False):
+        monkeypatch.setattr(convolution, "has_matrix_units", lambda fast=fast: fast)
+        found[fast] = layer(maps).float()
+    torch.testing.assert_close(found[True], found[False], rtol=0.02, atol=0.02)
