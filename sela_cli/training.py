@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -185,6 +186,8 @@ class Trainer:
         if recipe.compile:
             if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
                 raise UsageError("--compile needs a C++ compiler on the CPU", "install g++")
+            # What is cached is what the processor can do.
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
             self.objective.compile()
 
     def run(
@@ -370,11 +373,7 @@ def train_stage(
     if left:
         trainer.restore(left, str(unfinished.path))
     trainer.labels_digest = labels.header.digest
-    option, goal = ("--epochs", recipe.epochs) if to is None else ("--to", to)
-    first, last = trainer.step, recipe.steps(goal, len(images))
-    if last < first:
-        reached = first / recipe.steps_per_epoch(len(images))
-        raise UsageError(f"{option} {goal:g} lies before epoch {reached:g}, already reached")
+    first, last = trainer.step, _last_step(recipe, to, trainer.step, len(images))
     batch = min(recipe.batch_size, len(images))
 
     def after() -> None:
@@ -394,6 +393,16 @@ def train_stage(
 
     job.once(write)
     return checkpoint
+
+
+def _last_step(recipe: Recipe, to: float | None, first: int, count: int) -> int:
+    """The one to train to; UsageError where `first`, which is reached, comes after it."""
+    option, goal = ("--epochs", recipe.epochs) if to is None else ("--to", to)
+    last = recipe.steps(goal, count)
+    if last < first:
+        reached = first / recipe.steps_per_epoch(count)
+        raise UsageError(f"{option} {goal:g} lies before epoch {reached:g}, already reached")
+    return last
 
 
 @dataclass
@@ -435,10 +444,9 @@ class Training:
         )
 
     def plan(self) -> dict[str, Any]:
-        """What a dry run shows."""
+        """What a dry run shows. Raises UsageError where the goal is reached already."""
         count = len(self.images)
         first = self.recipe.steps(self.start.epoch, count) if self.start else 0
-        goal = self.recipe.epochs if self.to is None else self.to
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         return {
             "output": self.output,
@@ -449,7 +457,7 @@ class Training:
             "parameters": parameters,
             "megabytes": 8 * parameters / 1e6,
             "from_step": first,
-            "to_step": self.recipe.steps(goal, count),
+            "to_step": _last_step(self.recipe, self.to, first, count),
             "recipe": asdict(self.recipe),
         }
 

@@ -812,6 +812,16 @@ def test_json_tells_what_was_done(stages: dict[str, dict[str, Any]]) -> None:
     assert stages["export-logits"]["shape"] == [PHOTOS, 2]
 
 
+def test_an_epoch_that_is_past_is_refused_by_train_and_its_dry_run(world: Path) -> None:
+    good(*words(f"{TRAIN_TWICE} --epochs 2 --batch-size 4 -o trained.h5"))
+    before = snapshot(world)
+    line = words("train --data photos -l photo-labels.h5 -c trained.h5 --to 1 -o new.h5 -q")
+    for extra in ([], ["--dry-run"]):
+        done = sela(*line, *extra)
+        assert (done.code, done.err) == (2, "sela: --to 1 lies before epoch 2, already reached\n")
+    assert snapshot(world) == before
+
+
 @pytest.mark.parametrize(
     "line",
     [
