@@ -97,7 +97,7 @@ def finetune_stage(
         "recipe": asdict(recipe),
         "device": device.split(":")[0],
     }
-    unfinished = Unfinished(output, "finetune", identity)
+    unfinished = Unfinished(output, "finetune", identity, force)
     with torch.random.fork_rng(devices=[]):
         # Fresh layers draw from here.
         torch.manual_seed(recipe.seed)

@@ -400,9 +400,11 @@ class _Run:
             )
 
     def _churn(self, number: int, labels: Labels) -> float:
-        """The share of labels that are others than a round before."""
+        """The share of labels that are others than a round before, of heads that were labelled."""
         before = formats.read_labels(self.path(f"labels-{number - 1:03d}.h5"))
-        return metrics.churn(before.heads, labels.heads)
+        head = self.settings.head_of(number)
+        labelled = slice(None) if head is None else slice(head, head + 1)
+        return metrics.churn(before.heads[labelled], labels.heads[labelled])
 
     def _forget(self, number: int) -> None:
         """Labels are small and stay; of the checkpoints the newest is enough to go on from."""

@@ -226,7 +226,7 @@ def probe_stage(
         "recipe": asdict(linear) | {"precision": precision},
         "device": device.split(":")[0],
     }
-    unfinished = Unfinished(output, "probe", identity)
+    unfinished = Unfinished(output, "probe", identity, force)
     rows: list[dict[str, Any]] = []
     if method in ("knn", "both"):
         rows += knn_rows(train, test, network, knn, split, device, precision, progress)

@@ -12,7 +12,7 @@ from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings
 from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import build, parse_heads
-from sela_cli.training import Recipe
+from sela_cli.training import Recipe, check_rates
 
 # Fields of RunSettings that are settings in themselves, or are said in words in a plan.
 _PARTS = ("recipe", "labels", "heads", "arch", "image_size", "start")
@@ -91,6 +91,7 @@ def settings_of(
         merged["image_size"] = image_size
     recipe = Recipe.of(merged)
     recipe.check()
+    check_rates(options, recipe)
     LabelSettings(**_fields_of(LabelSettings, options)).check()
     # A preset may name what the labels that are asked for have no use for.
     labels = LabelSettings(**_fields_of(LabelSettings, merged)).as_used()

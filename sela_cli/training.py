@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -359,7 +359,7 @@ def train_stage(
         "image_size": network.image_size,
         "device": device.split(":")[0],
     }
-    unfinished = Unfinished(output, "train", identity)
+    unfinished = Unfinished(output, "train", identity, force)
     left = unfinished.read()
     if left is None and start is None and not ready:
         make_ready(network, images, recipe, device, progress)
@@ -373,7 +373,8 @@ def train_stage(
     if left:
         trainer.restore(left, str(unfinished.path))
     trainer.labels_digest = labels.header.digest
-    first, last = trainer.step, _last_step(recipe, to, trainer.step, len(images))
+    mend = f"rm {unfinished.path} to begin anew" if left else ""
+    first, last = trainer.step, _last_step(recipe, to, trainer.step, len(images), mend)
     batch = min(recipe.batch_size, len(images))
 
     def after() -> None:
@@ -395,13 +396,21 @@ def train_stage(
     return checkpoint
 
 
-def _last_step(recipe: Recipe, to: float | None, first: int, count: int) -> int:
+def check_rates(options: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raises UsageError where options are for another schedule of the learning rate."""
+    for name in ("lr_milestones", "lr_factor"):
+        if name in options and recipe.lr_schedule != "step":
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} is not for --lr-schedule {recipe.lr_schedule}")
+
+
+def _last_step(recipe: Recipe, to: float | None, first: int, count: int, mend: str = "") -> int:
     """The one to train to; UsageError where `first`, which is reached, comes after it."""
     option, goal = ("--epochs", recipe.epochs) if to is None else ("--to", to)
     last = recipe.steps(goal, count)
     if last < first:
         reached = first / recipe.steps_per_epoch(count)
-        raise UsageError(f"{option} {goal:g} lies before epoch {reached:g}, already reached")
+        raise UsageError(f"{option} {goal:g} lies before epoch {reached:g}, already reached", mend)
     return last
 
 
@@ -492,6 +501,12 @@ def prepare(
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
     recipe = Recipe.of(start.recipe if start else {}, options)
     recipe.check()
+    check_rates(options, recipe)
+    if start and start.epoch >= recipe.epochs and to is None and "epochs" not in options:
+        raise UsageError(
+            f"{checkpoint} is at the end of its training, epoch {start.epoch:g}",
+            "name a larger --epochs",
+        )
     if start and recipe.precision == "auto" and "precision" in start.recipe:
         recipe = replace(recipe, precision=start.recipe["precision"])
     images, size = open_images(data, start.image_size if start else image_size, **opening)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sela_cli import envelope, formats, interrupt, job, outputs, parallel
 from sela_cli.envelope import Provenance
-from sela_cli.errors import BadData, StoppedEarly
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly
 from sela_cli.formats import Checkpoint
 
 _SAVE_SECONDS = 300.0
@@ -23,30 +23,44 @@ _SAVE_SECONDS = 300.0
 class Unfinished:
     """The state of unfinished work at `output`; only the call of the same `identity` takes it up.
 
-    With `output` `-` nothing is kept. Raises CannotCreate where nothing could be.
+    With `output` `-` nothing is kept. Raises CannotCreate where nothing could be. `force`:
+    begin anew where a call of other options has left its state.
     """
 
-    def __init__(self, output: str, kind: str, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, output: str, kind: str, identity: dict[str, Any], force: bool = False
+    ) -> None:
         self.path = Path(f"{output}.unfinished") if output != "-" else None
         if self.path is not None:
             outputs.check_output(str(self.path), force=True)
-        self._kind, self._identity = kind, identity
+        self._command, self._identity, self._force = f"{kind} (unfinished)", identity, force
         self._saved = time.monotonic()
 
     def read(self) -> Checkpoint | None:
-        """What was left, if it was this call that left it."""
+        """What was left, if it was this call that left it.
+
+        Raises CannotCreate where it was one of the same command with other options, whose work
+        would be lost.
+        """
         checkpoint = None if self.path is None else _state_at(self.path)
         if checkpoint is None:
             return None
         assert checkpoint.header is not None
         # Through JSON, as the file's was: tuples become lists.
-        same = checkpoint.header.parameters == envelope.through_json(self._identity)
-        return checkpoint if same else None
+        others = _differing(checkpoint.header.parameters, envelope.through_json(self._identity))
+        if not others:
+            return checkpoint
+        if checkpoint.header.history[-1]["command"] == self._command and not self._force:
+            raise CannotCreate(
+                f"{self.path} was left by a call that differs in {', '.join(others)}",
+                "give what it had to go on, or --force to begin anew",
+            )
+        return None
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Replace what is there."""
         if self.path is not None:
-            provenance = Provenance(f"{self._kind} (unfinished)", self._identity)
+            provenance = Provenance(self._command, self._identity)
             formats.write_checkpoint(str(self.path), checkpoint, provenance, force=True)
         self._saved = time.monotonic()
 
@@ -76,6 +90,18 @@ class Unfinished:
             # Where one process of a job ends, the others are ended too: not while one writes.
             job.once(lambda: self.write(state()))
             raise
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of what is not the same in both, each once."""
+    names: list[str] = []
+    for name in one.keys() | other.keys():
+        a, b = one.get(name), other.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += _differing(a, b)
+        elif a != b:
+            names.append(name.replace("_", "-"))
+    return sorted(set(names))
 
 
 def began_in(output: str) -> str | None:

@@ -304,6 +304,14 @@ REFUSED: list[tuple[str, int, list[str]]] = [
     ("train --data photos -l labels.h5 -o new.h5", 2, ["--checkpoint", "--arch"]),
     (f"{TRAIN} -l labels.h5 --aug blur", 2, ["--aug", "blur"]),
     (f"{TRAIN} -l labels.h5 --lr-schedule up", 2, ["--lr-schedule"]),
+    *[
+        (f"{line} --lr-schedule cosine {options}", 2, [named, "--lr-schedule cosine"])
+        for line in (f"{TRAIN} -l labels.h5", RUN)
+        for options, named in (
+            ("--lr-milestones 0.5", "--lr-milestones is not for"),
+            ("--lr-factor 0.5", "--lr-factor is not for"),
+        )
+    ],
     (f"{TRAIN} -l labels.h5 --lr -1", 2, ["--lr"]),
     *[
         (f"{TRAIN} -l photo-labels.h5 --{option} {value}", 2, [f"--{option}"])
@@ -819,6 +827,8 @@ def test_an_epoch_that_is_past_is_refused_by_train_and_its_dry_run(world: Path) 
     for extra in ([], ["--dry-run"]):
         done = sela(*line, *extra)
         assert (done.code, done.err) == (2, "sela: --to 1 lies before epoch 2, already reached\n")
+    done = sela(*words("train --data photos -l photo-labels.h5 -c trained.h5 -o new.h5 -q"))
+    assert done.code == 2 and done.err.endswith("epoch 2; name a larger --epochs\n")
     assert snapshot(world) == before
 
 
@@ -1049,9 +1059,23 @@ def test_unfinished_state_of_other_settings_is_not_taken_up(
     with monkeypatch.context() as patch:
         patch.setattr(interrupt, "requested", lambda: len(steps) == 1)
         assert sela(*line).code == 75
+    done = sela(*line, "--lr", "0.001", "--aug", "paper")
+    assert done.code == 73 and "left by a call that differs in aug, lr;" in done.err
     steps.clear()
-    good(*line, "--lr", "0.001")
+    good(*line, "--lr", "0.001", "--force")
     assert len(steps) == 2
+
+
+def test_a_goal_before_the_unfinished_state_says_what_stands_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[None]
+) -> None:
+    output = str(tmp_path / "out.h5")
+    line = words(f"{TRAIN_TWICE} --epochs 2 --batch-size 2 -o {output}")
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "requested", lambda: len(steps) == 3)
+        assert sela(*line).code == 75
+    done = sela(*line, "--to", "1")
+    assert done.code == 2 and done.err.endswith(f"; rm {output}.unfinished to begin anew\n")
 
 
 def test_damaged_unfinished_state_is_named(tmp_path: Path) -> None:

@@ -501,9 +501,12 @@ def test_in_a_cycle_each_round_labels_one_head(
         formats.read_labels(str(tmp_path / "run" / f"labels-{number:03d}.h5"))
         for number in range(4)
     ]
+    told = list(csv.DictReader((tmp_path / "run" / "rounds.csv").open()))
     for number in range(1, 4):
         chosen = (number - 1) % 2
         before, after = rounds[number - 1].heads, rounds[number].heads
+        changed = (before[chosen].labels_N != after[chosen].labels_N).mean()
+        assert float(told[number]["churn"]) == pytest.approx(changed)
         assert after[chosen].attributes["assign"] == "balanced"
         assert not np.array_equal(before[chosen].labels_N, after[chosen].labels_N)
         kept = 1 - chosen
