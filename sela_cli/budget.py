@@ -49,7 +49,7 @@ class Budget:
             if self.resident:
                 mend += "; scores written by numpy.save are read a part at a time"
             raise UsageError(
-                f"--max-memory {self.most / 2**20:.0f}M is too little for {self.rows} rows and "
+                f"--max-memory {self.most / 2**20:.3g}M is too little for {self.rows} rows and "
                 f"{self.clusters} clusters",
                 mend,
             )

@@ -150,11 +150,20 @@ def is_column(item: Any, rows: int, kinds: str) -> bool:
 
 
 def keys_beside(item: h5py.Dataset) -> Sequence[str] | None:
-    """What anybody's file calls the rows of a dataset: `keys` (N,) in the same group."""
+    """What anybody's file calls the rows of a dataset: `keys` (N,) in the same group.
+
+    Raises BadData where that names another number of rows.
+    """
     keys = item.parent.get("keys")
-    if not is_column(keys, item.shape[0], "SO"):
+    if not isinstance(keys, h5py.Dataset) or keys.ndim != 1 or keys.dtype.kind not in "SOiu":
         return None
-    return named(keys[()])
+    if len(keys) != len(item):
+        raise BadData(
+            f"{item.file.filename}: '{keys.name}' names {len(keys)} rows, '{item.name}' has "
+            f"{len(item)}",
+            "rename it, or give it a name a row",
+        )
+    return named(keys[()]) if keys.dtype.kind in "SO" else list(map(str, keys[()].tolist()))
 
 
 @contextmanager

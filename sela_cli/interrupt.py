@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 set a flag that long loops poll between steps, or end what can't poll."""
+"""SIGTERM, SIGUSR1 and SIGHUP set a flag that long loops poll between steps, or end what can't."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 _requested = False
 # What ends a block that can't poll, while there is one.
@@ -20,9 +22,11 @@ def _request(signum: int, frame: FrameType | None) -> None:
 
 
 def listen() -> None:
-    """Turn SIGTERM and SIGUSR1 into a request to stop after the current step."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _request)
+    """Turn SIGTERM, SIGUSR1 and SIGHUP into a request to stop after the current step."""
+    for number in SIGNALS:
+        # nohup has a command go on without its terminal.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _request)
 
 
 def requested() -> bool:

@@ -233,6 +233,12 @@ def provenance_of(
     return provenance.of(scores.dataset_id)
 
 
+def _came_no_nearer(head: HeadLabels) -> bool:
+    """Whether a solve ended where it began, which another like it would too."""
+    residuals = head.trace.get("residual", np.zeros(0))
+    return len(residuals) > 1 and residuals[-1] >= residuals[0]
+
+
 def warning(labels: Labels, output: str, head: int | None = None) -> StoppedEarly | None:
     """What to raise or to say if a head did not converge, or `head` alone."""
     looked_at = labels.heads if head is None else [labels.heads[head]]
@@ -247,7 +253,8 @@ def warning(labels: Labels, output: str, head: int | None = None) -> StoppedEarl
         if worst <= failed[0]["tol"]:
             how = " (stopped before the sizes were balanced)"
         mend += " or --tol"
-        if output != "-":
+        stuck = all(_came_no_nearer(each) for each in looked_at)
+        if output != "-" and not stuck:
             mend = f"go on with --init {shlex.quote(output)} --force, or {mend}"
     return StoppedEarly(
         f"{output}: {len(failed)} of {len(looked_at)} heads did not converge{how}; "
@@ -384,9 +391,18 @@ def _random_head(count: int, clusters: int, generator: torch.Generator) -> HeadL
     )
 
 
+def check_memory(rows: int, clusters: int, settings: LabelSettings) -> None:
+    """Raises UsageError where --max-memory is too little for labels of so many rows."""
+    _budget_of((rows, clusters), settings).check(settings.assign == "balanced")
+
+
 def _budget(matrix: Matrix, settings: LabelSettings) -> Budget:
+    return _budget_of(matrix.shape, settings, matrix.resident)
+
+
+def _budget_of(shape: tuple[int, int], settings: LabelSettings, resident: int = 0) -> Budget:
     newton = settings.solver in ("auto", "newton")
-    return Budget(*matrix.shape, settings.max_memory, newton, matrix.resident)
+    return Budget(*shape, settings.max_memory, newton, resident)
 
 
 class _Sizes(NamedTuple):

@@ -317,22 +317,24 @@ def given(**options: Any) -> dict[str, Any]:
 
 def fractions(text: str | None) -> tuple[float, ...] | None:
     """`0.6,0.8` as numbers; a usage error otherwise."""
-    return None if text is None else tuple(numbers(text))
+    return None if text is None else tuple(numbers(text, "--lr-milestones"))
 
 
-def numbers(text: str) -> list[float]:
+def numbers(text: str, option: str) -> list[float]:
     """`200,50,10` as numbers; a usage error otherwise."""
     try:
         return [float(part) for part in text.split(",") if part]
     except ValueError:
-        raise typer.BadParameter(f"{text}: write numbers such as 200,50,10") from None
+        told = f"{text}: write numbers such as 200,50,10"
+        raise typer.BadParameter(told, param_hint=f"'{option}'") from None
 
 
-def whole_numbers(text: str) -> list[int]:
+def whole_numbers(text: str, option: str) -> list[int]:
     """`200,50,10` as integers; a usage error otherwise."""
-    values = numbers(text)
+    values = numbers(text, option)
     if not all(value.is_integer() for value in values):
-        raise typer.BadParameter(f"{text}: write whole numbers such as 200,50,10")
+        told = f"{text}: write whole numbers such as 200,50,10"
+        raise typer.BadParameter(told, param_hint=f"'{option}'")
     return [int(value) for value in values]
 
 
@@ -344,7 +346,8 @@ def size_in_bytes(text: str | None) -> int | None:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)", text.upper())
     size = int(Decimal(found[1]) * (1 << powers[found[2]])) if found else 0
     if size == 0:
-        raise typer.BadParameter(f"{text}: write a size such as 500M or 1.5G")
+        told = f"{text}: write a size such as 500M or 1.5G"
+        raise typer.BadParameter(told, param_hint="'--max-memory'")
     return size
 
 

@@ -33,14 +33,15 @@ def check_output(path: str, force: bool, *inputs: str | None) -> None:
         return
     if any(each and same_file(path, each.partition("::")[0]) for each in inputs):
         raise UsageError(f"{path} would take the place of what is read", "name another output")
+    # Before a link is followed: /dev/stdout may lead to a pipe, which has no name.
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        raise CannotCreate(f"{path} is {kind}", "name a file, or - for standard output")
     # Of a link, the file that it leads to is replaced.
     target = Path(os.path.realpath(path) if os.path.islink(path) else path)
     # What lies beside it meanwhile has a longer name.
     if len(os.fsencode(f"{target.name}.unfinished")) > _LONGEST_NAME:
         raise CannotCreate(f"{path}: its name is too long", "choose a shorter one")
-    if target.exists() and not target.is_file():
-        kind = "a folder" if target.is_dir() else "a device or a pipe"
-        raise CannotCreate(f"{path} is {kind}", "name a file, or - for standard output")
     if target.exists() and not force:
         raise CannotCreate(f"{path} exists", "add --force to replace it")
     if not target.parent.is_dir():
@@ -69,7 +70,10 @@ def replacing(path: str, force: bool = False) -> Iterator[Path]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise CannotCreate(f"{path}: {reason(error)}", "free space, or write elsewhere") from error
+        mend = "free space, or write elsewhere"
+        if path == "-":
+            mend += "; it is written to a file in TMPDIR first"
+        raise CannotCreate(f"{path}: {reason(error)}", mend) from error
 
 
 @contextmanager

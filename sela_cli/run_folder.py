@@ -83,12 +83,13 @@ def claim(images: Images, folder: Path, settings: RunSettings, force: bool, resu
             if before.get("classes") is None:
                 # Runs of earlier versions have no note of them.
                 del identity["classes"]
-            same = identity.items() <= before.items()
+            there, here = _compared(before), _compared(identity)
+            same = here.items() <= there.items()
         except (ValueError, AttributeError) as error:
             raise BadData(f"{path}: damaged ({error})", "start over with --force") from error
         if not same:
             raise CannotCreate(
-                f"{folder} holds a run with other {_differing(before, identity)}",
+                f"{folder} holds a run with other {_differing(there, here)}",
                 "choose another --out, or --force",
             )
         if not resume or (folder / "rounds.csv").exists():
@@ -96,6 +97,14 @@ def claim(images: Images, folder: Path, settings: RunSettings, force: bool, resu
             raise CannotCreate(f"{folder} holds {state} run", "choose another --out, or --force")
     # The report finds the images by `data`; a run may go on with them in another place.
     write_json(path, identity | {"data": images.spec})
+
+
+def _compared(run: dict[str, Any]) -> dict[str, Any]:
+    """What makes it that run: another machine may have another memory."""
+    settings = dict(run.get("settings", {}))
+    settings["labels"] = dict(settings.get("labels", {}))
+    settings["labels"].pop("max_memory", None)
+    return run | {"settings": settings}
 
 
 def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:

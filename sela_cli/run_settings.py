@@ -9,7 +9,7 @@ from sela_cli import envelope, presets, schedule
 from sela_cli.errors import UsageError
 from sela_cli.formats import Checkpoint
 from sela_cli.images.batches import Images
-from sela_cli.labels import LabelSettings
+from sela_cli.labels import LabelSettings, check_memory
 from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import build, parse_heads
 from sela_cli.training import Recipe, check_rates
@@ -135,9 +135,11 @@ def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
 
 
 def check_heads(images: Images, settings: RunSettings) -> None:
-    """Raises UsageError where a head has more clusters than there are images."""
+    """Raises UsageError where a head has more clusters than there are images, or takes more
+    memory than labels may."""
     if max(settings.heads) > len(images):
         raise UsageError(
             f"--heads: {max(settings.heads)} clusters for {len(images)} images",
             "use at most as many clusters as images",
         )
+    check_memory(len(images), max(settings.heads), settings.labels)

@@ -433,9 +433,12 @@ def _open_safetensors(stack: ExitStack, path: str, actual: str, name: str) -> Sc
         stored = _of_tensor(tensors.get_slice(name), actual, name, path)
         if stored:
             return _anonymous(_of_stored(stack, stored, name))
-        array = tensors.get_tensor(name)
-    except TypeError as error:
-        raise BadData(f"{path}: '{name}' has a dtype that NumPy lacks ({error})") from error
+        try:
+            array = tensors.get_tensor(name)
+        except (TypeError, AttributeError):
+            # NumPy has no bfloat16 and no float8.
+            tensors = stack.enter_context(safe_open(actual, framework="pt"))
+            array = tensors.get_tensor(name).float().numpy()
     except (SafetensorError, OSError) as error:
         raise BadData(f"{path}: not HDF5, .npy, .npz or safetensors ({error})") from error
     return _of_array(path, array, name)

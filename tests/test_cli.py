@@ -50,7 +50,7 @@ class Done:
 def sela(*arguments: str, stdin: bytes = b"") -> Done:
     """`sela ARGUMENTS` in this process, through `main`: a start of its own takes seconds."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "oe")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
     try:
         with (
             mock.patch.object(sys, "argv", ["sela", *arguments]),
@@ -468,8 +468,8 @@ def test_usage_error_names_the_option(world: Path, line: str, named: str) -> Non
 @pytest.mark.parametrize("text", ["inf", "10,nan", "1.5", "ten"])
 def test_numbers_that_are_not_whole_are_a_usage_error(text: str) -> None:
     with pytest.raises(typer.BadParameter, match=text):
-        options.whole_numbers(text)
-    assert options.whole_numbers("10,2e2") == [10, 200]
+        options.whole_numbers(text, "--k")
+    assert options.whole_numbers("10,2e2", "--k") == [10, 200]
 
 
 @pytest.mark.parametrize(
@@ -939,19 +939,31 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Stop:
     return arm
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_signal_is_a_request(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    number = getattr(signal, name)
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """None requested, and listened to as before when the test is over."""
+    before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
     monkeypatch.setattr(interrupt, "_requested", False)
-    try:
-        interrupt.listen()
-        assert not interrupt.requested()
-        os.kill(os.getpid(), number)
-        assert interrupt.requested()
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_signal_is_a_request(name: str) -> None:
+    interrupt.listen()
+    assert not interrupt.requested()
+    os.kill(os.getpid(), getattr(signal, name))
+    assert interrupt.requested()
+
+
+@pytest.mark.usefixtures("signals")
+def test_under_nohup_a_lost_terminal_is_none_of_ours() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupt.listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not interrupt.requested()
 
 
 def test_a_signal_ends_what_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:

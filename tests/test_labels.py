@@ -450,6 +450,16 @@ def test_kmeans_that_was_stopped_early_converges_with_more_iterations(matrix: Pa
     assert warning(run(300), "labels.h5") is None
 
 
+def test_what_goes_on_in_vain_is_not_advised(matrix: Path) -> None:
+    settings = LabelSettings(max_iter=1, tol=1e-12)
+    labels = label_stage(str(matrix), str(matrix.parent / "one.h5"), settings)
+    for residuals, goes_on in (([0.2], True), ([0.2, 0.1], True), ([0.1, 0.1], False)):
+        for head in labels.heads:
+            head.trace["residual"] = np.array(residuals)
+        problem = warning(labels, "labels.h5")
+        assert problem is not None and ("--init" in str(problem.mend)) == goes_on
+
+
 def test_kmeans_of_one_row(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npy", [[3.0, 1.0]])
     head = label(tmp_path / "one.npy", method="kmeans", clusters=(1,))

@@ -226,16 +226,15 @@ def test_signal_ends_the_wait_for_a_pipe(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(interrupt, "_requested", False)
-    before = signal.getsignal(signal.SIGTERM)
-    usr1 = signal.getsignal(signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
     try:
         interrupt.listen()
         for _ in range(2):  # During the wait, and before it.
             with pytest.raises(StoppedEarly, match="standard input"):
                 envelope.spool(Slow())
     finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGUSR1, usr1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -227,6 +227,25 @@ def test_rows_of_anybodys_file_are_called_as_the_keys_beside_them(tmp_path: Path
         pass
 
 
+def test_keys_may_be_numbers_and_are_to_name_every_row(tmp_path: Path) -> None:
+    path = foreign(tmp_path, np.zeros((3, 2)))
+    with h5py.File(path, "r+") as file:
+        file["deep/keys"] = np.array([7, 8, 900], np.uint16)
+    with scores.open_scores(path) as opened:
+        assert opened.keys == ["7", "8", "900"]
+    with h5py.File(path, "r+") as file:
+        del file["deep/keys"]
+        file["deep/keys"] = ["a", "b"]
+    with pytest.raises(BadData, match=r"names 2 rows, .* has 3"), scores.open_scores(path):
+        pass
+    with h5py.File(path, "r+") as file:
+        del file["deep/keys"]
+        # As of attention.
+        file["deep/keys"] = np.zeros((3, 4))
+    with scores.open_scores(f"{path}::/deep/scores") as opened:
+        assert opened.keys == ["0", "1", "2"]
+
+
 def test_only_our_files_have_a_header(tmp_path: Path) -> None:
     with scores.open_scores(explicit(tmp_path, MATRIX)) as opened:
         assert opened.header == envelope.read_header(str(tmp_path / "ours.h5"))
@@ -476,12 +495,13 @@ def test_unicode_strings_are_refused(tmp_path: Path) -> None:
     assert "<U1" in refusal(npy(tmp_path, np.array([["a", "b"]])))
 
 
-def test_bfloat16_is_refused_as_such(tmp_path: Path) -> None:
-    """NumPy has no bfloat16; the message must not call the file something else."""
-    path = tmp_path / "b.safetensors"
-    save_torch_file({"scores": torch.ones(2, 2, dtype=torch.bfloat16)}, path)
-    message = refusal(str(path))
-    assert "bfloat16" in message and "not HDF5" not in message
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_tensors_that_numpy_lacks_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    stored = torch.from_numpy(MATRIX).to(dtype)
+    save_torch_file({"scores": stored}, tmp_path / "b.safetensors")
+    with scores.open_scores(str(tmp_path / "b.safetensors")) as opened:
+        (matrix,) = opened.heads
+        np.testing.assert_array_equal(matrix.read(slice(0, N)), stored.float().numpy())
 
 
 @pytest.mark.parametrize("name", ["some.csv", "it's $HOME `here`.csv", 'so "quoted" \\.csv'])
