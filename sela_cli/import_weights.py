@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import h5py
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from sela_cli import formats, outputs
 from sela_cli.envelope import Provenance
-from sela_cli.errors import BadData, NoInput
+from sela_cli.errors import BadData, NoInput, StoppedEarly
 from sela_cli.formats import Checkpoint
 from sela_cli.networks import Network
 
@@ -84,8 +83,12 @@ def read_weights(path: str) -> dict[str, Tensor]:
         )
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        # torch's message is a page on how to load it all the same.
+    except (StoppedEarly, MemoryError, OSError):
+        # A signal may come in the middle, and a machine may fail.
+        raise
+    except Exception as error:
+        # What is no pickle may raise anything; torch's message is a page on how to load it
+        # all the same.
         raise BadData(
             f"{path}: not a file of tensors alone",
             "where you trust it, save its state_dict() as .safetensors",

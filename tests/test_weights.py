@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from typer.testing import CliRunner
 from sela_cli import formats
 from sela_cli.cli import app
 from sela_cli.envelope import Provenance
-from sela_cli.errors import BadData, CannotCreate, NoInput, UsageError
+from sela_cli.errors import BadData, CannotCreate, NoInput, StoppedEarly, UsageError
 from sela_cli.export_weights import FixedMaxPool, export_stage
 from sela_cli.formats import Checkpoint
-from sela_cli.import_weights import fitted, import_stage
+from sela_cli.import_weights import fitted, import_stage, read_weights
 from sela_cli.networks import Network, build
 from sela_cli.training import network_of
 
@@ -210,6 +211,34 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         imported(tmp_path / "list.pth", build("alexnet-small", 16, [2], seed=0))
     with pytest.raises(NoInput, match="absent"):
         imported(tmp_path / "absent.pth", build("alexnet-small", 16, [2], seed=0))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_is_left_of_a_pth_is_bad_data_at_any_length(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "cut.pth"
+    torch.save({"conv1.weight": views(2, 4)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 20):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BadData, match=r"cut\.pth: not a file of tensors"):
+            read_weights(str(path))
+
+
+@pytest.mark.parametrize("text", ["hello world", "a", "{}", "[1, 2]", "\u00e9", "conv1,0.5\n", "u"])
+def test_text_is_bad_data(text: str, tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text(text)
+    with pytest.raises(BadData, match=r"text\.pth: not a file of tensors"):
+        read_weights(str(tmp_path / "text.pth"))
+
+
+@pytest.mark.parametrize("error", [StoppedEarly("stopped"), MemoryError(), PermissionError()])
+def test_a_machine_that_fails_is_no_damage_of_the_file(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "whole.pth").touch()
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        read_weights(str(tmp_path / "whole.pth"))
 
 
 @pytest.mark.parametrize("arch", ["alexnet", "alexnet-small"])
