@@ -21,8 +21,11 @@ from sela_cli.formats import Checkpoint
 from sela_cli.networks import Network
 
 # Where training scripts keep the state dict within what they save.
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
-_PREFIXES = ("module.", "backbone.", "encoder.", "encoder_q.", "trunk.")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student", "net", "network")
+_PREFIXES = (
+    *("module.", "_orig_mod.", "model.", "net.", "network."),
+    *("backbone.", "encoder.", "encoder_q.", "base_encoder.", "trunk."),
+)
 
 # Names of the reference implementation (a Sequential of numbered layers) to ours.
 _ALEXNET_STAGES = ((0, 1, "conv1"), (4, 5, "conv2"), (8, 9, "conv3"), (11, 12, "conv4"))
@@ -100,7 +103,13 @@ def read_weights(path: str) -> dict[str, Tensor]:
         saved = inner
     if not isinstance(saved, Mapping):
         raise BadData(f"{path} holds a {type(saved).__name__}, not a state dict")
-    return {str(name): item for name, item in saved.items() if isinstance(item, Tensor)}
+    tensors = {str(name): item for name, item in saved.items() if isinstance(item, Tensor)}
+    if not tensors:
+        raise BadData(
+            f"{path}: no tensor among {list(saved)[:3]}",
+            "save the network's state_dict() alone",
+        )
+    return tensors
 
 
 def fitted(
@@ -109,7 +118,8 @@ def fitted(
     """What of `weights` the trunk takes, by its names, and the names of the rest.
 
     A convolution's bias before BatchNorm, which our networks do without, is taken off the
-    running mean: the features are the same.
+    running mean: the features are the same. Raises BadData where a tensor is missing, is there
+    twice or has another shape.
     """
     if not any(name.endswith("running_mean") for name in weights):
         raise BadData(
@@ -117,7 +127,17 @@ def fitted(
             "of torchvision's networks ResNets can be taken, and its AlexNet can't",
         )
     wanted = network.trunk.state_dict()
-    renamed = {_our_name(name, network.arch): tensor for name, tensor in weights.items()}
+    named = {name: _our_name(name, network.arch) for name in weights}
+    theirs: dict[str, str] = {}
+    for name, our_name in named.items():
+        other = theirs.setdefault(our_name, name)
+        if other != name and our_name in wanted:
+            raise BadData(
+                f"{path}: '{other}' and '{name}' are both '{our_name}' of {network.arch}",
+                "save the state_dict() of one of the two networks alone",
+            )
+    renamed = {our_name: weights[name] for our_name, name in theirs.items()}
+    unused = [name for name, our_name in named.items() if our_name not in wanted]
     ours = {name: renamed[name] for name in wanted if name in renamed}
     for name in wanted:
         stem, _, last = name.rpartition(".")
@@ -131,7 +151,9 @@ def fitted(
     for name, tensor in wanted.items():
         if name not in ours:
             raise BadData(
-                f"{path}: nothing for '{name}' of {network.arch}", "choose the --arch it is of"
+                f"{path}: nothing for '{name}' of {network.arch} in names such as "
+                f"'{(unused or list(weights))[0]}'",
+                "choose the --arch it is of",
             )
         if ours[name].shape != tensor.shape:
             raise BadData(
@@ -139,7 +161,6 @@ def fitted(
                 f"{network.image_size} pixels needs {tuple(tensor.shape)}",
                 "choose the --arch and --image-size it is of",
             )
-    unused = [name for name in weights if _our_name(name, network.arch) not in wanted]
     return ours, unused
 
 

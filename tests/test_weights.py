@@ -213,6 +213,48 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         imported(tmp_path / "absent.pth", build("alexnet-small", 16, [2], seed=0))
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"),
+    [
+        *(("", ""), ("net", ""), ("network", "module.")),
+        *(("", "_orig_mod."), ("model", "module._orig_mod."), ("state_dict", "model._orig_mod.")),
+        *(("state_dict", "model."), ("state_dict", "net."), ("state_dict", "network.")),
+        *(("state_dict", "model.backbone."), ("state_dict", "module.base_encoder.")),
+    ],
+)
+def test_what_training_scripts_put_around_a_network_is_taken_off(
+    wrapper: str, prefix: str, tmp_path: Path
+) -> None:
+    network = build("alexnet-small", 16, [2], seed=0)
+    state = {f"{prefix}{name}": tensor for name, tensor in network.trunk.state_dict().items()}
+    torch.save({"epoch": 3, wrapper: state} if wrapper else state, tmp_path / "a.pth")
+    ours, unused = fitted(read_weights(str(tmp_path / "a.pth")), network, "a.pth")
+    assert not unused
+    assert all(torch.equal(ours[n], t) for n, t in network.trunk.state_dict().items())
+
+
+def test_of_two_networks_in_a_file_neither_is_taken() -> None:
+    network = build("alexnet-small", 16, [2], seed=0)
+    state = network.trunk.state_dict()
+    two = {f"{part}.{name}": state[name] for part in ("backbone", "encoder") for name in state}
+    names = r"'backbone\.conv1\.0\.weight' and 'encoder\.conv1\.0\.weight' are both 'conv1"
+    with pytest.raises(BadData, match=rf"two\.pth: {names}"):
+        fitted(two, network, "two.pth")
+    # What the trunk has no use for may be there twice.
+    heads = {f"{part}.fc.weight": views(1, 2) for part in ("backbone", "encoder")}
+    assert fitted(state | heads, network, "one.pth")[1] == list(heads)
+
+
+def test_where_no_name_fits_one_of_the_files_is_told(tmp_path: Path) -> None:
+    network = build("alexnet-small", 16, [2], seed=0)
+    state = {f"vision.{name}": tensor for name, tensor in network.trunk.state_dict().items()}
+    with pytest.raises(BadData, match=r"names such as 'vision\.conv1\.0\.weight'"):
+        fitted(state, network, "a.pth")
+    torch.save({"epoch": 3, "weights": state}, tmp_path / "a.pth")
+    with pytest.raises(BadData, match=r"a\.pth: no tensor among \['epoch', 'weights'\]"):
+        read_weights(str(tmp_path / "a.pth"))
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_is_left_of_a_pth_is_bad_data_at_any_length(zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "cut.pth"
