@@ -119,7 +119,7 @@ def fitted(
 
     A convolution's bias before BatchNorm, which our networks do without, is taken off the
     running mean: the features are the same. Raises BadData where a tensor is missing, is there
-    twice or has another shape.
+    twice, has another shape or is not finite.
     """
     if not any(name.endswith("running_mean") for name in weights):
         raise BadData(
@@ -160,6 +160,12 @@ def fitted(
                 f"{path}: '{name}' has shape {tuple(ours[name].shape)}, {network.arch} at "
                 f"{network.image_size} pixels needs {tuple(tensor.shape)}",
                 "choose the --arch and --image-size it is of",
+            )
+        # As the network will hold it: of float64 there may be numbers beyond float32.
+        if not ours[name].to(tensor.dtype).isfinite().all():
+            raise BadData(
+                f"{path}: '{theirs[name]}' is not finite in {tensor.dtype}",
+                "import a checkpoint from before the training diverged",
             )
     return ours, unused
 

@@ -245,6 +245,19 @@ def test_of_two_networks_in_a_file_neither_is_taken() -> None:
     assert fitted(state | heads, network, "one.pth")[1] == list(heads)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused(wrong: float) -> None:
+    network = build("alexnet-small", 16, [2], seed=0)
+    state = {f"model.{name}": tensor for name, tensor in network.trunk.state_dict().items()}
+    last = state["model.fc7.1.bias"] = state["model.fc7.1.bias"].double()
+    last[-1] = wrong
+    with pytest.raises(BadData, match=r"a\.pth: 'model\.fc7\.1\.bias' is not finite"):
+        fitted(state, network, "a.pth")
+    # Of what is not taken it does not matter.
+    last[-1] = 0
+    assert fitted(state | {"top.bias": torch.tensor(wrong)}, network, "a.pth")[1] == ["top.bias"]
+
+
 def test_where_no_name_fits_one_of_the_files_is_told(tmp_path: Path) -> None:
     network = build("alexnet-small", 16, [2], seed=0)
     state = {f"vision.{name}": tensor for name, tensor in network.trunk.state_dict().items()}
