@@ -125,3 +125,10 @@ def share(count: int) -> slice:
 
     size, rank = parallel.size(), parallel.rank()
     return slice(count * rank // size, count * (rank + 1) // size)
+
+
+def largest_share(count: int) -> int:
+    """The most that any process has of `count` things."""
+    from sela_cli import parallel
+
+    return -(-count // parallel.size())

@@ -129,8 +129,7 @@ def _measured(
     chosen = begun_in
     if chosen is None:
         network = build(settings.arch, settings.image_size, list(settings.heads), recipe.seed)
-        batch_size = min(recipe.batch_size, len(images))
-        chosen = faster(network, batch_size, device, training=True)
+        chosen = faster(network, recipe.views(len(images)), device, training=True)
     return replace(settings, recipe=replace(recipe, precision=chosen))
 
 

@@ -29,14 +29,14 @@ def decided(
     asked: str,
     began: Callable[[], str | None],
     network: Network,
-    batch_size: int,
+    views: int,
     device: str,
     training: bool,
 ) -> str:
     """`asked`, or for `auto` what the work `began` in before it was stopped, else the faster."""
     if asked != "auto":
         return asked
-    return began() or faster(network, batch_size, device, training)
+    return began() or faster(network, views, device, training)
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
@@ -46,15 +46,15 @@ def _seconds(work: Callable[[], Tensor]) -> float:
     return time.perf_counter() - began
 
 
-def faster(network: Network, batch_size: int, device: str, training: bool) -> str:
-    """`float32` or `bfloat16`, by the time that a batch takes: measured on a copy.
+def faster(network: Network, views: int, device: str, training: bool) -> str:
+    """`float32` or `bfloat16`, by the time that so many views at once take a copy of the network.
 
-    In a job the first process decides for all.
+    In a job `views` are those of one process, and the first decides for all.
     """
     trial = copy.deepcopy(network).to(device).to(memory_format=torch.channels_last)
     trial.train(training)
     size = network.image_size
-    view = torch.zeros(batch_size, 3, size, size, device=device)
+    view = torch.zeros(views, 3, size, size, device=device)
     view = view.contiguous(memory_format=torch.channels_last)
 
     def compute(precision: str, view: Tensor) -> Tensor:

@@ -104,6 +104,10 @@ class Recipe:
         """Whole batches of `count` images; what is left over waits for the next epoch's order."""
         return max(1, count // self.batch_size)
 
+    def views(self, count: int) -> int:
+        """What one process puts through the network in a step, of `count` images."""
+        return job.largest_share(min(self.batch_size, count)) * (4 if self.rotation else 1)
+
     def steps(self, position: float, count: int) -> int:
         """Steps done at `position` epochs."""
         return schedule.step_at(position, self.steps_per_epoch(count))
@@ -434,7 +438,7 @@ class Training:
             self.recipe.precision,
             partial(began_in, self.output),
             self.network,
-            min(self.recipe.batch_size, len(self.images)),
+            self.recipe.views(len(self.images)),
             device,
             training=True,
         )

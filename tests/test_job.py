@@ -285,6 +285,7 @@ def test_shares_are_all_of_it(size: int, count: int, monkeypatch: pytest.MonkeyP
         shares.append(range(count)[job.share(count)])
     assert [thing for share in shares for thing in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert job.largest_share(count) == max(map(len, shares))
 
 
 def test_only_torchrun_starts_a_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from sela_cli import (
     logits,
     loop,
     networks,
+    parallel,
     precision,
     training,
     unfinished,
@@ -111,6 +112,56 @@ def test_on_a_gpu_the_graphs_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert precision.faster(network, 4, "cpu", True) == "bfloat16"
     monkeypatch.setattr(precision, "has_graphs", lambda device: False)
     assert precision.faster(network, 4, "cpu", True) == "float32"
+
+
+class Measured(Exception):
+    """Nothing is to follow."""
+
+
+@pytest.mark.parametrize(
+    ("processes", "training_views", "turned_views", "probe_views"),
+    [(1, 10, 40, 16), (3, 4, 16, 6)],
+)
+def test_what_one_process_has_of_a_batch_is_measured(
+    processes: int,
+    training_views: int,
+    turned_views: int,
+    probe_views: int,
+    images: Images,
+    labels: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """RotNet's head sees each image four times; a batch of an embedding is one process's."""
+    measured = []
+
+    def faster(network: Any, views: int, *_: Any, **__: Any) -> str:
+        measured.append(views)
+        raise Measured
+
+    monkeypatch.setattr(precision, "faster", faster)
+    monkeypatch.setattr(loop, "faster", faster)
+    checkpoint, output = str(tmp_path / "c.h5"), str(tmp_path / "o.h5")
+    trainer = Trainer(build("alexnet-small", 16, [5], seed=0), Recipe())
+    formats.write_checkpoint(checkpoint, trainer.checkpoint(40), Provenance("test", {}))
+    options = {"arch": "alexnet-small", "heads": "5", "batch_size": 10, "precision": "auto"}
+    line = f"--data digits --limit 40 -c {checkpoint} --precision auto -o {output}"
+    monkeypatch.setattr(parallel, "size", lambda: processes)
+    with pytest.raises(Measured):
+        settings = settings_of("digits", 16, options)
+        loop._measured(images, settings, "cpu", None)
+    for rotation in (False, True):
+        asked = training.prepare(
+            "train", "digits", labels, output, options | {"rotation": rotation}, limit=40,
+            arch="alexnet-small", image_size=16,
+        )  # fmt: skip
+        with pytest.raises(Measured):
+            asked.run("cpu", lambda *_: None)
+    # --method knn takes no size of batches.
+    for verb in ("probe --method linear --batch-size 16", "probe --method knn", "embed"):
+        done = CliRunner().invoke(app, f"{verb} {line}".split())
+        assert isinstance(done.exception, Measured), done.output
+    assert measured == [training_views, training_views, turned_views, probe_views, 192, 40]
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def probe(
     """
     from functools import partial
 
-    from sela_cli import envelope, formats, outputs, presets, probes
+    from sela_cli import envelope, formats, job, outputs, presets, probes
     from sela_cli.errors import UsageError
     from sela_cli.images.batches import open_images
     from sela_cli.precision import decided
@@ -194,11 +194,15 @@ def probe(
     parameters = {"data": data, "test": test, "holdout": share, "seed": seed} | options
     provenance = envelope.Provenance("probe", parameters, dataset_id=train.dataset_id)
     assert state.header is not None
+    views = linear.batch_size
+    if options["method"] != "knn":
+        # Linear probes share their batches; kNN deals whole ones out.
+        views = job.largest_share(views)
     arithmetic = decided(
         precision.value if precision else state.recipe.get("precision", "float32"),
         partial(began_in, output),
         network,
-        linear.batch_size,
+        views,
         device_name(device),
         training=False,
     )
