@@ -40,6 +40,10 @@ LABEL_ATTRIBUTES = (
 )
 # Earlier files lack these.
 LATER_LABEL_ATTRIBUTES = ("status", "bytes-read")
+# Here, as `networks` takes torch.
+ARCHS = ("alexnet", "alexnet-small", "resnet18", "resnet34", "resnet50", "resnet50-v2")
+# As --image-size.
+_LEAST_SIDE = 16
 
 
 def unsolved(assign: str) -> dict[str, Any]:
@@ -303,11 +307,11 @@ def labels_of(path: str, file: h5py.File, header: Header) -> Labels:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-    """Read a checkpoint file. Raises BadData where a part is missing."""
+    """Read a checkpoint file. Raises BadData where a part is missing, or no network has it."""
     with open_file(path, "checkpoint") as (file, header):
         model, optimizer = datasets(path, file, "model"), datasets(path, file, "optimizer")
         try:
-            return Checkpoint(
+            state = Checkpoint(
                 model=model,
                 optimizer=optimizer,
                 arch=str(plain(file.attrs["arch"])),
@@ -322,6 +326,16 @@ def read_checkpoint(path: str) -> Checkpoint:
             )
         except (KeyError, ValueError, TypeError) as error:
             raise BadData(f"{path}: bad checkpoint attributes ({error})") from error
+        for name, can_be in (
+            ("arch", state.arch in ARCHS),
+            ("image-size", state.image_size >= _LEAST_SIDE),
+            ("heads", min(state.heads, default=0) > 0),
+            ("recipe", isinstance(state.recipe, dict)),
+        ):
+            if not can_be:
+                value = plain(file.attrs[name])
+                raise BadData(f"{path}: bad checkpoint attributes (no network has {name} {value})")
+    return state
 
 
 def read_probe(path: str) -> list[dict[str, Any]]:

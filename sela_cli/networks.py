@@ -18,9 +18,9 @@ from torch.nn import functional
 from sela_cli.batchwide import BatchNorm2d, Dropout
 from sela_cli.convolution import Conv2d
 from sela_cli.errors import BadData, UsageError
+from sela_cli.formats import ARCHS
 from sela_cli.images.batches import SMALL
 
-ARCHS = ("alexnet", "alexnet-small", "resnet18", "resnet34", "resnet50", "resnet50-v2")
 _FILTERS = {"alexnet": (96, 256, 384, 384, 256), "alexnet-small": (64, 192, 384, 256, 256)}
 _DROPOUT = 0.5
 

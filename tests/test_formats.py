@@ -859,6 +859,22 @@ def test_missing_attribute_of_labels_is_named(path: str, name: str) -> None:
     assert path in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("arch", "vit"), ("arch", ""), ("image-size", -5), ("image-size", 0), ("heads", "[]")),
+        *(("heads", "[5, 0]"), ("heads", "5"), ("recipe", "[1]"), ("recipe", "null")),
+    ],
+)
+def test_a_checkpoint_of_what_is_no_network_is_bad_data(path: str, name: str, value: Any) -> None:
+    write_checkpoint(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = value
+    with pytest.raises(BadData, match="bad checkpoint attributes") as caught:
+        formats.read_checkpoint(path)
+    assert path in str(caught.value) and "--" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", CHECKPOINT_ATTRIBUTES)
 def test_missing_attribute_of_a_checkpoint_is_named(path: str, name: str) -> None:
     write_checkpoint(path)
