@@ -12,8 +12,9 @@ LR_KINDS = ("step", "cosine", "constant")
 def relabel_positions(epochs: float, opts: int, kind: str = "quadratic") -> list[float]:
     """Positions, in epochs, at which the images are relabelled.
 
-    t_k = (E + 1.01) (k / (n - 1))^2 for k = 0..n-1 (`linear`: power 1), of which the
-    last lies beyond the end of training and is dropped. The paper's #opts counts it.
+    t_k = (E + 1.01) (k / (n - 1))^2 for k = 0..n-1 (`linear`: power 1), of which those
+    beyond the end of training are dropped: the last, and of the presets' 400 `linear` ones in
+    400 epochs the last two. The paper's #opts counts them.
     Source: SeLa section 4.1 and its reference implementation.
     """
     assert epochs >= 0 and opts >= 0 and kind in RELABEL_KINDS
