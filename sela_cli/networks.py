@@ -89,12 +89,17 @@ _RESNET_LAYERS = ("layer1", "layer2", "layer3", "layer4")
 _LAYERS = {arch: _ALEXNET_LAYERS if "alexnet" in arch else _RESNET_LAYERS for arch in ARCHS}
 
 
+def check_arch(arch: str) -> None:
+    """Raises UsageError where there is no such network."""
+    if arch not in ARCHS:
+        raise UsageError(f"--arch {arch} is none of {', '.join(ARCHS)}")
+
+
 def build(
     arch: str, image_size: int, heads: list[int], seed: int, rotation: bool = False
 ) -> Network:
     """A freshly initialised network; the same one for the same arguments."""
-    if arch not in ARCHS:
-        raise UsageError(f"--arch {arch} is none of {', '.join(ARCHS)}")
+    check_arch(arch)
     if not heads or min(heads) < 1:
         raise UsageError(f"--heads {heads}: every head needs at least one cluster")
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ from sela_cli.formats import Checkpoint
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, check_memory
 from sela_cli.logits import plan as embed_plan
-from sela_cli.networks import build, parse_heads
+from sela_cli.networks import build, check_arch, parse_heads
 from sela_cli.training import Recipe, check_rates
 
 # Fields of RunSettings that are settings in themselves, or are said in words in a plan.
@@ -89,6 +89,7 @@ def settings_of(
     merged |= options
     if image_size is not None:
         merged["image_size"] = image_size
+    check_arch(merged["arch"])
     recipe = Recipe.of(merged)
     recipe.check()
     check_rates(options, recipe)

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sela_cli.options import device_name
-
 if TYPE_CHECKING:
     from sela_cli.images.batches import Images
     from sela_cli.training import Training
@@ -68,7 +66,7 @@ class Terminal:
             self.result(shown, f"would write {output}: {steps}\n{settings}")
             return
         with self.progress("train", "images") as progress:
-            trained = training.run(device_name(device), progress)
+            trained = training.run(device, progress)
         loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
         self.result(shown | {"loss": loss}, f"wrote {output}: {steps}, loss {loss:.3f}")
 

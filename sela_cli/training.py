@@ -31,7 +31,7 @@ from sela_cli.formats import Checkpoint, Labels
 from sela_cli.fresh import HEAD_INITS, make_ready
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw
 from sela_cli.images.batches import Images, open_images
-from sela_cli.networks import Network, build
+from sela_cli.networks import Network, build, check_arch
 from sela_cli.passes import at_random
 from sela_cli.precision import autocast, decided
 from sela_cli.seeds import generator_of, seed_of
@@ -501,6 +501,8 @@ def prepare(
         raise UsageError("--image-size is the checkpoint's", "leave it out")
     if checkpoint and options.get("head_init"):
         raise UsageError("--head-init is for a fresh network", "leave it out")
+    if arch is not None:
+        check_arch(arch)
     labels = formats.read_labels(labels_path)
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
     recipe = Recipe.of(start.recipe if start else {}, options)

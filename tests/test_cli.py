@@ -852,6 +852,32 @@ def test_dry_run_prints_a_plan_and_neither_writes_nor_decodes_all(
     assert snapshot(world) == before
 
 
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        *[
+            (f"{verb} --device {device}", f"--device {device}")
+            for verb in (
+                *(f"{EMBED} --data photos", f"{TRAIN} -l photo-labels.h5", RUN, PROBE),
+                f"{RETRAIN} -l photo-labels.h5",
+            )
+            for device in ("abacus", "cuda:99")
+        ],
+        ("embed --data photos --arch vgg --heads 2 -o new.h5", "--arch vgg is none of"),
+        ("embed --data photos --arch resnet18 --heads 5x -o new.h5", "--heads 5x: write"),
+        ("train --data photos -l photo-labels.h5 --arch vgg -o new.h5", "--arch vgg is none of"),
+        ("retrain --data photos -l photo-labels.h5 --arch vgg -o new.h5", "--arch vgg is none of"),
+        ("run --data photos --arch vgg --out new", "--arch vgg is none of"),
+    ],
+)
+def test_what_can_not_be_is_refused_before_images_are_decoded(
+    world: Path, line: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Images, "hold", mock.Mock(side_effect=AssertionError))
+    done = sela(*words(line))
+    assert done.code == 2 and named in done.err, done.err
+
+
 # ---- help -------------------------------------------------------------------
 
 

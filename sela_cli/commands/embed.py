@@ -69,7 +69,7 @@ def embed(
     from sela_cli.fresh import settle
     from sela_cli.images.batches import open_images
     from sela_cli.logits import began_in, embed_stage, plan
-    from sela_cli.networks import build, parse_heads
+    from sela_cli.networks import build, check_arch, parse_heads
     from sela_cli.precision import decided
     from sela_cli.terminal import Terminal
     from sela_cli.training import Recipe, label_view, network_of
@@ -80,9 +80,13 @@ def embed(
         raise UsageError("--heads and --image-size are the checkpoint's", "leave them out")
     if arch and not heads:
         raise UsageError("--arch needs --heads, for instance --heads 128x10")
+    if arch:
+        check_arch(arch)
+    clusters = parse_heads(heads) if heads else []
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
         outputs.check_output(output, force, data, checkpoint)
+    where = device if dry_run else device_name(device)
     state = formats.read_checkpoint(checkpoint) if checkpoint else None
     with terminal.progress("decode", "images") as progress:
         images, size = open_images(
@@ -98,13 +102,12 @@ def embed(
     if state and checkpoint:
         network = network_of(state, checkpoint)
     else:
-        network = build(str(arch), size, parse_heads(str(heads)), recipe.seed)
+        network = build(str(arch), size, clusters, recipe.seed)
     options: dict[str, Any] = {"precision": recipe.precision}
     options |= given(store=store, dtype=dtype, precision=precision, batch_size=batch_size)
     shown = plan(images, network, options.get("store", "logits"), options.get("dtype", "float32"))
     shown |= terminal.left_out(images, limit)
     if not dry_run:
-        where = device_name(device)
         if not state:
             settle(network, images, recipe, where)
         options["precision"] = decided(

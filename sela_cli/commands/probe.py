@@ -150,6 +150,7 @@ def probe(
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
         outputs.check_output(output, force, data, test, checkpoint)
+    where = device if dry_run else device_name(device)
     state = formats.read_checkpoint(checkpoint)
     asked = given(
         method=method,
@@ -203,7 +204,7 @@ def probe(
         partial(began_in, output),
         network,
         views,
-        device_name(device),
+        where,
         training=False,
     )
     with terminal.progress("probe", "images") as progress:
@@ -217,7 +218,7 @@ def probe(
             layers=options["layers"],
             linear=linear,
             knn=knn,
-            device=device_name(device),
+            device=where,
             precision=arithmetic,
             split=split,
             force=force,

@@ -30,6 +30,7 @@ from sela_cli.options import (
     Seed,
     SkipBad,
     WeightDecay,
+    device_name,
     fractions,
     given,
 )
@@ -99,6 +100,7 @@ def retrain(
     )
     if not dry_run:
         outputs.check_output(output, force, data, labels)
+    where = device if dry_run else device_name(device)
     with terminal.progress("decode", "images") as progress:
         training = prepare(
             "retrain",
@@ -115,4 +117,4 @@ def retrain(
             hold=not dry_run,
             progress=progress,
         )
-    terminal.train(training, output, limit, device, dry_run)
+    terminal.train(training, output, limit, where, dry_run)

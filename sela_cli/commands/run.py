@@ -192,6 +192,7 @@ def run(
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
     name = preset.value if preset else ("digits" if data == "digits" else None)
     settings = settings_of(name, image_size, options, start)
+    where = device if dry_run else device_name(device)
     with terminal.progress("decode", "images") as progress:
         images, size = open_images(
             data,
@@ -208,7 +209,6 @@ def run(
         shown, text = plan(images, settings)
         terminal.result(shown | left_out, text)
         return
-    where = device_name(device)
     watcher = Watcher(lambda title: terminal.progress(title, "images"), terminal.say)
     with closing(Events(out / "tensorboard")) as events:
         if tensorboard and job.number() == 0:

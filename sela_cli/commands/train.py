@@ -32,6 +32,7 @@ from sela_cli.options import (
     Quiet,
     SkipBad,
     WeightDecay,
+    device_name,
     fractions,
     given,
 )
@@ -103,6 +104,7 @@ def train(
     )
     if not dry_run:
         outputs.check_output(output, force, data, labels)
+    where = device if dry_run else device_name(device)
     with terminal.progress("decode", "images") as progress:
         training = prepare(
             "train",
@@ -121,4 +123,4 @@ def train(
             hold=not dry_run,
             progress=progress,
         )
-    terminal.train(training, output, limit, device, dry_run)
+    terminal.train(training, output, limit, where, dry_run)
