@@ -56,7 +56,9 @@ Download = Annotated[
 Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Use so many images, evenly spread.")
 ]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Images a batch.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", min=1, help="Images a batch; default 256.")
+]
 ImageSize = Annotated[
     int | None,
     typer.Option(
@@ -73,31 +75,45 @@ Arch = Annotated[
 ]
 Heads = Annotated[
     str | None,
-    typer.Option("--heads", help="Clusters of each head: 128x10 (ten heads of 128) or 128,256."),
+    typer.Option(
+        "--heads",
+        help="Clusters of each head: 128x10 (ten heads of 128; the default of runs) or 128,256.",
+    ),
 ]
-Epochs = Annotated[float | None, typer.Option("--epochs", min=0, help="Length of training.")]
-Lr = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start.")]
+Epochs = Annotated[
+    float | None,
+    typer.Option(
+        "--epochs", min=0, help="Length of training; default 400, of a run 160, to retrain 90."
+    ),
+]
+Lr = Annotated[float | None, typer.Option("--lr", help="Learning rate at the start; default 0.05.")]
 LrSchedule = Annotated[
-    str | None, typer.Option("--lr-schedule", help="step (the paper's), cosine or constant.")
+    str | None,
+    typer.Option("--lr-schedule", help="step (default, the paper's), cosine or constant."),
 ]
 LrMilestones = Annotated[
     str | None,
     typer.Option(
         "--lr-milestones",
         metavar="F,F..",
-        help="Fractions of the epochs at which step lowers the rate.",
+        help="Fractions of the epochs at which step lowers the rate; default 0.375,0.75,0.875, "
+        "to retrain after each third.",
     ),
 ]
 LrFactor = Annotated[
-    float | None, typer.Option("--lr-factor", help="What step multiplies the rate by.")
+    float | None,
+    typer.Option("--lr-factor", help="What step multiplies the rate by; default 0.1."),
 ]
-Momentum = Annotated[float | None, typer.Option("--momentum", help="SGD momentum.")]
-WeightDecay = Annotated[float | None, typer.Option("--weight-decay", help="SGD weight decay.")]
+Momentum = Annotated[float | None, typer.Option("--momentum", help="SGD momentum; default 0.9.")]
+WeightDecay = Annotated[
+    float | None, typer.Option("--weight-decay", help="SGD weight decay; default 1e-05.")
+]
 Aug = Annotated[
     str | None,
     typer.Option(
         "--aug",
-        help="Augmentation: paper, imagenet, strong, crop, crop-flip, imagenet-crop-flip or none.",
+        help="Augmentation: paper, imagenet (default), strong, crop, crop-flip, "
+        "imagenet-crop-flip or none.",
     ),
 ]
 
@@ -286,22 +302,27 @@ Store = Annotated[
 Lamb = Annotated[
     float | None,
     typer.Option(
-        "--lamb", help="Lambda, inverse of the entropic regularisation: larger is sharper."
+        "--lamb",
+        help="Lambda, inverse of the entropic regularisation: larger is sharper; default 25.",
     ),
 ]
 Tol = Annotated[
     float | None,
     typer.Option(
-        "--tol", help="Residual to reach: share of the images by which soft sizes are off."
+        "--tol",
+        help="Residual to reach, the share of the images by which soft sizes are off; "
+        "default 0.0001.",
     ),
 ]
-MaxIter = Annotated[int | None, typer.Option("--max-iter", min=1, help="Iterations at most.")]
+MaxIter = Annotated[
+    int | None, typer.Option("--max-iter", min=1, help="Iterations at most; default 2000.")
+]
 Marginal = Annotated[
     str | None,
     typer.Option(
         "--marginal",
         metavar="KIND",
-        help="Cluster sizes: uniform, zipf:S, gaussian:S or a file of K weights.",
+        help="Cluster sizes: uniform (default), zipf:S, gaussian:S or a file of K weights.",
     ),
 ]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from sela_cli import envelope, formats
@@ -90,6 +91,22 @@ def test_augmentations_are_those_of_the_paper() -> None:
     common = {"jitter": 0.4, "hue": 0.4, "jitter_share": 1.0, "grey": 0.2, "blur": 0, "flip": 0.5}
     assert AUGMENTATIONS["imagenet"] == Augmentation((0.08, 1.0), grey_first=True, **common)
     assert AUGMENTATIONS["paper"] == Augmentation(scale=(0.2, 1.0), **common)
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "batch_size", "lr_factor"])
+def test_help_tells_the_defaults_of_training(name: str) -> None:
+    assert f"default {getattr(Recipe, name)}" in help_of(name)
+
+
+@pytest.mark.parametrize("name", ["lamb", "tol", "max_iter"])
+def test_help_tells_the_defaults_of_labels(name: str) -> None:
+    assert f"default {getattr(LabelSettings, name):g}." in help_of(name)
+
+
+def help_of(name: str) -> str:
+    """What `sela run --help` says of an option."""
+    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
+    return next(str(option.help) for option in command.params if option.name == name)
 
 
 def test_a_dry_run_shows_every_constant() -> None:

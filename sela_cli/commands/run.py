@@ -70,7 +70,10 @@ def run(
     ],
     preset: Annotated[
         PresetChoice | None,
-        typer.Option("--preset", help="Named settings; 'digits' is implied by --data digits."),
+        typer.Option(
+            "--preset",
+            help="Named settings in place of the defaults; 'digits' is implied by --data digits.",
+        ),
     ] = None,
     resume: Annotated[
         bool,
@@ -92,11 +95,19 @@ def run(
     heads: Heads = None,
     image_size: ImageSize = None,
     opts: Annotated[
-        int | None, typer.Option("--opts", min=0, help="How often to relabel (the paper's #opts).")
+        int | None,
+        typer.Option(
+            "--opts",
+            min=0,
+            help="How often to relabel, as the paper counts: the last lies beyond the end; "
+            "default 80.",
+        ),
     ] = None,
     relabel: Annotated[
         RelabelChoice | None,
-        typer.Option("--relabel", help="Spacing of the relabelling positions."),
+        typer.Option(
+            "--relabel", help="Spacing of the relabelling positions: quadratic (default) or linear."
+        ),
     ] = None,
     relabel_heads: Annotated[
         RelabelHeadsChoice | None,

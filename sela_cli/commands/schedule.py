@@ -15,7 +15,12 @@ EXAMPLES = "Example: sela schedule --epochs 160 --opts 80"
 def schedule(
     epochs: Annotated[float, typer.Option("--epochs", min=0, help="Length of training.")],
     opts: Annotated[
-        int, typer.Option("--opts", min=0, help="How often to relabel (the paper's #opts).")
+        int,
+        typer.Option(
+            "--opts",
+            min=0,
+            help="How often to relabel, as the paper counts: the last lies beyond the end.",
+        ),
     ],
     relabel: Annotated[
         RelabelChoice, typer.Option("--relabel", help="Spacing of the positions.")

@@ -47,7 +47,10 @@ def train(
     labels: Annotated[str, typer.Option("--labels", "-l", metavar="FILE", help="Labels to learn.")],
     output: Output,
     checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", "-c", metavar="FILE", help="Go on from here.")
+        str | None,
+        typer.Option(
+            "--checkpoint", "-c", metavar="FILE", help="Go on from here, with its settings."
+        ),
     ] = None,
     arch: Arch = None,
     image_size: ImageSize = None,
