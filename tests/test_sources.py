@@ -443,6 +443,15 @@ def test_duplicate_names_are_refused(form: Callable[[Path], str], tmp_path: Path
         open_source(form(tmp_path))
 
 
+@pytest.mark.parametrize("write", [write_folder, write_tar])
+def test_the_notes_of_macos_are_no_images(write: Callable[..., str], tmp_path: Path) -> None:
+    """Nor is a folder of them a class; other hidden files are images."""
+    notes = ["a/._x.png", "__MACOSX/a/y.png", "b/__MACOSX/z.png"]
+    names = ["a/x.png", "b/.hidden.png", *notes]
+    source = open_source(write(tmp_path / "a.tar", names))
+    assert source.keys == ["a/x.png", "b/.hidden.png"] and source.classes == ("a", "b")
+
+
 @pytest.mark.parametrize(
     "form",
     [

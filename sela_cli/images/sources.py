@@ -222,6 +222,14 @@ def _folder(spec: str) -> Source:
     return _with_folder_classes(_files(spec, Path(spec), keys))
 
 
+def _ending(path: str) -> str:
+    """In small letters; '' of the notes that macOS lays beside files, which end as these do."""
+    *folders, name = path.split("/")
+    if name.startswith("._") or "__MACOSX" in folders:
+        return ""
+    return os.path.splitext(name)[1].lower()
+
+
 def _names(folder: str) -> Iterator[str]:
     """Image files below a folder, as paths from there; linked folders are not followed."""
     waiting = [""]
@@ -234,7 +242,7 @@ def _names(folder: str) -> Iterator[str]:
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(f"{prefix}{name}/")
                     # Of a pipe or a device the end may never come.
-                    elif os.path.splitext(name)[1].lower() in SUFFIXES and entry.is_file():
+                    elif _ending(prefix + name) in SUFFIXES and entry.is_file():
                         yield prefix + name
         except OSError as error:
             raise NoInput(f"{error.filename}: {error.strerror}", "make it readable") from error
@@ -280,8 +288,7 @@ def _tar(spec: str) -> Source:
             images = [
                 (entry.name, member)
                 for entry in entries
-                if Path(entry.name).suffix.lower() in SUFFIXES
-                and (member := _linked_file(entry, by_path))
+                if _ending(entry.name) in SUFFIXES and (member := _linked_file(entry, by_path))
             ]
             # tarfile takes a damaged header for the end; a real end is a block of zeros.
             stream: Any = archive.fileobj
