@@ -41,7 +41,14 @@ class Terminal:
             print(text, file=sys.stderr, flush=True)
 
     def left_out(self, images: Images, limit: int | None) -> dict[str, int]:
-        """Say how many of the images asked for --skip-bad has left out; for the result too."""
+        """Say how many of the images asked for --skip-bad has left out; for the result too.
+
+        Also say how many pictures of which kinds are not read at all.
+        """
+        unread = images.source.unread
+        if unread:
+            kinds = ", ".join(f"{kind} ({unread[kind]})" for kind in sorted(unread))
+            self.say(f"warning: {images.spec}: left out what is not read: {kinds}")
         asked = min(limit or len(images.source), len(images.source))
         count = asked - len(images)
         if count:

@@ -603,6 +603,21 @@ def test_what_skip_bad_leaves_out_is_told(line: str) -> None:
     assert "1 of 5 images can't be read" in done.err
 
 
+def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path: Path) -> None:
+    """How many of which, once; and nothing of other files."""
+    for name in ("a.png", "b.png"):
+        photo(tmp_path / "mixed" / name, 0)
+    for name in ("a.heic", "b/c.HEIC", "d.avif", "notes.txt"):
+        (tmp_path / "mixed" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "mixed" / name).touch()
+    line = f"pack {tmp_path}/mixed -o new.h5 --dry-run --json"
+    done = good(*words(line))
+    assert (
+        done.err == f"warning: {tmp_path}/mixed: left out what is not read: .avif (1), .heic (2)\n"
+    )
+    assert json.loads(done.out)["images"] == 2 and not good(*words(line), "--quiet").err
+
+
 def test_probabilities_that_are_taken_for_logits_are_hinted_at(tmp_path: Path) -> None:
     shares = np.random.default_rng(0).dirichlet(np.ones(3), 12)
     np.save(tmp_path / "shares.npy", shares.astype(np.float16))

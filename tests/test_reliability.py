@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import tracemalloc
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -471,7 +472,7 @@ def test_listing_keeps_nothing_but_the_names(monkeypatch: pytest.MonkeyPatch) ->
         yield (Counted(number) for number in range(5000))
 
     monkeypatch.setattr(sources.os, "scandir", scandir)
-    names = sorted(sources._names("nowhere"))
+    names = sorted(sources._names("nowhere", Counter()))
     assert len(names) == 5000 and names[-1] == "00004999.png"
     assert most <= 2
 

@@ -444,6 +444,29 @@ def test_duplicate_names_are_refused(form: Callable[[Path], str], tmp_path: Path
 
 
 @pytest.mark.parametrize("write", [write_folder, write_tar])
+def test_pictures_that_are_not_read_are_counted(write: Callable[..., str], tmp_path: Path) -> None:
+    """Other files are not; and of JPEG all endings are known."""
+    names = ["a.jfif", "a/b.JPE", "a/c.HEIC", "d.heic", "e.cr2", "f.txt", "._g.heic"]
+    source = open_source(write(tmp_path / "a.tar", names, [*FILES, b"", b""]))
+    assert source.keys == ["a.jfif", "a/b.JPE"] and source.unread == {".heic": 2, ".cr2": 1}
+    np.testing.assert_array_equal(source.image(1), PIXELS[1])
+
+
+def test_links_that_lead_nowhere_are_counted(tmp_path: Path) -> None:
+    """Pipes are passed over, and so are links to what is no image by its name."""
+    folder = tmp_path / "pictures"
+    write_folder(folder)
+    (folder / "lost.png").symlink_to("nothing.png")
+    (folder / "lost.txt").symlink_to("nothing.txt")
+    os.mkfifo(folder / "pipe.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(folder, ".")
+    for spec in (folder, tmp_path / "a.tar"):
+        source = open_source(str(spec))
+        assert source.keys == NAMES and source.unread == {"links to no file": 1}
+
+
+@pytest.mark.parametrize("write", [write_folder, write_tar])
 def test_the_notes_of_macos_are_no_images(write: Callable[..., str], tmp_path: Path) -> None:
     """Nor is a folder of them a class; other hidden files are images."""
     notes = ["a/._x.png", "__MACOSX/a/y.png", "b/__MACOSX/z.png"]

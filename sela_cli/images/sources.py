@@ -12,8 +12,8 @@ import tarfile
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from io import BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,8 +29,16 @@ from sela_cli.stored import Stored
 # HDF5's for the chunks of images, and a prime number of places in it.
 _CACHE_BYTES, _CACHE_SLOTS = 64 << 20, 100_003
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp"}
+    | {".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
+# Pictures that are not read, the raw ones of cameras among them: told, not passed over.
+_UNREAD = frozenset(
+    {".heic", ".heif", ".avif", ".jp2", ".jxl", ".tga", ".psd", ".pbm", ".pnm"}
+    | {".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"}
+)
+# So are links that are called like images.
+_LINKS_ASTRAY = "links to no file"
 # Of these Pillow may give grey of 16 bits as if it had 32.
 _SIXTEEN_BITS = ("PNG", "PPM")
 # Pillow knows more, some of which start other programs: EPS calls Ghostscript.
@@ -46,7 +54,8 @@ class Source:
 
     `reduced(i, side)`, where there is one, is quicker, and of a large image decodes only
     as much as is needed for edges of at least `side`. `pixels` are all images as they lie
-    in a file, (N, 3, S, S), where the source is that.
+    in a file, (N, 3, S, S), where the source is that. `unread` counts, by their endings, the
+    pictures beside these that no image comes of.
     """
 
     spec: str
@@ -56,6 +65,7 @@ class Source:
     classes: tuple[str, ...] = ()
     reduced: Callable[[int, int], np.ndarray] | None = None
     pixels: Stored | None = None
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -218,8 +228,9 @@ def _digits() -> Source:
 
 
 def _folder(spec: str) -> Source:
-    keys = sorted(_names(spec))
-    return _with_folder_classes(_files(spec, Path(spec), keys))
+    unread: Counter[str] = Counter()
+    keys = sorted(_names(spec, unread))
+    return _with_folder_classes(replace(_files(spec, Path(spec), keys), unread=unread))
 
 
 def _ending(path: str) -> str:
@@ -230,20 +241,30 @@ def _ending(path: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _names(folder: str) -> Iterator[str]:
-    """Image files below a folder, as paths from there; linked folders are not followed."""
+def _names(folder: str, unread: Counter[str]) -> Iterator[str]:
+    """Image files below a folder, as paths from there; linked folders are not followed.
+
+    Pictures that are none of these are counted in `unread`.
+    """
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
         try:
             with os.scandir(os.path.join(folder, prefix)) as entries:
                 for entry in entries:
-                    name = entry.name
+                    path = prefix + entry.name
                     if entry.is_dir(follow_symlinks=False):
-                        waiting.append(f"{prefix}{name}/")
-                    # Of a pipe or a device the end may never come.
-                    elif _ending(prefix + name) in SUFFIXES and entry.is_file():
-                        yield prefix + name
+                        waiting.append(f"{path}/")
+                        continue
+                    ending = _ending(path)
+                    if ending in _UNREAD:
+                        unread[ending] += 1
+                    elif ending in SUFFIXES:
+                        # Of a pipe or a device the end may never come.
+                        if entry.is_file():
+                            yield path
+                        elif entry.is_symlink():
+                            unread[_LINKS_ASTRAY] += 1
         except OSError as error:
             raise NoInput(f"{error.filename}: {error.strerror}", "make it readable") from error
 
@@ -285,11 +306,17 @@ def _tar(spec: str) -> Source:
         with tarfile.open(spec, tarinfo=_Member) as archive:
             entries = list(_bounded(spec, archive))
             by_path = {os.path.normpath(entry.name): entry for entry in entries}
-            images = [
-                (entry.name, member)
-                for entry in entries
-                if _ending(entry.name) in SUFFIXES and (member := _linked_file(entry, by_path))
-            ]
+            images: list[tuple[str, tarfile.TarInfo]] = []
+            unread: Counter[str] = Counter()
+            for entry in entries:
+                ending = _ending(entry.name)
+                if ending in _UNREAD:
+                    unread[ending] += 1
+                elif ending in SUFFIXES:
+                    if member := _linked_file(entry, by_path):
+                        images.append((entry.name, member))
+                    elif entry.issym() or entry.islnk():
+                        unread[_LINKS_ASTRAY] += 1
             # tarfile takes a damaged header for the end; a real end is a block of zeros.
             stream: Any = archive.fileobj
             stream.seek(archive.offset)
@@ -327,7 +354,7 @@ def _tar(spec: str) -> Source:
         return _rgb(BytesIO(data), side)
 
     keys = [PurePosixPath(name).as_posix() for name, _ in images]
-    return _with_folder_classes(Source(spec, keys, decode, reduced=decode))
+    return _with_folder_classes(Source(spec, keys, decode, reduced=decode, unread=unread))
 
 
 # Links in a row, as Linux follows them; they may lead in a circle.
