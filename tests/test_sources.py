@@ -605,6 +605,21 @@ def test_grey_of_no_known_range_is_told_or_left_out(dtype: type, tmp_path: Path)
     assert open_images(str(tmp_path), 32, skip_bad=True)[0].keys == NAMES
 
 
+def test_large_pictures_are_read_without_a_word_and_huge_ones_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Pillow warns beyond its limit, and refuses twice as many pixels as an attack."""
+    write_folder(tmp_path, NAMES[:1], FILES[:1])
+    source = open_source(str(tmp_path))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    np.testing.assert_array_equal(source.image(0), PIXELS[0])
+    assert not recwarn.list
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+    told = r"63 pixels\) exceeds limit of 60 pixels\); make it smaller, or leave it out"
+    with pytest.raises(BadData, match=told):
+        source.image(0)
+
+
 def _huge_header() -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = zlib.crc32(kind + data)

@@ -10,6 +10,7 @@ import os
 import shlex
 import tarfile
 import threading
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,9 +93,12 @@ class Source:
             # A signal may come in the middle of a picture, and a disk may fail.
             raise
         except Exception as error:  # A decoder of a damaged file may raise anything.
+            reason, mend = str(error), "repair it"
+            if isinstance(error, BadData):
+                reason, mend = error.args[0], error.mend or mend
             raise BadData(
-                f"{self.spec}: image '{self.keys[number]}' can't be read ({error})",
-                "repair it, or leave it out with --skip-bad where a command has that",
+                f"{self.spec}: image '{self.keys[number]}' can't be read ({reason})",
+                f"{mend}, or leave it out with --skip-bad where a command has that",
             ) from error
 
 
@@ -103,6 +107,8 @@ def open_source(spec: str, download: bool = False) -> Source:
 
     Raises NoInput where nothing is there, BadData where it holds no image.
     """
+    # Large pictures are read; far larger ones are refused.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     source = _open(spec, download)
     if not len(source):
         raise BadData(f"{spec}: no image in it", f"known endings: {' '.join(sorted(SUFFIXES))}")
@@ -167,7 +173,12 @@ def _open(spec: str, download: bool) -> Source:
 def _rgb(file: Any, side: int = 0) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(file, formats=_FORMATS) as image:
+    try:
+        opened = Image.open(file, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        # Pillow goes on to speak of an attack.
+        raise BadData(str(error).partition(", could be")[0], "make it smaller") from error
+    with opened as image:
         if side:
             # A JPEG of 3000 x 2250 for 256 pixels: 8 ms instead of 38; nothing for small ones.
             image.draft("RGB", (side, side))
