@@ -17,7 +17,8 @@ Data = Annotated[
         "--data",
         metavar="SPEC",
         help="Images: 'digits' (embedded), a folder (with or without class subfolders; linked "
-        "folders are not entered), a .tar, a text list (.txt; # begins a comment), an HDF5 of "
+        "folders are not entered), a .tar, a text list (.txt, .tsv or .lst: a path a line, "
+        "relative to the list; a tab and a class may follow; # begins a comment), an HDF5 of "
         "images (FILE or FILE::/DATASET), or NAME:ROOT[@SPLIT] with NAME one of cifar10, "
         "cifar100, mnist, fashion-mnist, svhn, stl10, voc2007, imagenet, places365.",
     ),

@@ -666,6 +666,19 @@ def test_listed_but_absent_image_is_named(tmp_path: Path) -> None:
     assert images.keys == NAMES
 
 
+def test_a_class_behind_a_space_is_told_to_need_a_tab(tmp_path: Path) -> None:
+    """Only where the image is there; names may have spaces."""
+    names = ["a b.png", "c.png"]
+    write_folder(tmp_path, names, FILES[:2])
+    (tmp_path / "list.txt").write_text("a b.png\nc.png  owl\nd.png owl\n")
+    source = open_source(str(tmp_path / "list.txt"))
+    np.testing.assert_array_equal(source.image(0), PIXELS[0])
+    with pytest.raises(BadData, match=r"'c\.png  owl' .*without the last word.*; write a tab"):
+        source.image(1)
+    with pytest.raises(BadData, match=r"No such file.*; repair it"):
+        source.image(2)
+
+
 def test_nothing_but_broken_images(tmp_path: Path) -> None:
     for name in NAMES:
         (tmp_path / name).write_bytes(b"broken")

@@ -167,7 +167,9 @@ def _open(spec: str, download: bool) -> Source:
     # `sela pack` writes to whatever name it is given.
     if os.access(path, os.R_OK) and h5py.is_hdf5(path):
         return _hdf5(spec, path, inner)
-    raise BadData(f"{spec}: not a folder, tar, HDF5 file or text list (.txt)")
+    raise BadData(
+        f"{spec}: not a folder, tar, HDF5 file or text list ({', '.join(_LIST_SUFFIXES)})"
+    )
 
 
 def _rgb(file: Any, side: int = 0) -> np.ndarray:
@@ -193,8 +195,13 @@ def _rgb(file: Any, side: int = 0) -> np.ndarray:
 
 
 def _rgb_file(path: Path, side: int = 0) -> np.ndarray:
-    if path.exists() and not path.is_file():
-        raise OSError("not a regular file")
+    if not path.is_file():
+        if path.exists():
+            raise OSError("not a regular file")
+        if Path(str(path).rsplit(maxsplit=1)[0]).is_file():
+            raise BadData(
+                "there is such a file without the last word", "write a tab before a class"
+            )
     return _rgb(path, side)
 
 
