@@ -295,6 +295,17 @@ def test_truth_without_classes(write_labels: Callable[..., str], tmp_path: Path)
         compare(read_labels(path), str(tmp_path / "plain.txt"))
 
 
+def test_a_column_of_classes_is_told_to_name_no_images(
+    write_labels: Callable[..., str], tmp_path: Path
+) -> None:
+    """Whether classes come twice or once each."""
+    labels = read_labels(write_labels(head(np.arange(24) % 3, 3)))
+    for classes in (2, 24):
+        (tmp_path / "truth.txt").write_text("".join(f"{row % classes}\n" for row in range(24)))
+        with pytest.raises(BadData, match=r"a tab.*a \.npy"):
+            compare(labels, str(tmp_path / "truth.txt"))
+
+
 def test_table_has_a_line_a_head(write_labels: Callable[..., str]) -> None:
     path = write_labels(head(np.arange(24) % 3, 3), head(np.arange(24) % 5, 7))
     header, *lines = table(compare(read_labels(path), path)).splitlines()

@@ -114,7 +114,9 @@ def open_source(spec: str, download: bool = False) -> Source:
         raise BadData(f"{spec}: no image in it", f"known endings: {' '.join(sorted(SUFFIXES))}")
     if len(set(source.keys)) != len(source):
         twice = next(key for key, count in Counter(source.keys).items() if count > 1)
-        raise BadData(f"{spec}: '{twice}' is named twice; every image needs a key of its own")
+        told = f"{spec}: '{twice}' is named twice; every image needs a key of its own"
+        mend = "a list names an image a line, then a tab and a class; classes alone go into a .npy"
+        raise BadData(told, mend if _is_list(spec) else "")
     return source
 
 
@@ -123,18 +125,22 @@ def is_folder(spec: str) -> bool:
     return spec != "digits" and os.path.isdir(spec)
 
 
+def _is_list(spec: str) -> bool:
+    return spec.lower().endswith(_LIST_SUFFIXES) and os.path.isfile(spec)
+
+
 def no_classes(spec: str, keys: Sequence[str], otherwise: str = "") -> BadData:
     """What to raise where classes are needed and the images have none.
 
     `otherwise` ends the advice.
     """
     told = f"{spec} has no true classes"
-    mend = "use a folder with one subfolder a class, or a list with a class a line"
+    mend = "use a folder with one subfolder a class, or a list with a class a line, after a tab"
     names, loose = _folder_classes(keys)
     if names and loose and (os.path.isdir(spec) or spec.lower().endswith(_TAR_SUFFIXES)):
         told += f": '{loose[0]}' lies in no class's subfolder"
         mend = "move or remove it" if len(loose) == 1 else f"move or remove the {len(loose)} such"
-    elif spec.lower().endswith(_LIST_SUFFIXES) and os.path.isfile(spec):
+    elif _is_list(spec):
         listed, classes = _lines(spec)
         if "" in classes and any(classes):
             first, count = listed[classes.index("")], classes.count("")
