@@ -176,7 +176,8 @@ def plan(
 def _check_classes(train: Images, test: Images) -> None:
     for images in (train, test):
         if images.truth_N is None:
-            raise no_classes(images.spec, images.keys)
+            # All of the source, not only those at hand: what is to be moved is there.
+            raise no_classes(images.spec, images.source.keys)
     # Test images of classes that training has not count as wrong: here all of them would.
     if train.classes and test.classes and not set(train.classes) & set(test.classes):
         raise BadData(

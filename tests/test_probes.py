@@ -21,7 +21,7 @@ from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.images.augment import ten_views
 from sela_cli.images.batches import Images
-from sela_cli.images.sources import Source
+from sela_cli.images.sources import Source, open_source
 from sela_cli.networks import Network, build
 from sela_cli.presets import protocol
 from sela_cli.probes import (
@@ -216,6 +216,19 @@ def test_unknown_classes_are_bad_data(
         probe(*pair)
     with pytest.raises(BadData, match="no true classes"):
         plan(*pair, network, "both", "all", LinearRecipe(), KnnRecipe())
+
+
+def test_images_without_a_class_are_counted_in_the_whole_folder(
+    probe: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Not only among those of a limit or of a holdout."""
+    names = ["a/0.png", "b/0.png", "c/0.png", *(f"{number}.png" for number in range(5))]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    images = Images(open_source(str(tmp_path)), 32, np.arange(8))
+    with pytest.raises(BadData, match="move or remove the 5 such"):
+        probe(images.subset(np.arange(2)), images.subset(np.array([2])))
 
 
 def test_classes_of_other_names_are_bad_data(

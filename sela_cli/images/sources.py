@@ -132,7 +132,7 @@ def _is_list(spec: str) -> bool:
 def no_classes(spec: str, keys: Sequence[str], otherwise: str = "") -> BadData:
     """What to raise where classes are needed and the images have none.
 
-    `otherwise` ends the advice.
+    `keys` are those of all its images; `otherwise` ends the advice.
     """
     told = f"{spec} has no true classes"
     mend = "use a folder with one subfolder a class, or a list with a class a line, after a tab"
