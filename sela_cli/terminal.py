@@ -21,6 +21,8 @@ Progress = Callable[[int, int, str], None]
 _PLAIN_SECONDS = 30.0
 # The rate is that of the last so many seconds.
 _RATE_SECONDS = 30.0
+# Of a list of names so many are said.
+_NAMES = 5
 
 
 class Terminal:
@@ -40,20 +42,25 @@ class Terminal:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def left_out(self, images: Images, limit: int | None) -> dict[str, int]:
-        """Say how many of the images asked for --skip-bad has left out; for the result too.
+    def left_out(self, *collections: Images) -> dict[str, Any]:
+        """Say which of the images asked for --skip-bad has left out; for the result too.
 
         Also say how many pictures of which kinds are not read at all.
         """
-        unread = images.source.unread
-        if unread:
-            kinds = ", ".join(f"{kind} ({unread[kind]})" for kind in sorted(unread))
-            self.say(f"warning: {images.spec}: left out what is not read: {kinds}")
-        asked = min(limit or len(images.source), len(images.source))
-        count = asked - len(images)
-        if count:
-            self.say(f"warning: {images.spec}: {count} of {asked} images can't be read, left out")
-        return {"left_out": count}
+        for images in collections:
+            unread, names = images.source.unread, images.left_out
+            if unread:
+                kinds = ", ".join(f"{kind} ({unread[kind]})" for kind in sorted(unread))
+                self.say(f"warning: {images.spec}: left out what is not read: {kinds}")
+            if names:
+                asked = len(images) + len(names)
+                told = f"{len(names)} of {asked} images can't be read, left out"
+                if not self.as_json:
+                    # Else the result has all of them.
+                    told += f": {_first(names)}"
+                self.say(f"warning: {images.spec}: {told}")
+        left_out = [name for images in collections for name in images.left_out]
+        return {"left_out": len(left_out), "left_out_images": left_out}
 
     def result(self, values: Mapping[str, Any], text: str = "") -> None:
         """The command's result: `values` as JSON with --json, else `text`."""
@@ -62,11 +69,9 @@ class Terminal:
         elif text and not (self.quiet and self._results is sys.stderr):
             print(text, file=self._results, flush=True)
 
-    def train(
-        self, training: Training, output: str, limit: int | None, device: str, dry_run: bool
-    ) -> None:
+    def train(self, training: Training, output: str, device: str, dry_run: bool) -> None:
         """Train and say what came of it, or only what would be done."""
-        shown = training.plan() | self.left_out(training.images, limit)
+        shown = training.plan() | self.left_out(training.images)
         steps = f"steps {shown['from_step']}..{shown['to_step']} of {training.network.arch}"
         if dry_run:
             settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
@@ -91,6 +96,12 @@ class Terminal:
                 yield update
         else:
             yield _lines(title, unit)
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - _NAMES
+    shown = ", ".join(names[:_NAMES])
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _finite(value: Any) -> Any:

@@ -603,6 +603,20 @@ def test_what_skip_bad_leaves_out_is_told(line: str) -> None:
     assert "1 of 5 images can't be read" in done.err
 
 
+def test_what_skip_bad_leaves_out_is_named(tmp_path: Path) -> None:
+    """The first few to people, all of them in the result; of those asked for alone."""
+    photo(tmp_path / "0.png", 0)
+    broken = [f"{number}.png" for number in range(1, 9)]
+    for name in broken:
+        (tmp_path / name).write_bytes(b"broken")
+    line = f"pack {tmp_path} -o new.h5 --skip-bad --dry-run"
+    told = "8 of 9 images can't be read, left out: 1.png, 2.png, 3.png, 4.png, 5.png and 3 more\n"
+    assert good(*words(line)).err == f"warning: {tmp_path}: {told}"
+    told = "2 of 3 images can't be read, left out: 4.png, 8.png\n"
+    assert good(*words(line), "--limit", "3").err == f"warning: {tmp_path}: {told}"
+    assert json.loads(good(*words(line), "--json").out)["left_out_images"] == broken
+
+
 def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path: Path) -> None:
     """How many of which, once; and nothing of other files."""
     for name in ("a.png", "b.png"):

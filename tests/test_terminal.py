@@ -11,9 +11,12 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from sela_cli import terminal
+from sela_cli.images.batches import Images
+from sela_cli.images.sources import Source
 from sela_cli.terminal import Terminal
 
 STAGE = """
@@ -140,3 +143,19 @@ def test_time_left_goes_on_while_nothing_is_reported(clock: list[float]) -> None
     assert status.text() == "0:00:25 left, 10 images/s, 100/400"
     clock[0] = 99.0
     assert status.text().startswith("0:00:00 left")
+
+
+def test_what_is_left_out_of_several_collections_is_told_by_collection_and_counted_in_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As `sela probe` has it, of training and of test images."""
+    collections = []
+    for spec, names in (("one", ["a.png", "b.png"]), ("two", []), ("three", ["c.png"])):
+        images = Images(Source(spec, ["d.png"], lambda number: np.zeros(3)), 8, np.arange(1))
+        images.left_out = names
+        collections.append(images)
+    told = Terminal().left_out(*collections)
+    assert told == {"left_out": 3, "left_out_images": ["a.png", "b.png", "c.png"]}
+    one, three = capsys.readouterr().err.splitlines()
+    assert one == "warning: one: 2 of 3 images can't be read, left out: a.png, b.png"
+    assert three == "warning: three: 1 of 2 images can't be read, left out: c.png"

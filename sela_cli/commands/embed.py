@@ -106,7 +106,7 @@ def embed(
     options: dict[str, Any] = {"precision": recipe.precision}
     options |= given(store=store, dtype=dtype, precision=precision, batch_size=batch_size)
     shown = plan(images, network, options.get("store", "logits"), options.get("dtype", "float32"))
-    shown |= terminal.left_out(images, limit)
+    shown |= terminal.left_out(images)
     if not dry_run:
         if not state:
             settle(network, images, recipe, where)

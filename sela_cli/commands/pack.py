@@ -66,7 +66,7 @@ def pack(
             hold=False,
             progress=progress,
         )
-    shown = plan(images) | terminal.left_out(images, limit)
+    shown = plan(images) | terminal.left_out(images)
     if not dry_run:
         provenance = envelope.Provenance("pack", {"data": data, "size": images.side})
         with terminal.progress("pack", "images") as progress:

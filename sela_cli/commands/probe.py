@@ -176,12 +176,12 @@ def probe(
     opening["hold"] = not dry_run
     with terminal.progress("decode", "images") as progress:
         train, _ = open_images(data, state.image_size, progress=progress, **opening)
-        left_out = terminal.left_out(train, limit)
         if test:
             tested, _ = open_images(test, state.image_size, progress=progress, **opening)
-            left_out["left_out"] += terminal.left_out(tested, limit)["left_out"]
+            left_out = terminal.left_out(train, tested)
             split = "test"
         else:
+            left_out = terminal.left_out(train)
             train, tested = probes.holdout(train, share, seed)
             split = f"holdout {share:g}"
     if dry_run:

@@ -117,4 +117,4 @@ def retrain(
             hold=not dry_run,
             progress=progress,
         )
-    terminal.train(training, output, limit, where, dry_run)
+    terminal.train(training, output, where, dry_run)

@@ -214,7 +214,7 @@ def run(
             hold=not dry_run,
             progress=progress,
         )
-    left_out = terminal.left_out(images, limit)
+    left_out = terminal.left_out(images)
     settings = settings.at(size)
     if dry_run:
         shown, text = plan(images, settings)

@@ -83,6 +83,8 @@ class Images:
         self.truth_N = None if source.truth_N is None else source.truth_N[rows]
         self.classes = source.classes
         self.dataset_id = dataset_id(self.keys)
+        # Keys of those asked for beside these that can't be read.
+        self.left_out: list[str] = []
         # All that are in memory, and where these are among them.
         self._held: Tensor | None = None
         self._places_N = torch.arange(len(rows))
@@ -221,15 +223,15 @@ def open_images(
         job.once(partial(_fetch, spec))
         download = False
     source = open_source(spec, download)
-    rows = spread(len(source), len(source) if limit is None else limit)
-    if skip_bad:
-        rows = _but_bad(source, rows, progress)
+    asked = spread(len(source), len(source) if limit is None else limit)
+    rows = _but_bad(source, asked, progress) if skip_bad else asked
     # Not of the first alone: a collection of photographs may begin with an icon.
     some = rows[spread(len(rows), _SIDES)]
     native = int(np.median([min(source.image(int(row)).shape[:2]) for row in some]))
     if image_size is None:
         image_size = 32 if native <= SMALL else 224
     images = Images(source, side or stored_side(native, image_size), rows, _decoders(native))
+    images.left_out = [source.keys[row] for row in np.setdiff1d(asked, rows)]
     if hold:
         images.hold(progress)
     return images, image_size
