@@ -369,7 +369,7 @@ def knn_rows(
         for k in recipe.ks:
             for sigma in recipe.sigmas:
                 scores = votes(similarity[:, :k], classes_Mk[:, :k], _classes(train, test), sigma)
-                top1, top5 = top_accuracies(scores, truth)
+                top1, top5 = _fractions(top_hits(scores, truth), len(test))
                 setting = f"k={k} sigma={sigma:g}{name}"
                 rows.append(_row(FEATURES, "knn", setting, split, len(test), top1, top5))
     return rows
@@ -414,10 +414,16 @@ def votes(similarity_Mk: Tensor, classes_Mk: Tensor, classes: int, sigma: float)
     return torch.zeros(len(weights), classes).scatter_add_(1, classes_Mk, weights)
 
 
-def top_accuracies(scores_NC: Tensor, truth_N: Tensor) -> tuple[float, float]:
-    """Fractions of rows whose true class scores highest, and among the five highest."""
-    five = scores_NC.topk(min(5, scores_NC.shape[1]), dim=1).indices == truth_N[:, None]
-    return float(five[:, 0].double().mean()), float(five.any(1).double().mean())
+def top_hits(scores_nC: Tensor, truth_n: Tensor) -> Tensor:
+    """Rows whose true class scores highest, and among the five highest: (2,) int64."""
+    five = scores_nC.topk(min(5, scores_nC.shape[1]), dim=1).indices == truth_n[:, None]
+    return torch.stack([five[:, 0].sum(), five.any(1).sum()])
+
+
+def _fractions(hits: Tensor, count: int) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy from `top_hits` of so many rows."""
+    top1, top5 = (hits.double() / count).tolist()
+    return top1, top5
 
 
 class LinearProbe:
@@ -598,7 +604,8 @@ class LinearProbe:
         self.inputs.eval()
         crops = self.recipe.crops
         each = [(name, lr) for name, chosen in rates.items() for lr in chosen]
-        scores: dict[tuple[str, float], list[Tensor]] = {key: [] for key in each}
+        truth_N = torch.from_numpy(images.truth_N)
+        hits = {key: torch.zeros(2, dtype=torch.int64) for key in each}
 
         def all_logits(view: Tensor) -> Tensor:
             logits = self._logits(view, rates)
@@ -614,14 +621,14 @@ class LinearProbe:
         )
         done = 0
         for batch in batches:
+            truth_n = truth_N[done : done + len(batch[0])]
             for key, logits in zip(each, batch, strict=True):
-                scores[key].append(logits)
-            done += len(batch[0])
+                hits[key] += top_hits(logits, truth_n)
+            done += len(truth_n)
             progress(done, len(images), "test images")
             if parallel.any_of(interrupt.requested()):
                 raise StoppedEarly("probe stopped", "run it again")
-        truth_N = torch.from_numpy(images.truth_N)
-        return {each: top_accuracies(torch.cat(parts), truth_N) for each, parts in scores.items()}
+        return {key: _fractions(found, done) for key, found in hits.items()}
 
 
 def _inputs(network: Network, name: str, shape: Sequence[int]) -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from sela_cli import envelope, formats, interrupt, parallel, probes, unfinished
+from sela_cli import envelope, formats, interrupt, parallel, passes, probes, unfinished
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.images.augment import ten_views
@@ -33,7 +34,7 @@ from sela_cli.probes import (
     principal_components,
     probe_stage,
     recipes,
-    top_accuracies,
+    top_hits,
     votes,
 )
 
@@ -127,11 +128,11 @@ def test_accuracies_are_scikit_learns(classes: int) -> None:
     rng = np.random.default_rng(classes)
     truth_N, scores = rng.integers(classes, size=400), rng.normal(size=(400, classes))
     scores[np.arange(400), truth_N] += 1
-    top1, top5 = top_accuracies(torch.from_numpy(scores), torch.from_numpy(truth_N))
+    top1, top5 = top_hits(torch.from_numpy(scores), torch.from_numpy(truth_N)) / 400
     known = np.arange(classes)
-    assert top1 == pytest.approx(top_k_accuracy_score(truth_N, scores, k=1, labels=known))
+    assert float(top1) == pytest.approx(top_k_accuracy_score(truth_N, scores, k=1, labels=known))
     expected = top_k_accuracy_score(truth_N, scores, k=5, labels=known) if classes > 5 else 1.0
-    assert top5 == pytest.approx(expected)
+    assert float(top5) == pytest.approx(expected)
 
 
 # ---- the stage --------------------------------------------------------------
@@ -517,6 +518,28 @@ def test_ten_crops_give_the_mean_of_ten_views(network: Network) -> None:
         assert probe.accuracies(images, {"conv3": [0.01]})["conv3", 0.01][0] == 1.0
         images.truth_N = mean_3C.argmin(1).numpy()
         assert probe.accuracies(images, {"conv3": [0.01]})["conv3", 0.01][0] == 0.0
+
+
+def test_linear_probes_are_measured_without_keeping_their_logits(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of many images, classes and rates would fill memory."""
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def in_order(*given: Any) -> Iterator[list[Tensor]]:
+        for _ in range(6):
+            logits_nC = torch.randn(10, 3)
+            made.append(weakref.ref(logits_nC))
+            alive.append(sum(each() is not None for each in made))
+            yield [logits_nC]
+
+    monkeypatch.setattr(passes, "in_order", in_order)
+    recipe = LinearRecipe(batch_size=10)
+    with LinearProbe(network, ["conv3"], 3, recipe, "cpu", "float32") as probe:
+        probe.accuracies(coloured(60, 5), {"conv3": [0.01]})
+    # The one before is let go of when the next is there.
+    assert len(alive) == 6 and max(alive) <= 3
 
 
 def test_all_principal_components_keep_the_distances_and_few_are_orthogonal() -> None:
