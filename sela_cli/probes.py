@@ -58,6 +58,8 @@ _PAPER_POOLING = {
 }
 _PAPER_SIZE = 224
 _LINEAR_INPUTS = 9600
+# Queries that are compared with the bank at a time; rows of the bank that are centred.
+_ROWS = 512
 
 
 def holdout(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
@@ -332,15 +334,19 @@ def features(
     network: Network, images: Images, device: str, precision: str, progress: Progress, note: str
 ) -> Tensor:
     """The trunk's output for every image, (N, D) float32."""
-    blocks: list[Tensor] = []
+    features_ND = torch.empty(len(images), network.width)
     done = 0
-    for (block,) in forward(network, images, 256, device, precision, features=True):
-        blocks.append(block)
-        done += len(block)
+    for (block_nD,) in forward(network, images, 256, device, precision, features=True):
+        features_ND[done : done + len(block_nD)] = block_nD
+        done += len(block_nD)
         progress(done, len(images), note)
-        if parallel.any_of(interrupt.requested()):
-            raise StoppedEarly("probe stopped", "run it again")
-    return torch.cat(blocks)
+        _end_if_asked()
+    return features_ND
+
+
+def _end_if_asked() -> None:
+    if parallel.any_of(interrupt.requested()):
+        raise StoppedEarly("probe stopped", "run it again")
 
 
 def knn_rows(
@@ -355,53 +361,90 @@ def knn_rows(
 ) -> list[dict[str, Any]]:
     """Weighted kNN accuracy for every k and sigma, as rows of a probe file."""
     assert train.truth_N is not None and test.truth_N is not None
-    bank = features(network, train, device, precision, progress, "features of the bank")
-    query = features(network, test, device, precision, progress, "features of the test images")
-    spaces = [("", bank, query)]
+    classes_N, truth_M = torch.from_numpy(train.truth_N), torch.from_numpy(test.truth_N)
+    settings = [(k, sigma) for k in recipe.ks for sigma in recipe.sigmas]
+    bank_ND = features(network, train, device, precision, progress, "features of the bank")
+    query_MD = features(network, test, device, precision, progress, "features of the test images")
+    spaces = [("", bank_ND, query_MD)]
     if recipe.pca:
-        spaces.append((f" pca={recipe.pca}", *principal_components(bank, query, recipe.pca)))
+        few = principal_components(bank_ND, query_MD, recipe.pca)
+        spaces.append((f" pca={recipe.pca}", *few))
     rows = []
-    truth = torch.from_numpy(test.truth_N)
     for name, bank, query in spaces:
-        progress(0, 0, "nearest neighbours")
-        similarity, nearest = neighbours(bank.to(device), query.to(device), max(recipe.ks))
-        classes_Mk = torch.from_numpy(train.truth_N)[nearest]
-        for k in recipe.ks:
-            for sigma in recipe.sigmas:
-                scores = votes(similarity[:, :k], classes_Mk[:, :k], _classes(train, test), sigma)
-                top1, top5 = _fractions(top_hits(scores, truth), len(test))
-                setting = f"k={k} sigma={sigma:g}{name}"
-                rows.append(_row(FEATURES, "knn", setting, split, len(test), top1, top5))
+        bank, query = bank.to(device), query.to(device)
+        hits = knn_hits(bank, classes_N, query, truth_M, settings, progress)
+        for (k, sigma), found in zip(settings, hits, strict=True):
+            top1, top5 = _fractions(found, len(test))
+            setting = f"k={k} sigma={sigma:g}{name}"
+            rows.append(_row(FEATURES, "knn", setting, split, len(test), top1, top5))
     return rows
 
 
 def principal_components(bank_ND: Tensor, query_MD: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Both in the `count` directions in which the bank varies most (scikit-learn's PCA)."""
-    from sklearn.decomposition import PCA
+    """Both in the `count` directions in which the bank varies most.
 
+    Memory: D x D and what is returned. scikit-learn's PCA would centre a copy of the bank.
+    """
     most = min(bank_ND.shape)
     if count > most:
         raise UsageError(f"--pca {count}: {tuple(bank_ND.shape)} features have at most {most}")
-    pca = PCA(count, random_state=0).fit(bank_ND.numpy())
-    return torch.from_numpy(pca.transform(bank_ND.numpy())), torch.from_numpy(
-        pca.transform(query_MD.numpy())
+    mean_D = bank_ND.mean(0)
+    scatter_DD = torch.zeros(len(mean_D), len(mean_D))
+    for block_nD in torch.split(bank_ND, _ROWS):
+        centred_nD = block_nD - mean_D
+        scatter_DD.addmm_(centred_nD.T, centred_nD)
+    directions_Dk = torch.linalg.eigh(scatter_DD).eigenvectors[:, -count:].flip(1)
+    shift_k = -mean_D @ directions_Dk
+    return (
+        torch.addmm(shift_k, bank_ND, directions_Dk),
+        torch.addmm(shift_k, query_MD, directions_Dk),
     )
 
 
-def neighbours(bank_ND: Tensor, query_MD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarities and rows of the k nearest, nearest first, both (M, k), on the CPU.
+def knn_hits(
+    bank_ND: Tensor,
+    classes_N: Tensor,
+    query_MD: Tensor,
+    truth_M: Tensor,
+    settings: Sequence[tuple[int, float]],
+    progress: Progress = lambda done, total, note: None,
+) -> Tensor:
+    """`top_hits` of the queries for every (k, sigma) of `settings`, (S, 2).
 
-    Memory: a tile of queries by the bank.
+    Each process searches for a part of the queries. Memory: 512 queries by the bank.
     """
-    bank_ND = functional.normalize(bank_ND, dim=1)
-    k = min(k, len(bank_ND))
-    found = [
-        (block @ bank_ND.T).topk(k, dim=1)
-        for block in torch.split(functional.normalize(query_MD, dim=1), 512)
-    ]
-    return torch.cat([each.values for each in found]).cpu(), torch.cat(
-        [each.indices for each in found]
-    ).cpu()
+    hits = torch.zeros(len(settings), 2, dtype=torch.int64)
+    classes = int(classes_N.max()) + 1
+    most = max(k for k, _ in settings)
+    # What is all zeros is similar to nothing.
+    lengths_N = bank_ND.norm(dim=1).clamp(min=1e-12)
+    count, step = len(query_MD), _ROWS * parallel.size()
+    for start in range(0, count, step):
+        # Blocks are those of one process, which products of other shapes might round
+        # otherwise. In the last round some processes may have none.
+        first = start + _ROWS * parallel.rank()
+        mine = slice(first, first + _ROWS)
+        similarity_nk, nearest_nk = neighbours(bank_ND, lengths_N, query_MD[mine], most)
+        classes_nk = classes_N[nearest_nk]
+        for number, (k, sigma) in enumerate(settings):
+            votes_nC = votes(similarity_nk[:, :k], classes_nk[:, :k], classes, sigma)
+            hits[number] += top_hits(votes_nC, truth_M[mine])
+        progress(min(start + step, count), count, "nearest neighbours")
+        _end_if_asked()
+    return parallel.sum_of(hits)
+
+
+def neighbours(
+    bank_ND: Tensor, lengths_N: Tensor, query_nD: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and rows of the k nearest, nearest first, both (n, k), on the CPU.
+
+    `lengths_N` are those of the bank's rows: to divide these by them would take a copy.
+    """
+    similarity_nN = functional.normalize(query_nD, dim=1) @ bank_ND.T
+    similarity_nN /= lengths_N
+    found = similarity_nN.topk(min(k, len(bank_ND)), dim=1)
+    return found.values.cpu(), found.indices.cpu()
 
 
 def votes(similarity_Mk: Tensor, classes_Mk: Tensor, classes: int, sigma: float) -> Tensor:
@@ -626,8 +669,7 @@ class LinearProbe:
                 hits[key] += top_hits(logits, truth_n)
             done += len(truth_n)
             progress(done, len(images), "test images")
-            if parallel.any_of(interrupt.requested()):
-                raise StoppedEarly("probe stopped", "run it again")
+            _end_if_asked()
         return {key: _fractions(found, done) for key, found in hits.items()}
 
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-from sela_cli import batchwide, cli, formats, interrupt, job, loop, networks, parallel
+from sela_cli import batchwide, cli, formats, interrupt, job, loop, networks, parallel, probes
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.fresh import make_ready, settle
@@ -114,6 +114,10 @@ def everything(folder: Path) -> dict[str, Any]:
         classifier = probe.classifiers["conv5"][1].weight.detach().clone()  # type: ignore[index]
         accuracies = probe.accuracies(images, {"conv2": [0.01, 0.1], "conv5": [0.1]})
     resumed = stopped_twice(images, network, recipe, folder)
+    # Of a network that no process has rounded otherwise.
+    start, bank = build("alexnet-small", 32, [5], 3), images.subset(np.arange(40))
+    with mock.patch.object(probes, "_ROWS", 7):
+        nearest = probes.knn_rows(bank, images, start, probes.KnnRecipe((1, 5), (0.1,), 8))
     return {
         "losses": trainer.losses,
         "settled": fitted.arrays(),
@@ -123,6 +127,7 @@ def everything(folder: Path) -> dict[str, Any]:
         "probe": [loss[name] for name in sorted(loss)],
         "resumed": [resumed[name] for name in sorted(loss)],
         "accuracies": accuracies,
+        "nearest": [(row["setting"], row["top1"], row["top5"]) for row in nearest],
     }
 
 
@@ -229,6 +234,7 @@ def test_two_processes_embed_and_probe_as_one(
         assert part["accuracies"].keys() == alone["accuracies"].keys()
         for name, accuracies in alone["accuracies"].items():
             close(part["accuracies"][name], accuracies)
+        assert part["nearest"] == alone["nearest"]
 
 
 @pytest.mark.slow

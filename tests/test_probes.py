@@ -16,6 +16,7 @@ import torch
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
+from torch.autograd.profiler import profile
 
 from sela_cli import envelope, formats, interrupt, parallel, passes, probes, unfinished
 from sela_cli.envelope import Provenance
@@ -87,7 +88,7 @@ def knn_scores(
     bank: Tensor, truth_N: Tensor, query: Tensor, classes: int, k: int, sigma: float
 ) -> Tensor:
     """One setting of weighted kNN."""
-    similarity, nearest = probes.neighbours(bank, query, k)
+    similarity, nearest = probes.neighbours(bank, bank.norm(dim=1), query, k)
     return votes(similarity, truth_N[nearest], classes, sigma)
 
 
@@ -121,6 +122,70 @@ def test_knn_takes_no_more_neighbours_than_there_are() -> None:
     bank, truth_N, query = neighbours()
     all_of_them = knn_scores(bank, truth_N, query, 5, 300, 0.1)
     assert torch.equal(knn_scores(bank, truth_N, query, 5, 5000, 0.1), all_of_them)
+
+
+def as_features(monkeypatch: pytest.MonkeyPatch, *all_of: Tensor) -> list[Images]:
+    """Images of two classes for each of the tensors, which is what networks make of them."""
+    images = [coloured(len(each), seed, ("green", "red")) for seed, each in enumerate(all_of)]
+    made = {each.dataset_id: points for each, points in zip(images, all_of, strict=True)}
+
+    def forward(network: Network, of: Images, *_: Any, **__: Any) -> Iterator[list[Tensor]]:
+        return ([block] for block in made[of.dataset_id].split(16))
+
+    monkeypatch.setattr(probes, "forward", forward)
+    return images
+
+
+def test_knn_needs_the_bank_once(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With principal components too: nothing else of its size is there at any time."""
+    bank = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
+    images = as_features(monkeypatch, bank, bank[:40] + 0.1)
+    monkeypatch.setattr(network, "width", 64)
+    monkeypatch.setattr(probes, "_ROWS", 16)
+    with profile(use_kineto=False, profile_memory=True) as seen:
+        rows = probes.knn_rows(*images, network, KnnRecipe((1,), pca=8))
+    large = [
+        each.name for each in seen.function_events if each.self_cpu_memory_usage >= bank.nbytes
+    ]
+    assert large == ["aten::empty"] and len(rows) == 2
+
+
+def test_a_signal_ends_the_search_and_its_progress_is_told(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = torch.randn(9, network.width)
+    images = as_features(monkeypatch, points, points + 0.1)
+    monkeypatch.setattr(probes, "_ROWS", 4)
+    told: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int, note: str) -> None:
+        if note == "nearest neighbours":
+            told.append((done, total))
+
+    probes.knn_rows(*images, network, KnnRecipe((1,)), progress=progress)
+    assert told == [(4, 9), (8, 9), (9, 9)]
+    told.clear()
+    monkeypatch.setattr(interrupt, "requested", lambda: len(told) == 2)
+    with pytest.raises(StoppedEarly):
+        probes.knn_rows(*images, network, KnnRecipe((1,)), progress=progress)
+    assert told == [(4, 9), (8, 9)]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_processes_share_the_queries(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is left out, none is counted twice, wherever the last block falls."""
+    bank, classes_N, query = neighbours()
+    truth_M = torch.arange(1000) % 5
+    given = (bank, classes_N, query, truth_M, [(1, 0.1), (10, 0.5)])
+    monkeypatch.setattr(probes, "_ROWS", 70)
+    alone = probes.knn_hits(*given)
+    monkeypatch.setattr(parallel, "size", lambda: processes)
+    parts = []
+    for rank in range(processes):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        parts.append(probes.knn_hits(*given))
+    assert torch.equal(torch.stack(parts).sum(0), alone)
+    assert all(bool((part[:, 0] < 0.7 * alone[:, 0]).all()) for part in parts)
 
 
 @pytest.mark.parametrize("classes", [3, 5, 8, 100])
