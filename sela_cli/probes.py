@@ -428,7 +428,8 @@ def knn_hits(
         classes_nk = classes_N[nearest_nk]
         for number, (k, sigma) in enumerate(settings):
             votes_nC = votes(similarity_nk[:, :k], classes_nk[:, :k], classes, sigma)
-            hits[number] += top_hits(votes_nC, truth_M[mine])
+            # Of classes without a vote any may come next.
+            hits[number] += top_hits(votes_nC, truth_M[mine], above=0.0)
         progress(min(start + step, count), count, "nearest neighbours")
         _end_if_asked()
     return parallel.sum_of(hits)
@@ -457,10 +458,14 @@ def votes(similarity_Mk: Tensor, classes_Mk: Tensor, classes: int, sigma: float)
     return torch.zeros(len(weights), classes).scatter_add_(1, classes_Mk, weights)
 
 
-def top_hits(scores_nC: Tensor, truth_n: Tensor) -> Tensor:
-    """Rows whose true class scores highest, and among the five highest: (2,) int64."""
-    five = scores_nC.topk(min(5, scores_nC.shape[1]), dim=1).indices == truth_n[:, None]
-    return torch.stack([five[:, 0].sum(), five.any(1).sum()])
+def top_hits(scores_nC: Tensor, truth_n: Tensor, above: float = -math.inf) -> Tensor:
+    """Rows whose true class scores highest, and among the five highest: (2,) int64.
+
+    Only scores `above` this count.
+    """
+    five = scores_nC.topk(min(5, scores_nC.shape[1]), dim=1)
+    hits_n5 = (five.indices == truth_n[:, None]) & (five.values > above)
+    return torch.stack([hits_n5[:, 0].sum(), hits_n5.any(1).sum()])
 
 
 def _fractions(hits: Tensor, count: int) -> tuple[float, float]:

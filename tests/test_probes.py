@@ -188,6 +188,16 @@ def test_processes_share_the_queries(processes: int, monkeypatch: pytest.MonkeyP
     assert all(bool((part[:, 0] < 0.7 * alone[:, 0]).all()) for part in parts)
 
 
+def test_a_class_without_votes_is_not_among_the_five() -> None:
+    """Of one neighbour the five highest classes are one."""
+    bank, classes_N, query = neighbours()
+    truth_M = torch.arange(1000) % 5
+    (one, two) = probes.knn_hits(bank, classes_N, query, truth_M, [(1, 0.1), (2, 0.1)])
+    assert one[0] == one[1] < 1000
+    _, nearest = probes.neighbours(bank, bank.norm(dim=1), query, 2)
+    assert two[1] == (classes_N[nearest] == truth_M[:, None]).any(1).sum() > one[1]
+
+
 @pytest.mark.parametrize("classes", [3, 5, 8, 100])
 def test_accuracies_are_scikit_learns(classes: int) -> None:
     rng = np.random.default_rng(classes)
