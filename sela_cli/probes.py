@@ -263,6 +263,7 @@ def linear_rows(
 
     With several rates: first each one's accuracy on the held-out part of `train`, which
     then has no part in the training; last, for each layer, the best one's on `test`.
+    Where the loss of the last epoch is not finite accuracies are NaN, and not chosen.
     A signal leaves the state in `unfinished` and raises StoppedEarly.
     """
     classes = _classes(train, test)
@@ -275,6 +276,9 @@ def linear_rows(
 
         def add(images: Images, where: str, rates: Mapping[str, Sequence[float]]) -> None:
             for (name, lr), (top1, top5) in probe.accuracies(images, rates, progress).items():
+                if not math.isfinite(losses[name, lr]):
+                    # It has learned nothing, but some class always scores highest.
+                    top1 = top5 = math.nan
                 setting = f"crops={recipe.crops}"
                 row = _row(name, "linear", setting, where, len(images), top1, top5)
                 rows.append(row | {"lr": lr, "epoch": recipe.epochs, "loss": losses[name, lr]})
@@ -287,7 +291,9 @@ def linear_rows(
                 add(parts[1], where, dict.fromkeys(layers, recipe.lrs))
                 for name in layers:
                     of_layer = [row for row in rows if row["layer"] == name]
-                    best[name] = max(of_layer, key=lambda row: row["top1"])["lr"]
+                    best[name] = max(of_layer, key=lambda row: np.nan_to_num(row["top1"], nan=-1))[
+                        "lr"
+                    ]
             add(test, split, {name: [lr] for name, lr in best.items()})
     return rows
 
@@ -333,10 +339,16 @@ def chosen_layers(network: Network, layers: str) -> list[str]:
 def features(
     network: Network, images: Images, device: str, precision: str, progress: Progress, note: str
 ) -> Tensor:
-    """The trunk's output for every image, (N, D) float32."""
+    """The trunk's output for every image, (N, D) float32. Raises BadData where not finite."""
     features_ND = torch.empty(len(images), network.width)
     done = 0
     for (block_nD,) in forward(network, images, 256, device, precision, features=True):
+        bad_n = ~block_nD.isfinite().all(1)
+        if bad_n.any():
+            key = images.keys[done + int(bad_n.nonzero()[0, 0])]
+            raise BadData(
+                f"the checkpoint's features of '{key}' are not finite", "use another checkpoint"
+            )
         features_ND[done : done + len(block_nD)] = block_nD
         done += len(block_nD)
         progress(done, len(images), note)

@@ -210,6 +210,18 @@ def test_accuracies_are_scikit_learns(classes: int) -> None:
     assert float(top5) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_features_that_are_not_finite_are_bad_data(
+    which: int, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their nearest neighbours would be of some class in any case."""
+    points = [torch.randn(20, network.width) for _ in range(2)]
+    points[which][17, 3] = (math.nan, math.inf)[which]
+    images = as_features(monkeypatch, *points)
+    with pytest.raises(BadData, match=rf"checkpoint.*'{which}/17' are not finite; use another"):
+        probes.knn_rows(*images, network)
+
+
 # ---- the stage --------------------------------------------------------------
 
 
@@ -579,6 +591,18 @@ def test_the_rate_is_chosen_on_held_out_training_images(
     assert chosen[0] == chosen[1]
     # At 1e-7 the random start is all there is.
     assert dict(chosen[0][-1:]) == {"features": 1.0}
+
+
+def test_what_has_diverged_has_no_accuracy_and_is_not_chosen(
+    probe: Callable[..., list[dict[str, Any]]],
+) -> None:
+    options = {"method": "linear", "layers": "conv5", "epochs": 3, "batch_size": 12, "force": True}
+    train, test = coloured(24, 1), coloured(9, 2)
+    (row,) = probe(train, test, lr=(1e38,), **options)
+    assert all(math.isnan(row[name]) for name in ("loss", "top1", "top5"))
+    spoilt, good, chosen = probe(train, test, lr=(1e38, 1e-9), validation=0.2, **options)
+    assert math.isnan(spoilt["top1"]) and 0 <= good["top1"] <= 1
+    assert chosen["lr"] == 1e-9 and 0 <= chosen["top1"] <= 1
 
 
 def test_ten_crops_give_the_mean_of_ten_views(network: Network) -> None:
