@@ -62,6 +62,11 @@ class Terminal:
         left_out = [name for images in collections for name in images.left_out]
         return {"left_out": len(left_out), "left_out_images": left_out}
 
+    def compare(self, spec: str, trained: str, tested: str) -> None:
+        """Say so where the test images' dataset id is that of the training images."""
+        if trained == tested:
+            self.say(f"warning: {spec}: trained and tested on the same images, as their keys tell")
+
     def result(self, values: Mapping[str, Any], text: str = "") -> None:
         """The command's result: `values` as JSON with --json, else `text`."""
         if self.as_json:

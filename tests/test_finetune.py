@@ -447,6 +447,18 @@ def test_the_test_split_is_that_of_a_folder_with_any_name(
     assert (shown["train"], shown["test"]) == (12, 6)
 
 
+@pytest.mark.parametrize("split", ["trainval", "test"])
+def test_training_on_the_test_images_is_warned_of(split: str, tree: Path, tmp_path: Path) -> None:
+    network = build("alexnet-small", 32, [2], seed=0)
+    state = Checkpoint(network.arrays(), {}, network.arch, 32, [2], 0, 0.0, {})
+    formats.write_checkpoint(str(tmp_path / "c.h5"), state, Provenance("test", {}))
+    line = f"finetune --data voc2007:{tree}@{split} -c {tmp_path}/c.h5 -o {tmp_path}/voc.h5"
+    line += " --task classification --dry-run"
+    done = CliRunner().invoke(app, line.split(), catch_exceptions=False)
+    told = f"warning: voc2007:{tree}@test: trained and tested on the same images" in done.stderr
+    assert (done.exit_code, told) == (0, split == "test")
+
+
 @pytest.mark.parametrize(
     ("task", "defaults"),
     [("classification", (20_000, 16, 0.003)), ("detection", (20_000, 4, 0.005))],

@@ -83,6 +83,15 @@ def test_what_a_protocol_names_for_the_other_method_is_passed_over(world: Path) 
     assert plan["knn"]["pca"] == 128 and plan["linear"]["validation"] == 0.3
 
 
+@pytest.mark.parametrize("test", ["train", "val"])
+def test_testing_on_the_training_images_is_warned_of(test: str, world: Path) -> None:
+    line = ["probe", "--data", world / "train", "--test", world / test, "-o", world / "no.h5"]
+    line += ["-c", world / "alexnet.h5", "--dry-run"]
+    done = CliRunner().invoke(app, [*map(str, line)], catch_exceptions=False)
+    told = f"warning: {world / test}: trained and tested on the same images" in done.stderr
+    assert (done.exit_code, told) == (0, test == "train")
+
+
 @pytest.mark.parametrize("network", ["alexnet", "resnet"])
 def test_a_short_large_scale_probe(network: str, world: Path, tmp_path: Path) -> None:
     output = tmp_path / "probe.h5"

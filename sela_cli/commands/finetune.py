@@ -107,6 +107,8 @@ def finetune(
     # Keys begin with the split; without one in `data`, an @ there is the folder's.
     split = learned[0].keys[0].partition("/")[0]
     tested = voc.open_voc(test or f"{data.removesuffix('@' + split)}@test", download, limit)
+    trained_id, tested_id = (dataset_id(source.keys) for source, _ in (learned, tested))
+    terminal.compare(tested[0].spec, trained_id, tested_id)
     steps, batch, rate = recipe.resolved()
     resolved = asdict(recipe) | {"iterations": steps, "batch_size": batch, "lr": rate}
     counts = {"train": len(learned[0]), "test": len(tested[0])}
@@ -119,7 +121,7 @@ def finetune(
         return
     assert state.header is not None
     parameters = {"data": data, "test": test, "limit": limit} | resolved
-    provenance = envelope.Provenance("finetune", parameters, dataset_id=dataset_id(learned[0].keys))
+    provenance = envelope.Provenance("finetune", parameters, dataset_id=trained_id)
     with terminal.progress("finetune", "images") as progress:
         rows = finetune_stage(
             learned,
