@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -150,6 +150,20 @@ def check_asked(asked: Collection[str], method: str, linear: LinearRecipe) -> No
         raise UsageError("--validation chooses among several rates", "name them by --lr")
 
 
+def possible(knn: KnnRecipe, train: Images, network: Network, asked: Collection[str]) -> KnnRecipe:
+    """`knn` with no more principal components than the bank has.
+
+    Raises UsageError where --pca asked for more: a protocol's number is for large banks.
+    """
+    most = min(len(train), network.width)
+    if knn.pca is None or knn.pca <= most:
+        return knn
+    if "pca" in asked:
+        count = f"{len(train)} images of {network.width} features"
+        raise UsageError(f"--pca {knn.pca}: {count} have at most {most} components")
+    return replace(knn, pca=most)
+
+
 def plan(
     train: Images,
     test: Images,
@@ -159,12 +173,7 @@ def plan(
     linear: LinearRecipe,
     knn: KnnRecipe,
 ) -> dict[str, Any]:
-    """What a dry run shows.
-
-    Raises UsageError where an option has no meaning, BadData where classes are not known.
-    """
-    linear.check()
-    knn.check()
+    """What a dry run shows. Raises BadData where classes are not known."""
     shown: dict[str, Any] = {"train": len(train), "test": len(test)}
     shown |= {"arch": network.arch, "method": method}
     if method in ("linear", "both"):
@@ -232,6 +241,7 @@ def probe_stage(
     unfinished = Unfinished(output, "probe", identity, force)
     rows: list[dict[str, Any]] = []
     if method in ("knn", "both"):
+        knn = possible(knn, train, network, ("pca",))
         rows += knn_rows(train, test, network, knn, split, device, precision, progress)
     if method in ("linear", "both"):
         rows += linear_rows(
@@ -397,9 +407,7 @@ def principal_components(bank_ND: Tensor, query_MD: Tensor, count: int) -> tuple
 
     Memory: D x D and what is returned. scikit-learn's PCA would centre a copy of the bank.
     """
-    most = min(bank_ND.shape)
-    if count > most:
-        raise UsageError(f"--pca {count}: {tuple(bank_ND.shape)} features have at most {most}")
+    assert count <= min(bank_ND.shape)
     mean_D = bank_ND.mean(0)
     scatter_DD = torch.zeros(len(mean_D), len(mean_D))
     for block_nD in torch.split(bank_ND, _ROWS):

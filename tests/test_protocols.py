@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from sela_cli import formats
+from sela_cli import formats, probes
 from sela_cli.cli import app
 from sela_cli.envelope import Provenance
+from sela_cli.errors import UsageError
 from sela_cli.formats import Checkpoint
 from sela_cli.networks import build
 
@@ -116,3 +117,32 @@ def test_knn_sweeps_twenty_settings(world: Path, tmp_path: Path) -> None:
     output = tmp_path / "probe.h5"
     rows = probe(world, "alexnet", "-o", output, "--protocol", "knn", "--pca", 8)["results"]
     assert len({row["setting"] for row in rows}) == len(rows) == 2 * 5 * 2
+
+
+def test_a_protocols_components_are_as_many_as_there_are(world: Path, tmp_path: Path) -> None:
+    """Of twelve images there can't be 128, and nobody asked for so many."""
+    line = (world, "alexnet", "-o", tmp_path / "probe.h5", "--protocol", "knn")
+    settings = [row["setting"] for row in probe(*line)["results"]]
+    assert settings[-1] == "k=1 sigma=0.5 pca=12"
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_more_components_than_there_are_are_refused_before_features_are_made(
+    dry: list[str], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(probes, "features")
+    line = (world, "alexnet", "-o", tmp_path / "probe.h5", "--protocol", "knn", "--pca", 13, *dry)
+    with pytest.raises(UsageError, match=r"--pca 13: 12 images .* 1024 .* at most 12"):
+        probe(*line)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--aug mirror", "--lr 0", "--k 0", "--sigma -1", "--layers conv9", "--device abacus"],
+)
+def test_options_are_refused_before_images_are_decoded(
+    options: str, world: Path, tmp_path: Path
+) -> None:
+    line = f"probe --data absent -c {world}/alexnet.h5 -o {tmp_path}/probe.h5 {options}"
+    with pytest.raises(UsageError, match=options.split()[0]):
+        sela(*line.split())

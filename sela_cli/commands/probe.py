@@ -171,7 +171,10 @@ def probe(
     options |= presets.protocol(protocol.value if protocol else None, state.arch) | asked
     linear, knn = probes.recipes(options | {"seed": seed})
     probes.check_asked(asked, options["method"], linear)
+    linear.check()
+    knn.check()
     network = network_of(state, checkpoint)
+    probes.chosen_layers(network, options["layers"])
     opening: dict[str, Any] = {"download": download, "skip_bad": skip_bad, "limit": limit}
     opening["hold"] = not dry_run
     with terminal.progress("decode", "images") as progress:
@@ -185,6 +188,7 @@ def probe(
             left_out = terminal.left_out(train)
             train, tested = probes.holdout(train, share, seed)
             split = f"holdout {share:g}"
+    fitting = probes.possible(knn, train, network, asked)
     if dry_run:
         plan = probes.plan(
             train, tested, network, options["method"], options["layers"], linear, knn
@@ -218,7 +222,7 @@ def probe(
             method=options["method"],
             layers=options["layers"],
             linear=linear,
-            knn=knn,
+            knn=fitting,
             device=where,
             precision=arithmetic,
             split=split,
