@@ -164,6 +164,18 @@ def possible(knn: KnnRecipe, train: Images, network: Network, asked: Collection[
     return replace(knn, pca=most)
 
 
+def settings(
+    network: Network, method: str, layers: str, linear: LinearRecipe, knn: KnnRecipe
+) -> dict[str, Any]:
+    """Everything that a method is told, whether it was given or is a default."""
+    told: dict[str, Any] = {"method": method}
+    if method in ("linear", "both"):
+        told |= {"layers": chosen_layers(network, layers), "linear": asdict(linear)}
+    if method in ("knn", "both"):
+        told["knn"] = asdict(knn)
+    return told
+
+
 def plan(
     train: Images,
     test: Images,
@@ -174,14 +186,9 @@ def plan(
     knn: KnnRecipe,
 ) -> dict[str, Any]:
     """What a dry run shows. Raises BadData where classes are not known."""
-    shown: dict[str, Any] = {"train": len(train), "test": len(test)}
-    shown |= {"arch": network.arch, "method": method}
-    if method in ("linear", "both"):
-        shown |= {"layers": chosen_layers(network, layers), "linear": asdict(linear)}
-    if method in ("knn", "both"):
-        shown["knn"] = asdict(knn)
     _check_classes(train, test)
-    return shown
+    shown = {"train": len(train), "test": len(test), "arch": network.arch}
+    return shown | settings(network, method, layers, linear, knn)
 
 
 def _check_classes(train: Images, test: Images) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from sela_cli import formats, probes
+from sela_cli import envelope, formats, probes
 from sela_cli.cli import app
 from sela_cli.envelope import Provenance
 from sela_cli.errors import UsageError
 from sela_cli.formats import Checkpoint
 from sela_cli.networks import build
+from sela_cli.probes import KnnRecipe, LinearRecipe
 
 
 def sela(*arguments: object) -> dict[str, Any]:
@@ -124,6 +126,25 @@ def test_a_protocols_components_are_as_many_as_there_are(world: Path, tmp_path: 
     line = (world, "alexnet", "-o", tmp_path / "probe.h5", "--protocol", "knn")
     settings = [row["setting"] for row in probe(*line)["results"]]
     assert settings[-1] == "k=1 sigma=0.5 pca=12"
+
+
+@pytest.mark.parametrize("method", ["linear", "knn", "both"])
+def test_a_probe_file_tells_every_setting_that_it_was_made_with(
+    method: str, world: Path, tmp_path: Path
+) -> None:
+    """Defaults too, which another version may have others of."""
+    output, options = tmp_path / "probe.h5", ("--method", method, "--limit", 9)
+    if method != "knn":
+        options += ("--layers", "conv5", "--epochs", 1, "--batch-size", 4)
+    probe(world, "alexnet", "-o", output, *options)
+    told = envelope.read_header(str(output)).parameters
+    linear = asdict(LinearRecipe(epochs=1, batch_size=4)) if method != "knn" else None
+    knn = asdict(KnnRecipe()) if method != "linear" else None
+    assert told.get("linear") == envelope.through_json(linear)
+    assert told.get("knn") == envelope.through_json(knn)
+    assert told.get("layers") == (["conv5"] if linear else None)
+    others = {"method": method, "limit": 9, "precision": "float32", "seed": 0, "holdout": None}
+    assert {name: told[name] for name in others} == others
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])

@@ -197,8 +197,6 @@ def probe(
             plan | left_out, f"would probe with {len(train)} images, test on {len(tested)}"
         )
         return
-    parameters = {"data": data, "test": test, "holdout": share, "seed": seed} | options
-    provenance = envelope.Provenance("probe", parameters, dataset_id=train.dataset_id)
     assert state.header is not None
     views = linear.batch_size
     if options["method"] != "knn":
@@ -212,6 +210,10 @@ def probe(
         where,
         training=False,
     )
+    parameters = {"data": data, "test": test, "holdout": None if test else share, "seed": seed}
+    parameters |= {"limit": limit, "precision": arithmetic}
+    parameters |= probes.settings(network, options["method"], options["layers"], linear, fitting)
+    provenance = envelope.Provenance("probe", parameters, dataset_id=train.dataset_id)
     with terminal.progress("probe", "images") as progress:
         rows = probes.probe_stage(
             train,
