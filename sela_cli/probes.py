@@ -391,7 +391,9 @@ def knn_rows(
     """Weighted kNN accuracy for every k and sigma, as rows of a probe file."""
     assert train.truth_N is not None and test.truth_N is not None
     classes_N, truth_M = torch.from_numpy(train.truth_N), torch.from_numpy(test.truth_N)
-    settings = [(k, sigma) for k in recipe.ks for sigma in recipe.sigmas]
+    # A bank has no more neighbours than images: each setting is what it was, and there once.
+    ks = dict.fromkeys(min(k, len(train)) for k in recipe.ks)
+    settings = [(k, sigma) for k in ks for sigma in recipe.sigmas]
     bank_ND = features(network, train, device, precision, progress, "features of the bank")
     query_MD = features(network, test, device, precision, progress, "features of the test images")
     spaces = [("", bank_ND, query_MD)]

@@ -666,6 +666,13 @@ def test_knn_sweeps_k_and_sigma_with_and_without_pca(
     assert all(row["top1"] > 0.9 for row in rows)
 
 
+def test_knn_reports_the_neighbours_that_there_are(
+    probe: Callable[..., list[dict[str, Any]]],
+) -> None:
+    rows = probe(coloured(24, 1), coloured(9, 2), method="knn", k=(200, 50, 24, 5))
+    assert [row["setting"] for row in rows] == ["k=24 sigma=0.1", "k=5 sigma=0.1"]
+
+
 # ---- the paper's protocols -------------------------------------------------------
 
 
