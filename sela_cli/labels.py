@@ -62,6 +62,8 @@ _SOME = 4096
 _LINES = 1 << 16
 # Rows that tell probabilities from logits, and how far from 1 the sum of one may be.
 _LOOKED_AT, _OFF_ONE = 100, 1e-2
+# Reads after which a residual that has not fallen is one that won't.
+_IN_VAIN = 10
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def provenance_of(
 def _came_no_nearer(head: HeadLabels) -> bool:
     """Whether a solve ended where it began, which another like it would too."""
     residuals = head.trace.get("residual", np.zeros(0))
-    return len(residuals) > 1 and residuals[-1] >= residuals[0]
+    return len(residuals) > _IN_VAIN and residuals[-1] >= residuals[0]
 
 
 def warning(labels: Labels, output: str, head: int | None = None) -> StoppedEarly | None:

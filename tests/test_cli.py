@@ -999,6 +999,8 @@ def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """None requested, and listened to as before when the test is over."""
     before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
     monkeypatch.setattr(interrupt, "_requested", False)
+    # The tests may run under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -68,11 +68,14 @@ def stage(
     output: Path,
     network: Network,
     progress: finetune.Progress = lambda done, total, note: None,
+    force: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     train, test = voc.open_voc(f"voc2007:{tree}"), voc.open_voc(f"voc2007:{tree}@test")
     recipe, provenance = FinetuneRecipe(**options), Provenance("test", {})
-    return finetune_stage(train, test, network, str(output), recipe, provenance, progress=progress)
+    return finetune_stage(
+        train, test, network, str(output), recipe, provenance, force=force, progress=progress
+    )
 
 
 # ---- annotations ----------------------------------------------------------------
@@ -381,7 +384,9 @@ def test_the_state_of_another_call_is_not_taken_up(
     assert call() == 1
     for other in ({"lr": 0.002}, {"part": "fc"}, {"seed": 1}):
         stopped()
-        assert call(**other) == 2
+        with pytest.raises(CannotCreate, match=f"differs in {next(iter(other))};"):
+            call(**other)
+        assert call(**other, force=True) == 2
 
 
 @pytest.mark.parametrize("content", ["no HDF5", "no model"])

@@ -455,7 +455,7 @@ def test_what_goes_on_in_vain_is_not_advised(matrix: Path) -> None:
     labels = label_stage(str(matrix), str(matrix.parent / "one.h5"), settings)
     for residuals, goes_on in (([0.2], True), ([0.2, 0.1], True), ([0.1, 0.1], False)):
         for head in labels.heads:
-            head.trace["residual"] = np.array(residuals)
+            head.trace["residual"] = np.repeat(residuals, 10)
         problem = warning(labels, "labels.h5")
         assert problem is not None and ("--init" in str(problem.mend)) == goes_on
 

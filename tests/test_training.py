@@ -19,7 +19,7 @@ from torch import Tensor
 from sela_cli import envelope, formats, interrupt, networks, training
 from sela_cli.commands.run import run
 from sela_cli.envelope import Provenance
-from sela_cli.errors import BadData, SelaError, StoppedEarly, UsageError
+from sela_cli.errors import BadData, CannotCreate, SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, HeadLabels, Labels
 from sela_cli.fresh import HEAD_INITS, fit_heads, make_ready, settle
 from sela_cli.images.augment import AUGMENTATIONS, drawn_view, random_view
@@ -211,7 +211,9 @@ def test_saved_state_of_another_recipe_is_not_taken_up(
     with pytest.raises(StoppedEarly):
         train_stage(images, labels, fresh(), parted, RECIPE, to=0.5)
     monkeypatch.setattr(interrupt, "requested", lambda: False)
-    train_stage(images, labels, fresh(), parted, other, to=0.5)
+    with pytest.raises(CannotCreate, match="differs in lr"):
+        train_stage(images, labels, fresh(), parted, other, to=0.5)
+    train_stage(images, labels, fresh(), parted, other, to=0.5, force=True)
     assert envelope.read_header(whole).digest == envelope.read_header(parted).digest
 
 
@@ -229,13 +231,16 @@ def test_saved_state_of_another_network_or_device_is_not_taken_up(
     monkeypatch.setattr(training, "Trainer", lambda *stage: Trainer(*stage[:2]))
     monkeypatch.setattr(training, "make_ready", lambda *stage: make_ready(*stage[:3]))
 
-    def train(arch: str = "alexnet-small", image_size: int = 32, device: str = "cpu") -> int:
+    def train(
+        arch: str = "alexnet-small", image_size: int = 32, device: str = "cpu", force: bool = False
+    ) -> int:
         steps: list[int] = []
         train_stage(
             *(images, labels, build(arch, image_size, HEADS, seed=3), str(tmp_path / "a.h5")),
             RECIPE,
             to=0.5,
             device=device,
+            force=force,
             progress=lambda done, total, note: steps.append(done),
         )
         return len(steps)
@@ -243,7 +248,10 @@ def test_saved_state_of_another_network_or_device_is_not_taken_up(
     with monkeypatch.context() as patch, pytest.raises(StoppedEarly):
         patch.setattr(interrupt, "requested", lambda: True)
         train(**other)
-    assert train() == 2
+    (name,) = other
+    with pytest.raises(CannotCreate, match=f"differs in {name.replace('_', '-')};"):
+        train()
+    assert train(force=True) == 2
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(images: Images) -> None:
