@@ -357,7 +357,7 @@ def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES), help="architecture@side, ...")
-    parser.add_argument("--images", type=int, default=256, help="files of each case")
+    parser.add_argument("--images", type=int, default=1024, help="files of each case")
     parser.add_argument("--seconds", type=float, default=2.0, help="least time of a measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant")
     parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader")
