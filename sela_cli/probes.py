@@ -308,9 +308,7 @@ def linear_rows(
                 add(parts[1], where, dict.fromkeys(layers, recipe.lrs))
                 for name in layers:
                     of_layer = [row for row in rows if row["layer"] == name]
-                    best[name] = max(of_layer, key=lambda row: np.nan_to_num(row["top1"], nan=-1))[
-                        "lr"
-                    ]
+                    best[name] = max(of_layer, key=_rank)["lr"]
             add(test, split, {name: [lr] for name, lr in best.items()})
     return rows
 
@@ -495,6 +493,12 @@ def top_hits(scores_nC: Tensor, truth_n: Tensor, above: float = -math.inf) -> Te
     five = scores_nC.topk(min(5, scores_nC.shape[1]), dim=1)
     hits_n5 = (five.indices == truth_n[:, None]) & (five.values > above)
     return torch.stack([hits_n5[:, 0].sum(), hits_n5.any(1).sum()])
+
+
+def _rank(row: Mapping[str, Any]) -> float:
+    """By its top-1 accuracy, and last without one."""
+    top1: float = row["top1"]
+    return -1.0 if math.isnan(top1) else top1
 
 
 def _fractions(hits: Tensor, count: int) -> tuple[float, float]:

@@ -62,7 +62,7 @@ class Terminal:
         left_out = [name for images in collections for name in images.left_out]
         return {"left_out": len(left_out), "left_out_images": left_out}
 
-    def compare(self, spec: str, trained: str, tested: str) -> None:
+    def warn_if_same(self, spec: str, trained: str, tested: str) -> None:
         """Say so where the test images' dataset id is that of the training images."""
         if trained == tested:
             self.say(f"warning: {spec}: trained and tested on the same images, as their keys tell")

@@ -108,7 +108,7 @@ def finetune(
     split = learned[0].keys[0].partition("/")[0]
     tested = voc.open_voc(test or f"{data.removesuffix('@' + split)}@test", download, limit)
     trained_id, tested_id = (dataset_id(source.keys) for source, _ in (learned, tested))
-    terminal.compare(tested[0].spec, trained_id, tested_id)
+    terminal.warn_if_same(tested[0].spec, trained_id, tested_id)
     steps, batch, rate = recipe.resolved()
     resolved = asdict(recipe) | {"iterations": steps, "batch_size": batch, "lr": rate}
     counts = {"train": len(learned[0]), "test": len(tested[0])}

@@ -182,7 +182,7 @@ def probe(
         if test:
             tested, _ = open_images(test, state.image_size, progress=progress, **opening)
             left_out = terminal.left_out(train, tested)
-            terminal.compare(test, train.dataset_id, tested.dataset_id)
+            terminal.warn_if_same(test, train.dataset_id, tested.dataset_id)
             split = "test"
         else:
             left_out = terminal.left_out(train)
