@@ -45,7 +45,7 @@ def main() -> None:
         f"Written by `python docs/make_demo.py` on {datetime.now(UTC):%Y-%m-%d}: one run, seed 0,\n"
         f"{seconds:.0f} s in all. Machine: {machine}.\n\n"
         f"```text\n$ {COMMAND}\n{done.stdout}```\n\n"
-        "NMI, ARI and accuracy compare each head's clusters with the true digits, which\n"
+        "NMI, AMI, ARI and accuracy compare each head's clusters with the true digits, which\n"
         "training never sees. The kNN accuracy is that of a fifth of the images, held out as\n"
         "queries, against the rest, before and after training. Digits of 8 x 8 pixels are so\n"
         "easy for kNN that even an untrained network does well at it.\n"

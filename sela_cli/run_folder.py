@@ -85,7 +85,7 @@ def claim(images: Images, folder: Path, settings: RunSettings, force: bool, resu
                 del identity["classes"]
             there, here = _compared(before), _compared(identity)
             same = here.items() <= there.items()
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise BadData(f"{path}: damaged ({error})", "start over with --force") from error
         if not same:
             raise CannotCreate(

@@ -24,7 +24,7 @@ import torch
 
 from sela_cli import envelope, formats, interrupt, loop, metrics, networks, run_settings
 from sela_cli.envelope import Provenance
-from sela_cli.errors import CannotCreate, StoppedEarly, UsageError
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint
 from sela_cli.fresh import HEAD_INITS, settle
 from sela_cli.images.batches import Images, open_images
@@ -411,6 +411,15 @@ def test_a_run_of_an_earlier_version_which_noted_no_classes_goes_on(
     path.write_text(json.dumps(earlier))
     loop.run(images, tmp_path, settings, SILENT)
     assert (tmp_path / "rounds.csv").exists() and json.loads(path.read_text()) == earlier
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"settings": 3}'])
+def test_a_damaged_note_of_a_run_is_named(
+    text: str, images: Images, settings: RunSettings, tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(BadData, match=r"run\.json: damaged .*--force"):
+        loop.run(images, tmp_path, settings, SILENT)
 
 
 def test_a_run_of_one_image_has_no_knn_accuracy(
