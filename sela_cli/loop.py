@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -418,7 +418,14 @@ class _Run:
         # The cost grows with their square.
         images = self.images.subset(spread(len(self.images), KNN_IMAGES))
         bank, test = probes.holdout(images, HOLDOUT, self.settings.recipe.seed)
-        parameters = {"method": "knn", "holdout": HOLDOUT, "seed": self.settings.recipe.seed}
+        parameters = {
+            "method": "knn",
+            "holdout": HOLDOUT,
+            "seed": self.settings.recipe.seed,
+            "limit": KNN_IMAGES,
+            "precision": self.settings.recipe.precision,
+            "knn": asdict(probes.KnnRecipe()),
+        }
         with self.watcher.stage(f"kNN of {checkpoint}") as progress:
             probes.probe_stage(
                 bank,

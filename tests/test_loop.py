@@ -29,6 +29,7 @@ from sela_cli.formats import Checkpoint
 from sela_cli.fresh import HEAD_INITS, settle
 from sela_cli.images.batches import Images, open_images
 from sela_cli.loop import Watcher
+from sela_cli.probes import KnnRecipe
 from sela_cli.run_settings import RunSettings, plan, settings_of
 from sela_cli.training import Recipe, Trainer
 
@@ -144,6 +145,8 @@ def test_knn_accuracy_is_that_of_some_images_where_there_are_many(
     for name in ("probe-000.h5", "probe.h5"):
         rows = formats.read_probe(str(tmp_path / "run" / name))
         assert rows and {row["n"] for row in rows} == {6}
+        told = envelope.read_header(str(tmp_path / "run" / name)).parameters
+        assert told["limit"] == 30 and told["knn"]["ks"] == list(KnnRecipe.ks)
 
 
 def test_rounds_begin_at_the_positions_of_the_schedule(
