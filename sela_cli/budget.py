@@ -48,8 +48,9 @@ class Budget:
                 mend += ", or use --assign argmax"
             if self.resident:
                 mend += "; scores written by numpy.save are read a part at a time"
+            allowed = f"{round(self.most / 2**20, 3):g}M"
             raise UsageError(
-                f"--max-memory {self.most / 2**20:.3g}M is too little for {self.rows} rows and "
+                f"--max-memory {allowed} is too little for {self.rows} rows and "
                 f"{self.clusters} clusters",
                 mend,
             )

@@ -476,6 +476,12 @@ def test_too_little_memory_is_told_with_what_is_enough(matrix: Path) -> None:
         label(matrix, assign=assign, max_memory=int(allowed[1]) << 20)
 
 
+def test_memory_that_is_too_little_is_told_as_it_was_given() -> None:
+    for given, most in (("16384M", 16 << 30), ("0.001M", 1 << 10), ("700.5M", 1401 << 19)):
+        with pytest.raises(UsageError, match=f"--max-memory {given} is too little"):
+            Budget(1 << 40, 10, most, newton=True).check(balanced=True)
+
+
 def test_scores_that_can_only_be_read_whole_count_as_memory(tmp_path: Path) -> None:
     """Compressed ones are not kept a second time where that is too much, and refused where
     they are too much themselves."""
