@@ -144,6 +144,15 @@ def through_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of nested settings, without the names of what these are in."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value)
+        else:
+            yield name, value
+
+
 def is_column(item: Any, rows: int, kinds: str) -> bool:
     """Whether this is a dataset of one value a row, of these kinds (NumPy's letters)."""
     return isinstance(item, h5py.Dataset) and item.shape == (rows,) and item.dtype.kind in kinds

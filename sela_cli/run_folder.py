@@ -109,7 +109,7 @@ def _compared(run: dict[str, Any]) -> dict[str, Any]:
 
 def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
     """What two runs differ in, in words."""
-    old, new = dict(_leaves(there)), dict(_leaves(here))
+    old, new = dict(envelope.leaves(there)), dict(envelope.leaves(here))
     names = [name for name in new if name in old and old[name] != new[name]]
     if not names:
         return "settings or images"
@@ -119,14 +119,6 @@ def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
         return "true classes (if unfinished, it goes on with those of then)"
     told = [f"{name} {old[name]} there, {new[name]} here" for name in names[:_TOLD]]
     return f"settings ({'; '.join(told)})"
-
-
-def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value)
-        else:
-            yield name, value
 
 
 def own_files(folder: Path, pattern: str) -> list[Path]:

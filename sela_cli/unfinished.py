@@ -47,12 +47,12 @@ class Unfinished:
             return None
         assert checkpoint.header is not None
         # Through JSON, as the file's was: tuples become lists.
-        others = _differing(checkpoint.header.parameters, envelope.through_json(self._identity))
-        if not others:
+        there, here = checkpoint.header.parameters, envelope.through_json(self._identity)
+        if there == here:
             return checkpoint
         if checkpoint.header.history[-1]["command"] == self._command and not self._force:
             raise CannotCreate(
-                f"{self.path} was left by a call that differs in {', '.join(others)}",
+                f"{self.path} was left by a call that differs in {_differing(there, here)}",
                 "give what it had to go on, or --force to begin anew",
             )
         return None
@@ -92,16 +92,13 @@ class Unfinished:
             raise
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Names of what is not the same in both, each once."""
-    names: list[str] = []
-    for name in one.keys() | other.keys():
-        a, b = one.get(name), other.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += _differing(a, b)
-        elif a != b:
-            names.append(name.replace("_", "-"))
-    return sorted(set(names))
+def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Names of what is not the same in both."""
+    old, new = list(envelope.leaves(there)), list(envelope.leaves(here))
+    differing = [leaf for leaf in old if leaf not in new] + [
+        leaf for leaf in new if leaf not in old
+    ]
+    return ", ".join(sorted({name.replace("_", "-") for name, _ in differing}))
 
 
 def began_in(output: str) -> str | None:
