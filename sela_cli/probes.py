@@ -391,7 +391,7 @@ def knn_rows(
     classes_N, truth_M = torch.from_numpy(train.truth_N), torch.from_numpy(test.truth_N)
     # A bank has no more neighbours than images: each setting is what it was, and there once.
     ks = dict.fromkeys(min(k, len(train)) for k in recipe.ks)
-    settings = [(k, sigma) for k in ks for sigma in recipe.sigmas]
+    sweep = [(k, sigma) for k in ks for sigma in recipe.sigmas]
     bank_ND = features(network, train, device, precision, progress, "features of the bank")
     query_MD = features(network, test, device, precision, progress, "features of the test images")
     spaces = [("", bank_ND, query_MD)]
@@ -401,8 +401,8 @@ def knn_rows(
     rows = []
     for name, bank, query in spaces:
         bank, query = bank.to(device), query.to(device)
-        hits = knn_hits(bank, classes_N, query, truth_M, settings, progress)
-        for (k, sigma), found in zip(settings, hits, strict=True):
+        hits = knn_hits(bank, classes_N, query, truth_M, sweep, progress)
+        for (k, sigma), found in zip(sweep, hits, strict=True):
             top1, top5 = _fractions(found, len(test))
             setting = f"k={k} sigma={sigma:g}{name}"
             rows.append(_row(FEATURES, "knn", setting, split, len(test), top1, top5))
@@ -433,16 +433,16 @@ def knn_hits(
     classes_N: Tensor,
     query_MD: Tensor,
     truth_M: Tensor,
-    settings: Sequence[tuple[int, float]],
+    sweep: Sequence[tuple[int, float]],
     progress: Progress = lambda done, total, note: None,
 ) -> Tensor:
-    """`top_hits` of the queries for every (k, sigma) of `settings`, (S, 2).
+    """`top_hits` of the queries for every (k, sigma) of `sweep`, (S, 2).
 
     Each process searches for a part of the queries. Memory: 512 queries by the bank.
     """
-    hits = torch.zeros(len(settings), 2, dtype=torch.int64)
+    hits = torch.zeros(len(sweep), 2, dtype=torch.int64)
     classes = int(classes_N.max()) + 1
-    most = max(k for k, _ in settings)
+    most = max(k for k, _ in sweep)
     # What is all zeros is similar to nothing.
     lengths_N = bank_ND.norm(dim=1).clamp(min=1e-12)
     count, step = len(query_MD), _ROWS * parallel.size()
@@ -453,7 +453,7 @@ def knn_hits(
         mine = slice(first, first + _ROWS)
         similarity_nk, nearest_nk = neighbours(bank_ND, lengths_N, query_MD[mine], most)
         classes_nk = classes_N[nearest_nk]
-        for number, (k, sigma) in enumerate(settings):
+        for number, (k, sigma) in enumerate(sweep):
             votes_nC = votes(similarity_nk[:, :k], classes_nk[:, :k], classes, sigma)
             # Of classes without a vote any may come next.
             hits[number] += top_hits(votes_nC, truth_M[mine], above=0.0)

@@ -1093,6 +1093,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return taken
 
 
+def stopped_after(
+    count: int, line: list[str], steps: list[None], monkeypatch: pytest.MonkeyPatch
+) -> Done:
+    """What the command does where a signal comes after so many steps."""
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupt, "requested", lambda: len(steps) == count)
+        return sela(*line)
+
+
 TRAIN_TWICE = f"{TRAIN.replace(' -o new.h5', '')} -l photo-labels.h5 --device cpu -q"
 
 
@@ -1106,9 +1115,7 @@ def test_training_goes_on_after_sigterm_as_if_nothing_was(
     assert len(steps) == 4
 
     steps.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(interrupt, "requested", lambda: len(steps) == 2)
-        done = sela(*line, parts)
+    done = stopped_after(2, [*line, parts], steps, monkeypatch)
     assert (done.code, done.err.count("\n")) == (75, 1) and "step 2 of 4" in done.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.h5.unfinished", "whole.h5"]
     assert formats.read_checkpoint(f"{parts}.unfinished").step == 2
@@ -1125,9 +1132,7 @@ def test_unfinished_state_of_other_settings_is_not_taken_up(
 ) -> None:
     output = str(tmp_path / "out.h5")
     line = words(f"{TRAIN_TWICE} --epochs 1 --batch-size 2 -o {output}")
-    with monkeypatch.context() as patch:
-        patch.setattr(interrupt, "requested", lambda: len(steps) == 1)
-        assert sela(*line).code == 75
+    assert stopped_after(1, line, steps, monkeypatch).code == 75
     done = sela(*line, "--lr", "0.001", "--aug", "paper")
     assert done.code == 73 and "left by a call that differs in aug, lr;" in done.err
     steps.clear()
@@ -1140,9 +1145,7 @@ def test_a_goal_before_the_unfinished_state_says_what_stands_in_the_way(
 ) -> None:
     output = str(tmp_path / "out.h5")
     line = words(f"{TRAIN_TWICE} --epochs 2 --batch-size 2 -o {output}")
-    with monkeypatch.context() as patch:
-        patch.setattr(interrupt, "requested", lambda: len(steps) == 3)
-        assert sela(*line).code == 75
+    assert stopped_after(3, line, steps, monkeypatch).code == 75
     done = sela(*line, "--to", "1")
     assert done.code == 2 and done.err.endswith(f"; rm {output}.unfinished to begin anew\n")
 
