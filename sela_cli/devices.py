@@ -47,6 +47,29 @@ def fetched(tensor: Tensor) -> Callable[[], Tensor]:
     return wait
 
 
+class Beside:
+    """Makes tensors on a GPU beside what it is at, in a stream of its own.
+
+    What is said to the GPU after that waits for them. Elsewhere they are made as ever.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        on_gpu = torch.device(device).type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, make: Callable[..., Tensor], *inputs: object) -> Tensor:
+        """What `make` makes of the inputs."""
+        if self._stream is None:
+            return make(*inputs)
+        with torch.cuda.stream(self._stream):
+            made = make(*inputs)
+        usual = torch.cuda.current_stream(self._stream.device)
+        usual.wait_stream(self._stream)
+        # Its memory is this stream's until the usual one is done with it.
+        made.record_stream(usual)
+        return made
+
+
 def runs_ahead(device: torch.device | str) -> bool:
     """Whether the processor can say what comes next while the device is still at work."""
     return torch.device(device).type == "cuda"

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from sela_cli import job, parallel
-from sela_cli.devices import fetched, runs_ahead, sent
+from sela_cli.devices import Beside, fetched, runs_ahead, sent
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, Draws, draw, drawn_view, ten_views
 from sela_cli.images.batches import Images
 from sela_cli.seeds import batches, generator_of
+
+# Makes of a batch its views of `size` pixels.
+ViewOf = Callable[[Tensor, int, Draws], Tensor]
 
 
 def at_random(
@@ -33,10 +36,17 @@ def at_random(
     mine = job.share(batch_size)
     order = batches(seed, f"{purpose}order", len(images), batch_size, steps.start, steps.stop)
     rows, ahead = tee(rows_n[mine] for rows_n in order)
+    beside = Beside(device)
     for step, rows_n, batch in zip(steps, rows, images.stream(ahead), strict=True):
         generator = generator_of(seed, f"{purpose}view", step)
         draws = draw(batch_size, images.side, AUGMENTATIONS[aug], generator).of(mine)
-        yield rows_n, drawn_view(sent(batch, device), size, draws.on(device))
+        yield rows_n, beside(_view_on, device, batch, size, draws)
+
+
+def _view_on(
+    device: str, batch: Tensor, size: int, draws: Draws, view_of: ViewOf = drawn_view
+) -> Tensor:
+    return view_of(sent(batch, device), size, draws.on(device))
 
 
 @torch.no_grad()
@@ -48,7 +58,7 @@ def in_order(
     batch_size: int,
     device: str = "cpu",
     augment: DrawOf | None = None,
-    view_of: Callable[[Tensor, int, Draws], Tensor] = drawn_view,
+    view_of: ViewOf = drawn_view,
     skip: int = 0,
 ) -> Iterator[list[Tensor]]:
     """What `compute` makes of each batch's view of `size` pixels, float32 on the CPU.
@@ -67,6 +77,7 @@ def in_order(
     counts = [min(batch_size, len(images) - start) for start in starts]
     own = range(rank, len(starts), processes)
     stream = images.stream(torch.arange(starts[n], starts[n] + counts[n]) for n in own)
+    beside = Beside(device)
 
     def begun(group: list[int]) -> Callable[[], Tensor] | None:
         """This process's batch of one of each, if it has one there."""
@@ -75,15 +86,21 @@ def in_order(
             # Drawn for every batch, so that the views do not depend on who computes them.
             draws = augment(count, images.side) if augment else Draws()
             if owner == rank:
-                view = view_of(sent(next(stream), device), size, draws.on(device))
+                view = beside(_view_on, device, next(stream), size, draws, view_of)
                 view = view.contiguous(memory_format=torch.channels_last)
-                mine = fetched(compute(view).float())
+                outputs_nS = compute(view).float()
+                # One after another, as the memory of each is to be: a GPU does that in no time.
+                blocks = torch.split(outputs_nS, list(columns), 1)
+                mine = fetched(torch.cat([block.flatten() for block in blocks]))
         return mine
 
     def ended(group: list[int], mine: Callable[[], Tensor] | None) -> Iterator[list[Tensor]]:
         outputs: Sequence[Tensor | None] = [None] * len(columns)
         if mine:
-            outputs = [part.contiguous() for part in torch.split(mine(), list(columns), 1)]
+            flat = mine()
+            count = len(flat) // sum(columns)
+            blocks = torch.split(flat, [count * width for width in columns])
+            outputs = [b.view(count, w) for b, w in zip(blocks, columns, strict=True)]
         for owner, count in enumerate(group):
             yield [
                 job.from_process(owner, output, (count, width))
