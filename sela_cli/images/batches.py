@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ SMALL = 64
 _MEMORY_BYTES = 4 << 30
 # Images that a thread decodes before it can be stopped.
 _PART = 64
-# Batches that are being decoded while one is at work.
+# Batches that are being read or decoded while one is at work.
 _AHEAD = 2
 
 
@@ -115,18 +115,18 @@ class Images:
         return _stacked(self._decoding(rows_n))
 
     def stream(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
-        """`batch` of each; what must be decoded is decoded while earlier batches are at work."""
-        if self._stored is not None or self._held is not None:
+        """`batch` of each; files are read and decoded while earlier batches are at work."""
+        if self._held is not None:
             yield from map(self.batch, rows)
             return
-        waiting: deque[list[Future[list[np.ndarray]]]] = deque()
+        waiting: deque[list[Future[Any]]] = deque()
         try:
             for rows_n in rows:
-                waiting.append(self._decoding(rows_n))
+                waiting.append(self._begun(rows_n))
                 if len(waiting) > _AHEAD:
-                    yield _stacked(waiting.popleft())
+                    yield self._ended(waiting.popleft())
             while waiting:
-                yield _stacked(waiting.popleft())
+                yield self._ended(waiting.popleft())
         finally:
             for futures in waiting:
                 for future in futures:
@@ -158,6 +158,15 @@ class Images:
 
     def _decoding(self, rows_n: Tensor) -> list[Future[list[np.ndarray]]]:
         return _in_parts(self._squares, self.index_N[rows_n.numpy()], self._decoders)
+
+    def _begun(self, rows_n: Tensor) -> list[Future[Any]]:
+        """What reads or decodes these images in other threads."""
+        if self._stored is not None:
+            return [_pool(1).submit(self.batch, rows_n)]
+        return self._decoding(rows_n)
+
+    def _ended(self, parts: list[Future[Any]]) -> Tensor:
+        return _stacked(parts) if self._stored is None else parts[0].result()
 
     def _squares(self, numbers: np.ndarray) -> list[np.ndarray]:
         return [square(self.source.image(int(row), self.side), self.side) for row in numbers]
