@@ -26,7 +26,39 @@ def text_of(stored: bytes) -> str:
     return bytes(stored).decode("utf-8", "surrogateescape")
 
 
-class RowNumbers(Sequence[str]):
+class _Keys(Sequence[str]):
+    """Keys that become text when they are asked for: a list of many takes long to make."""
+
+    def _texts(self, rows: slice) -> Iterator[str]:
+        raise NotImplementedError
+
+    def stored(self, start: int, stop: int) -> np.ndarray:
+        """Some of them as `key_bytes` makes them, filled up with zeros."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [*self._texts(row)]
+        row = range(len(self))[row]
+        return next(self._texts(slice(row, row + 1)))
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _SOME):
+            yield from self._texts(slice(start, start + _SOME))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return False
+        return all(map(operator.eq, self, other))
+
+
+class RowNumbers(_Keys):
     """Keys of rows without names, "0", "1" and so on.
 
     As a list they took 60 bytes a row, and tens of seconds for as many million rows.
@@ -38,25 +70,14 @@ class RowNumbers(Sequence[str]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        return [*map(str, self._rows[row])] if isinstance(row, slice) else str(self._rows[row])
-
-    def __iter__(self) -> Iterator[str]:
-        return map(str, self._rows)
-
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or len(self) != len(other):
-            return False
-        return isinstance(other, RowNumbers) or all(map(operator.eq, self, other))
+        return self._rows == other._rows if isinstance(other, RowNumbers) else super().__eq__(other)
+
+    def _texts(self, rows: slice) -> Iterator[str]:
+        return map(str, self._rows[rows])
 
     def stored(self, start: int, stop: int) -> np.ndarray:
-        """Some of them as `key_bytes` makes them, digit by digit for all at once."""
+        """Digit by digit for all at once."""
         width = len(str(stop - 1))
         digits_nd = np.zeros((stop - start, width), np.uint8)
         for length in range(1, width + 1):
@@ -71,22 +92,46 @@ class RowNumbers(Sequence[str]):
         return digits_nd.view(f"S{width}")[:, 0]
 
 
+class StoredKeys(_Keys):
+    """Keys as a file has them, bytes of one length."""
+
+    def __init__(self, stored_N: np.ndarray) -> None:
+        self._stored_N = stored_N
+
+    def __len__(self) -> int:
+        return len(self._stored_N)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, StoredKeys):
+            return np.array_equal(self._stored_N, other._stored_N)
+        return super().__eq__(other)
+
+    def _texts(self, rows: slice) -> Iterator[str]:
+        return map(text_of, self._stored_N[rows].tolist())
+
+    def stored(self, start: int, stop: int) -> np.ndarray:
+        """As they are."""
+        return self._stored_N[start:stop]
+
+
 def stored(keys: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
     """Keys as bytes of one length, filled up with zeros: some at a time, each with the number
     of its first."""
     for start in range(0, len(keys), _SOME):
         stop = min(start + _SOME, len(keys))
-        if isinstance(keys, RowNumbers):
+        if isinstance(keys, _Keys):
             yield start, keys.stored(start, stop)
         else:
             yield start, np.array([key_bytes(key) for key in keys[start:stop]], "S")
 
 
 def named(stored_N: np.ndarray) -> Sequence[str]:
-    """The keys that are stored so."""
+    """The keys that are stored so, as bytes of one length or of many."""
     numbers = RowNumbers(len(stored_N))
     if all((stored_N[first : first + len(some)] == some).all() for first, some in stored(numbers)):
         return numbers
+    if stored_N.dtype.kind == "S":
+        return StoredKeys(stored_N)
     return [text_of(key) for key in stored_N.tolist()]
 
 

@@ -107,6 +107,12 @@ def build(
         return Network(arch, image_size, heads, rotation)
 
 
+def unfilled(arch: str, image_size: int, heads: list[int], rotation: bool) -> Network:
+    """A network that waits for its arrays, without the time that initialising takes."""
+    with torch.device("meta"):
+        return Network(arch, image_size, heads, rotation).to_empty(device="cpu")
+
+
 def parse_heads(text: str, option: str = "--heads") -> list[int]:
     """`128x10`: ten heads of 128 clusters; `128,256`: two heads.
 

@@ -31,7 +31,7 @@ from sela_cli.formats import Checkpoint, Labels
 from sela_cli.fresh import HEAD_INITS, make_ready
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw
 from sela_cli.images.batches import Images, open_images
-from sela_cli.networks import Network, build, check_arch
+from sela_cli.networks import Network, build, check_arch, unfilled
 from sela_cli.passes import at_random
 from sela_cli.precision import autocast, decided
 from sela_cli.seeds import generator_of, seed_of
@@ -304,7 +304,7 @@ def label_view(kind: str, recipe: Recipe, step: int) -> DrawOf | None:
 def network_of(checkpoint: Checkpoint, path: str) -> Network:
     """The network of a checkpoint, with its weights."""
     rotation = bool(checkpoint.recipe.get("rotation"))
-    network = build(checkpoint.arch, checkpoint.image_size, checkpoint.heads, 0, rotation)
+    network = unfilled(checkpoint.arch, checkpoint.image_size, checkpoint.heads, rotation)
     network.load_arrays(checkpoint.model, path)
     return network
 

@@ -211,7 +211,23 @@ def test_numbers_of_rows_are_kept_as_their_texts_are(count: int) -> None:
     assert isinstance(named(np.array(texts, "S")), RowNumbers)
     assert named(np.array(texts, "S")) == texts
     other = [*texts[:-1], "x"]
-    assert isinstance(named(np.array(other, "S")), list) and named(np.array(other, "S")) == other
+    assert not isinstance(named(np.array(other, "S")), RowNumbers)
+    assert named(np.array(other, "S")) == other
+
+
+def test_keys_of_a_file_are_as_a_list_of_them() -> None:
+    """More than are made into text at a time, some of them no UTF-8; equal to no others."""
+    texts = [f"{number % 7}/café {number}.jpg" for number in range(20_000)]
+    texts[3] = key_bytes("a").decode() + "\udcff"
+    raw_N = np.array([key_bytes(text) for text in texts], "S")
+    keys = named(raw_N)
+    assert not isinstance(keys, list)
+    assert [*keys] == texts and keys == texts and texts == keys and keys == named(raw_N.copy())
+    assert (keys[3], keys[-1], keys[17_000:17_003]) == (texts[3], texts[-1], texts[17_000:17_003])
+    assert dataset_id(keys) == dataset_id(texts)
+    assert keys != named(raw_N[::-1]) and keys != texts[::-1] and keys != texts[1:]
+    with pytest.raises(IndexError):
+        keys[len(texts)]
 
 
 def test_labels_come_back(path: str) -> None:
