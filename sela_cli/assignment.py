@@ -40,8 +40,9 @@ from sela_cli.tiles import (
     spans_of,
 )
 
-# `sharpen`: the share of rows that is cheaper to move than to solve for, and its solves.
-_EXCESS = 0.01
+# `sharpen`: the share of rows that is cheaper to move than to solve for, where rows are in
+# memory and where they are read anew for every look; and its solves.
+_EXCESS, _EXCESS_UNKEPT = 0.01, 0.02
 _LOOSE = 0.002
 _LOOSE_ITER = 20
 _SHARPENINGS = 8
@@ -49,9 +50,9 @@ _SHARPENINGS = 8
 _SHARP = 0.5
 # `balanced`: clusters looked at beyond twice those that lead to the nearest one with room.
 _FURTHER = 32
-# Rows looked at: for each that has to move and for each cluster at least, and so many times
-# as many again where these do not do.
-_PER_MOVE, _PER_CLUSTER, _WIDER = 8, 64, 2
+# Rows looked at first: for each that has to move, and for each cluster, but one part in so many
+# of all at most; and so many times as many again where these do not do.
+_PER_MOVE, _PER_CLUSTER, _PART, _WIDER = 8, 16, 4, 2
 # Rounding of sums of losses.
 _TIE = 1e-12
 # `between`: the rows of a cluster that has none.
@@ -220,7 +221,8 @@ def balanced(
     prices_P, surplus_K = np.append(prices_K.numpy(), price), sizes_K - aims_K
     # What others take from the pool or give back to it.
     surplus_P = np.append(surplus_K, -surplus_K.sum())
-    wanted = max(_PER_MOVE * int(surplus_P.clip(0).sum()), _PER_CLUSTER * clusters)
+    by_cluster = min(_PER_CLUSTER * clusters, count // _PART)
+    wanted = max(_PER_MOVE * int(surplus_P.clip(0).sum()), by_cluster)
     while surplus_P.any():
         looked_N = np.ones(count, bool)
         if wanted < count / 2:
@@ -518,13 +520,15 @@ def sharpen(
     prices_K = potentials_K / lamb
     before = rows.shape[0]
     # Rows that are in memory in single precision would be read anew for every look.
-    dtype = torch.float32 if isinstance(rows, InMemory) else torch.float64
+    kept = isinstance(rows, InMemory)
+    dtype = torch.float32 if kept else torch.float64
+    few = (_EXCESS if kept else _EXCESS_UNKEPT) * rows.shape[0]
     for left in range(_SHARPENINGS, -1, -1):
         prices_K = problem.marginal.levelled(prices_K * lamb) / lamb
         preferred = preferences(rows, prices_K, dtype)
         sizes_K = np.bincount(preferred.labels_N, minlength=rows.shape[1])
         excess = _excess(sizes_K, prices_K.numpy(), bounds)
-        if not left or excess <= _EXCESS * rows.shape[0] or parallel.any_of(problem.stop()):
+        if not left or excess <= few or parallel.any_of(problem.stop()):
             break
         if excess > before / 2:
             q_nK = plan_of_some(rows, lamb, prices_K * lamb, torch.float32)
