@@ -1,12 +1,13 @@
 """Signs that a run learns nothing, or one cluster: what the network predicts, and the loss.
 
-N images, n of a tile, K clusters.
+N images, n of a tile, K clusters of a head, T heads, S clusters of all of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,38 +42,52 @@ def predictions(spec: str, device: str = "cpu") -> dict[str, float]:
     after a signal.
     """
     with open_scores(spec) as scores:
-        where = torch.device(device)
-        rows = [_of_head(ScoreRows(matrix, spec, device=where)) for matrix in scores.heads]
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        rows = ScoreRows(scores.side_by_side(), spec, device=torch.device(device))
+        heads = _of_heads(rows, [matrix.shape[1] for matrix in scores.heads])
+    return {name: float(np.mean([head[name] for head in heads])) for name in heads[0]}
 
 
-def _of_head(rows: ScoreRows) -> dict[str, float]:
-    clusters = rows.shape[1]
-    some = evenly(rows, max(_ROWS, _ROWS_OF_CLUSTER * clusters))
-    most = math.log(clusters) if clusters > 1 else 1.0
-    entropy, mean_K, wanted_K = 0.0, np.zeros(clusters), np.zeros(clusters, np.int64)
+def _of_heads(rows: ScoreRows, clusters: list[int]) -> list[dict[str, float]]:
+    """By one pass over rows that have all heads side by side, each of so many clusters."""
+    some = evenly(rows, max(_ROWS, _ROWS_OF_CLUSTER * max(clusters)))
+    columns = [slice(*ends) for ends in pairwise(np.cumsum([0, *clusters]).tolist())]
 
-    def work(tiles: Iterator[tuple[int, Tensor]]) -> tuple[float, np.ndarray, np.ndarray]:
-        total, sum_K = 0.0, torch.zeros(clusters, dtype=torch.float64, device=rows.device)
-        chosen_K = torch.zeros(clusters, dtype=torch.long, device=rows.device)
-        for _, tile_nK in tiles:
-            log_p_nK = tile_nK.log_softmax(1)
-            p_nK = log_p_nK.exp()
-            sum_K += p_nK.sum(0, dtype=torch.float64)
-            chosen_K += tile_nK.argmax(1).bincount(minlength=clusters)
-            total -= float(log_p_nK.mul_(p_nK).sum(dtype=torch.float64))
-        return total, sum_K.cpu().numpy(), chosen_K.cpu().numpy()
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> list[np.ndarray]:
+        entropy_T = torch.zeros(len(clusters), dtype=torch.float64, device=rows.device)
+        sum_S = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        chosen_S = torch.zeros(rows.shape[1], dtype=torch.long, device=rows.device)
+        for _, tile_nS in tiles:
+            for head, own in enumerate(columns):
+                logits_nK = tile_nS[:, own]
+                log_p_nK = logits_nK.log_softmax(1)
+                p_nK = log_p_nK.exp()
+                sum_S[own] += p_nK.sum(0, dtype=torch.float64)
+                chosen_S[own] += logits_nK.argmax(1).bincount(minlength=clusters[head])
+                entropy_T[head] -= log_p_nK.mul_(p_nK).sum(dtype=torch.float64)
+        return [each.cpu().numpy() for each in (entropy_T, sum_S, chosen_S)]
 
-    for total, sum_K, chosen_K in map_spans(some, work, torch.float32):
+    entropy_T, sum_S = np.zeros(len(clusters)), np.zeros(rows.shape[1])
+    chosen_S = np.zeros(rows.shape[1], np.int64)
+    for part in map_spans(some, work, torch.float32):
         if interrupt.requested():
             raise StoppedEarly(f"{rows.path}: stopped while reading predictions", "run it again")
-        entropy += total
-        mean_K += sum_K / some.shape[0]
-        wanted_K += chosen_K
+        entropy_T += part[0]
+        sum_S += part[1]
+        chosen_S += part[2]
+    count = some.shape[0]
+    return [
+        _shares(entropy / count, sum_S[own] / count, chosen_S[own])
+        for entropy, own in zip(entropy_T, columns, strict=True)
+    ]
+
+
+def _shares(entropy: float, mean_K: np.ndarray, chosen_K: np.ndarray) -> dict[str, float]:
+    """Of ln K, and of the clusters; one cluster alone leaves nothing to tell apart."""
+    most = math.log(len(mean_K)) if len(mean_K) > 1 else 1.0
     return {
-        "entropy": entropy / some.shape[0] / most,
-        "spread": float(-xlogy(mean_K, mean_K).sum()) / most if clusters > 1 else 1.0,
-        "unwanted": float((wanted_K == 0).mean()),
+        "entropy": float(entropy) / most,
+        "spread": float(-xlogy(mean_K, mean_K).sum()) / most if len(mean_K) > 1 else 1.0,
+        "unwanted": float((chosen_K == 0).mean()),
     }
 
 

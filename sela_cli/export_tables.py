@@ -84,10 +84,12 @@ def write_links(labels: Labels, images: str, output: str) -> int:
     try:
         for number, head in enumerate(labels.heads):
             width = len(str(len(head.potentials_K) - 1))
-            for cluster in range(len(head.potentials_K)):
+            by_cluster = np.argsort(head.labels_N, kind="stable")
+            members = np.split(by_cluster, head.usage_K.cumsum()[:-1])
+            for cluster, rows in enumerate(members):
                 folder = partial / f"head-{number}" / f"cluster-{cluster:0{width}d}"
                 folder.mkdir(parents=True)
-                for row in np.flatnonzero(head.labels_N == cluster).tolist():
+                for row in rows.tolist():
                     # The row's number keeps apart what has one name in two subfolders.
                     key = labels.keys[row]
                     (folder / f"{row:07d}-{_ending(Path(key).name)}").symlink_to(root / key)

@@ -25,8 +25,8 @@ _OPSET = 18
 
 def export_stage(
     network: Network, checkpoint: Checkpoint, output: str, force: bool = False
-) -> dict[str, str]:
-    """Write the trunk; returns what the file says of it: names and values are strings.
+) -> dict[str, Any]:
+    """Write the trunk; returns what the file says of it, where all values are strings.
 
     `.safetensors` holds the state dict: a ResNet's has torchvision's names without `fc`.
     `.onnx` maps `image` (n, 3, R, R), normalised, to `features` (n, D), for any n.
@@ -41,10 +41,10 @@ def export_stage(
 
         state = {name: tensor.contiguous() for name, tensor in network.trunk.state_dict().items()}
         with outputs.replacing(output, force) as partial:
-            save_file(state, partial, facts)
+            save_file(state, partial, _as_text(facts))
     elif suffix == ".onnx":
         model = _onnx_of(network)
-        for name, value in facts.items():
+        for name, value in _as_text(facts).items():
             model.metadata_props.add(key=name, value=value)
         with outputs.replacing(output, force) as partial:
             partial.write_bytes(model.SerializeToString())
@@ -53,15 +53,22 @@ def export_stage(
     return facts
 
 
-def _facts(network: Network, checkpoint: Checkpoint) -> dict[str, str]:
+def _facts(network: Network, checkpoint: Checkpoint) -> dict[str, Any]:
     """What a user of the file has to know of the network and its input."""
     return {
         "arch": network.arch,
-        "image-size": str(network.image_size),
-        "features": str(network.width),
-        "mean": " ".join(map(str, MEAN)),
-        "std": " ".join(map(str, STD)),
+        "image-size": network.image_size,
+        "features": network.width,
+        "mean": MEAN,
+        "std": STD,
         "checkpoint": checkpoint.header.digest if checkpoint.header else "",
+    }
+
+
+def _as_text(facts: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for name, value in facts.items()
     }
 
 

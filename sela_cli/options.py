@@ -373,11 +373,14 @@ def size_in_bytes(text: str | None) -> int | None:
     return size
 
 
-def device_name(device: str) -> str:
+def device_name(device: str, dry_run: bool = False) -> str:
     """A torch device for `auto`, cpu, cuda, cuda:N, a GPU made the current one.
 
-    `cuda` is the process's own GPU. Raises UsageError where there is none such.
+    `cuda` is the process's own GPU. A dry run needs none, and has what it was given. Raises
+    UsageError where there is none such.
     """
+    if dry_run:
+        return device
     import torch
 
     from sela_cli import job

@@ -160,7 +160,7 @@ class Product(Matrix):
     def __init__(self, features: Features, weight_KD: np.ndarray, bias_K: np.ndarray, name: str):
         super().__init__((features.shape[0], len(bias_K)), self.read, name)
         self.features, self.tally = features, features.matrix.tally
-        self._weight_KD, self._bias_K = torch.from_numpy(weight_KD), torch.from_numpy(bias_K)
+        self.weight_KD, self.bias_K = weight_KD, bias_K
 
     def read(self, rows: Which) -> np.ndarray:
         """The named rows, float32."""
@@ -170,7 +170,8 @@ class Product(Matrix):
         """The named rows, float32."""
         block_nD = self.features.tensor(rows, device)
         # By torch, which keeps to the calling thread; NumPy's BLAS would start more.
-        return torch.addmm(self._bias_K.to(device), block_nD, self._weight_KD.to(device).T)
+        weight_KD, bias_K = map(torch.from_numpy, (self.weight_KD, self.bias_K))
+        return torch.addmm(bias_K.to(device), block_nD, weight_KD.to(device).T)
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,21 @@ class Scores:
     def dataset_id(self) -> str:
         """Hash of the ordered row keys."""
         return self.header.dataset_id if self.header else dataset_id(self.keys)
+
+    def side_by_side(self) -> Matrix:
+        """The scores of all heads as one matrix, (N, sum of K); features are read once."""
+        products = [matrix for matrix in self.heads if isinstance(matrix, Product)]
+        if products and self.features:
+            weight_SD = np.concatenate([product.weight_KD for product in products])
+            bias_S = np.concatenate([product.bias_K for product in products])
+            return Product(self.features, weight_SD, bias_S, "features x heads")
+
+        def read(rows: Which) -> np.ndarray:
+            return np.concatenate([matrix.read(rows) for matrix in self.heads], axis=1)
+
+        return Matrix(
+            (len(self.keys), sum(matrix.shape[1] for matrix in self.heads)), read, "logits"
+        )
 
 
 @contextmanager

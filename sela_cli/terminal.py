@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sela_cli.images.batches import Images
+    from sela_cli.images.sources import Source
     from sela_cli.training import Training
 
 Progress = Callable[[int, int, str], None]
@@ -62,10 +63,10 @@ class Terminal:
         left_out = [name for images in collections for name in images.left_out]
         return {"left_out": len(left_out), "left_out_images": left_out}
 
-    def warn_if_same(self, spec: str, trained: str, tested: str) -> None:
-        """Say so where the test images' dataset id is that of the training images."""
-        if trained == tested:
-            self.say(f"warning: {spec}: trained and tested on the same images, as their keys tell")
+    def warn_if_same(self, trained: Source, tested: Source) -> None:
+        """Say so where the test images are those of the training."""
+        if trained.is_like(tested):
+            self.say(f"warning: {tested.spec}: trained and tested on the same images")
 
     def result(self, values: Mapping[str, Any], text: str = "") -> None:
         """The command's result: `values` as JSON with --json, else `text`."""

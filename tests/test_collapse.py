@@ -32,6 +32,16 @@ def test_predictions_are_the_entropies_of_the_softmax(write_logits: WriteLogits)
     assert got["unwanted"] == np.isin(range(6), p_NK.argmax(1), invert=True).mean()
 
 
+def test_predictions_are_the_mean_of_heads(write_logits: WriteLogits) -> None:
+    """Also of heads of other sizes, and with other levels."""
+    rng = np.random.default_rng(0)
+    heads = [rng.normal(size=(50, clusters)) * 3 + clusters for clusters in (6, 3, 9)]
+    paths = [write_logits(head, name=f"{number}.h5") for number, head in enumerate(heads)]
+    alone = [collapse.predictions(path) for path in paths]
+    mean = {name: np.mean([each[name] for each in alone]) for name in alone[0]}
+    assert collapse.predictions(write_logits(*heads)) == pytest.approx(mean)
+
+
 def test_a_signal_stops_the_reading_of_predictions(
     write_logits: WriteLogits, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -619,3 +619,21 @@ def test_heads_of_other_programs_are_taken(tmp_path: Path, dtype: str) -> None:
     with scores.open_scores(path) as opened:
         found = opened.heads[0].read(slice(0, 40))
     np.testing.assert_allclose(found, features @ weight.T + 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["logits", "features"])
+def test_heads_lie_side_by_side(form: str, tmp_path: Path) -> None:
+    """And features, of which all are made, are read once."""
+    heads = [(WEIGHT, BIAS), (WEIGHT[:2], BIAS[:2] + 1)]
+    expected = [FEATURES @ weight.T + bias for weight, bias in heads]
+    if form == "logits":
+        arrays = {f"logits/{n}": each.astype(np.float32) for n, each in enumerate(expected)}
+        path = ours(tmp_path / "ours.h5", arrays)
+    else:
+        path = ours(tmp_path / "ours.h5", {"features": FEATURES.astype(np.float32)}, heads)
+    with scores.open_scores(path) as opened:
+        matrix, rows = opened.side_by_side(), slice(1, 3)
+        np.testing.assert_array_equal(matrix.read(rows), np.hstack(expected)[rows])
+        assert matrix.shape == (N, K + 2)
+        if opened.features:
+            assert matrix.tally.take() == 2 * D * 4

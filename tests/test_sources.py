@@ -864,3 +864,17 @@ def test_a_disk_that_fails_is_no_damage_to_be_left_out(
         source.image(0)
     with pytest.raises(NoInput, match="Input/output error"):
         open_images(path, 8, skip_bad=True)
+
+
+def test_collections_are_alike_by_their_keys_and_pictures(tmp_path: Path) -> None:
+    """Two of them are often called the same: 0.png, 1.png and so on."""
+    for folder, names, files in (
+        ("a", ["x.png", "y.png"], FILES[:2]),
+        ("b", ["x.png", "y.png"], FILES[:2]),
+        ("c", ["x.png", "y.png"], FILES[1:3]),
+        ("d", ["x.png", "z.png"], FILES[:2]),
+    ):
+        write_folder(tmp_path / folder, names, files)
+    sources = {name: open_source(str(tmp_path / name)) for name in "abcd"}
+    alike = [name for name in "abcd" if sources["a"].is_like(sources[name])]
+    assert alike == ["a", "b"]

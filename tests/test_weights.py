@@ -75,7 +75,8 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     network = build("alexnet-small", 16, [5], seed=0)
     state = save(network, tmp_path / "c.h5")
     path = tmp_path / "backbone.safetensors"
-    export_stage(network, state, str(path))
+    shown = export_stage(network, state, str(path))
+    assert (shown["image-size"], shown["features"]) == (16, network.width)
     with safe_open(path, "pt") as file:
         facts = file.metadata()
     assert state.header and facts["checkpoint"] == state.header.digest

@@ -86,7 +86,7 @@ def embed(
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
         outputs.check_output(output, force, data, checkpoint)
-    where = device if dry_run else device_name(device)
+    where = device_name(device, dry_run)
     state = formats.read_checkpoint(checkpoint) if checkpoint else None
     with terminal.progress("decode", "images") as progress:
         images, size = open_images(

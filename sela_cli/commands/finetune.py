@@ -107,8 +107,7 @@ def finetune(
     # Keys begin with the split; without one in `data`, an @ there is the folder's.
     split = learned[0].keys[0].partition("/")[0]
     tested = voc.open_voc(test or f"{data.removesuffix('@' + split)}@test", download, limit)
-    trained_id, tested_id = (dataset_id(source.keys) for source, _ in (learned, tested))
-    terminal.warn_if_same(tested[0].spec, trained_id, tested_id)
+    terminal.warn_if_same(learned[0], tested[0])
     steps, batch, rate = recipe.resolved()
     resolved = asdict(recipe) | {"iterations": steps, "batch_size": batch, "lr": rate}
     counts = {"train": len(learned[0]), "test": len(tested[0])}
@@ -121,7 +120,7 @@ def finetune(
         return
     assert state.header is not None
     parameters = {"data": data, "test": test, "limit": limit} | resolved
-    provenance = envelope.Provenance("finetune", parameters, dataset_id=trained_id)
+    provenance = envelope.Provenance("finetune", parameters, dataset_id=dataset_id(learned[0].keys))
     with terminal.progress("finetune", "images") as progress:
         rows = finetune_stage(
             learned,

@@ -150,7 +150,7 @@ def probe(
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
         outputs.check_output(output, force, data, test, checkpoint)
-    where = device if dry_run else device_name(device)
+    where = device_name(device, dry_run)
     state = formats.read_checkpoint(checkpoint)
     asked = given(
         method=method,
@@ -182,7 +182,7 @@ def probe(
         if test:
             tested, _ = open_images(test, state.image_size, progress=progress, **opening)
             left_out = terminal.left_out(train, tested)
-            terminal.warn_if_same(test, train.dataset_id, tested.dataset_id)
+            terminal.warn_if_same(*(i.source.part(i.index_N) for i in (train, tested)))
             split = "test"
         else:
             left_out = terminal.left_out(train)

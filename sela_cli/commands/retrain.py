@@ -100,7 +100,7 @@ def retrain(
     )
     if not dry_run:
         outputs.check_output(output, force, data, labels)
-    where = device if dry_run else device_name(device)
+    where = device_name(device, dry_run)
     with terminal.progress("decode", "images") as progress:
         training = prepare(
             "retrain",

@@ -203,7 +203,7 @@ def run(
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
     name = preset.value if preset else ("digits" if data == "digits" else None)
     settings = settings_of(name, image_size, options, start)
-    where = device if dry_run else device_name(device)
+    where = device_name(device, dry_run)
     with terminal.progress("decode", "images") as progress:
         images, size = open_images(
             data,

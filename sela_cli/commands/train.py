@@ -107,7 +107,7 @@ def train(
     )
     if not dry_run:
         outputs.check_output(output, force, data, labels)
-    where = device if dry_run else device_name(device)
+    where = device_name(device, dry_run)
     with terminal.progress("decode", "images") as progress:
         training = prepare(
             "train",
