@@ -52,7 +52,7 @@ _SHARP = 0.5
 _FURTHER = 32
 # Rows looked at first: for each that has to move, and for each cluster, but one part in so many
 # of all at most; and so many times as many again where these do not do.
-_PER_MOVE, _PER_CLUSTER, _PART, _WIDER = 8, 16, 4, 2
+_PER_MOVE, _PER_CLUSTER, _PART, _WIDER = 8, 16, 4, 4
 # Rounding of sums of losses.
 _TIE = 1e-12
 # `between`: the rows of a cluster that has none.
