@@ -51,6 +51,7 @@ VARIANTS = {
     "sela": "--heads 128x10 --opts {} --view random",
     "argmax": "--heads 128x10 --opts {} --view random --assign argmax",
     "centre": "--heads 128x10 --opts {} --view centre",
+    "views": "--heads 128x10 --opts {} --view random --views 4",
     "often": "--heads 128x10 --opts {often} --view random",
     "kmeans": "--heads 128x10 --opts {} --view random --head-init kmeans",
     "one-head": "--heads 128x1 --opts {} --view random",
@@ -59,7 +60,7 @@ VARIANTS = {
 # What follows another in a chain is made from its labels.
 CHAINS = (
     ("sela", "retrained"), ("argmax",), ("one-head",), ("opts0",), ("often",), ("centre",),
-    ("kmeans",), ("supervised",), ("fresh",),
+    ("views",), ("kmeans",), ("supervised",), ("fresh",),
 )  # fmt: skip
 NAMES = {
     "fresh": "as it begins",
@@ -67,6 +68,7 @@ NAMES = {
     "random views",
     "argmax": "labels as the potentials have them",
     "centre": "labels by the centre view",
+    "views": "labels by the mean over four random views",
     "often": "three times as many relabellings",
     "kmeans": "heads that begin as clusters of the fresh features",
     "one-head": "T = 1",
@@ -75,8 +77,8 @@ NAMES = {
     "supervised": "on the true classes",
 }
 PAIRS = (
-    ("sela", "fresh"), ("sela", "argmax"), ("sela", "centre"), ("sela", "one-head"),
-    ("kmeans", "sela"), ("sela", "opts0"), ("often", "sela"), ("retrained", "sela"),
+    ("sela", "fresh"), ("sela", "argmax"), ("sela", "centre"), ("views", "sela"),
+    ("sela", "one-head"), ("kmeans", "sela"), ("sela", "opts0"), ("often", "sela"), ("retrained", "sela"),
     ("supervised", "sela"),
 )  # fmt: skip
 # All images, on a GPU: examples/cifar10.sh with ON=gpu.

@@ -22,7 +22,7 @@ from sela_cli.devices import Graphed, has_graphs
 from sela_cli.envelope import Provenance
 from sela_cli.errors import StoppedEarly
 from sela_cli.folding import folded
-from sela_cli.images.augment import DrawOf
+from sela_cli.images.augment import DrawOf, drawn_view
 from sela_cli.images.batches import Images
 from sela_cli.networks import Network
 from sela_cli.precision import autocast
@@ -40,17 +40,21 @@ def embed_stage(
     device: str = "cpu",
     precision: str = "float32",
     augment: DrawOf | None = None,
+    views: int = 1,
     force: bool = False,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> None:
     """Write the logits of every image, or its features and the heads; see docs/schema.md.
 
-    `augment` draws the views of a batch; the default is the plain centre view. The first
-    process of a job writes. A signal leaves the rows that are done beside `output` and
-    raises StoppedEarly; the same call then goes on from there.
+    `augment` draws the views of a batch, several `views` of each image perhaps, of which the
+    mean is written; the default is the plain centre view. The first process of a job writes.
+    A signal leaves the rows that are done beside `output` and raises StoppedEarly; the same
+    call then goes on from there.
     """
     outputs.check_output(output, force)
     job.meet()
+    # As many views at a time as there would be images.
+    batch_size = max(1, batch_size // views)
     heads: list[tuple[np.ndarray, np.ndarray]] = []
     if store == "logits":
         columns = {f"logits/{t}": clusters for t, clusters in enumerate(network.clusters)}
@@ -58,7 +62,7 @@ def embed_stage(
         columns = {"features": network.width}
         heads = network.head_arrays()
     same: list[Any] = [provenance.parameters, [entry["digest"] for entry in provenance.inputs]]
-    same += [provenance.dataset_id, columns, dtype, batch_size, device.split(":")[0]]
+    same += [provenance.dataset_id, columns, dtype, batch_size, views, device.split(":")[0]]
     part = envelope.Part(f"{precision} {_identity(network, same)}")
     file = formats.create_logits(
         output,
@@ -79,7 +83,7 @@ def embed_stage(
         skip = int(job.from_process(0, begun, (1,)))
         done = skip * batch_size
         for blocks in forward(
-            *(network, images, batch_size, device, precision, augment, skip),
+            *(network, images, batch_size, device, precision, augment, skip, views),
             features=store == "features",
         ):
             if dtype == "float16":
@@ -162,11 +166,13 @@ def forward(
     precision: str = "float32",
     augment: DrawOf | None = None,
     skip: int = 0,
+    views: int = 1,
     *,
     features: bool,
 ) -> Iterator[list[Tensor]]:
     """The features of a network, or the logits of each head, batch by batch, as float32 on the
-    CPU. The first `skip` batches are left out.
+    CPU. The first `skip` batches are left out; of several `views` of each image, which
+    `augment` draws, the mean is taken.
     """
     trunk = folded(network.eval().to(device).trunk, precision)
     columns = [network.width] if features else network.clusters
@@ -179,7 +185,12 @@ def forward(
         # Not in bfloat16, which rounds logits of 10 by 0.03: lambda makes that e^0.8.
         return network.logits(features_nD.float())
 
-    step = Graphed(compute) if has_graphs(device) else compute
+    step: Callable[[Tensor], Tensor] = compute
+    view_of: passes.ViewOf = drawn_view
+    if augment and views > 1:
+        step = passes.mean_over(compute, views)
+        augment, view_of = passes.repeated(augment, views)
+    step = Graphed(step) if has_graphs(device) else step
     return passes.in_order(
-        images, network.image_size, step, columns, batch_size, device, augment, skip=skip
+        *(images, network.image_size, step, columns, batch_size, device, augment, view_of, skip)
     )

@@ -263,7 +263,7 @@ class _Run:
             self._go_on(number - 1, checkpoint, position)
         state, network = self._state(checkpoint)
         assert state.header is not None
-        provenance = Provenance("embed", {"view": settings.view})
+        provenance = Provenance("embed", {"view": settings.view, "views": settings.views})
         self._embed(
             f"embed, round {number}",
             network,
@@ -352,6 +352,7 @@ class _Run:
                 device=self.device,
                 precision=settings.recipe.precision,
                 augment=augment,
+                views=settings.views if augment else 1,
                 force=True,
                 progress=progress,
             )

@@ -258,6 +258,15 @@ View = Annotated[
         "augmented as in training.",
     ),
 ]
+Views = Annotated[
+    int | None,
+    typer.Option(
+        "--views",
+        min=1,
+        help="Random views of each image, whose mean logits are labelled; default 1. The time "
+        "goes up with them.",
+    ),
+]
 _ARITHMETIC = (
     "Arithmetic of the network: float32, the often faster bfloat16, or auto, the faster one, "
     "measured at the start"

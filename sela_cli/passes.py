@@ -129,11 +129,30 @@ def over_ten_crops(
 ) -> Iterator[list[Tensor]]:
     """`in_order` on ten crops of each image: what `compute` makes of them, averaged."""
 
-    def mean_of_crops(view: Tensor) -> Tensor:
-        outputs = compute(view)
-        return outputs.reshape(10, -1, outputs.shape[1]).mean(0)
-
     def crops(batch: Tensor, size: int, draws: Draws) -> Tensor:
         return ten_views(batch, size)
 
-    return in_order(images, size, mean_of_crops, columns, batch_size, device, view_of=crops)
+    mean = mean_over(compute, 10)
+    return in_order(images, size, mean, columns, batch_size, device, view_of=crops)
+
+
+def mean_over(compute: Callable[[Tensor], Tensor], views: int) -> Callable[[Tensor], Tensor]:
+    """`compute` averaged over so many views of each image, the images of one after another's."""
+
+    def mean(view: Tensor) -> Tensor:
+        outputs = compute(view).float()
+        return outputs.reshape(views, -1, outputs.shape[1]).mean(0)
+
+    return mean
+
+
+def repeated(augment: DrawOf, views: int) -> tuple[DrawOf, ViewOf]:
+    """What draws and makes so many views of each image, the images of one after another's."""
+
+    def draw_all(count: int, side: int) -> Draws:
+        return augment(count * views, side)
+
+    def make_all(batch: Tensor, size: int, draws: Draws) -> Tensor:
+        return drawn_view(batch.repeat(views, 1, 1, 1), size, draws)
+
+    return draw_all, make_all

@@ -12,7 +12,7 @@ from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, check_memory
 from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import build, check_arch, parse_heads
-from sela_cli.training import Recipe, check_rates
+from sela_cli.training import Recipe, check_rates, check_views
 
 # Fields of RunSettings that are settings in themselves, or are said in words in a plan.
 _PARTS = ("recipe", "labels", "heads", "arch", "image_size", "start")
@@ -32,6 +32,7 @@ class RunSettings:
     store: str = "logits"
     dtype: str = "float32"
     view: str = "centre"
+    views: int = 1
     relabel_heads: str = "all"
     # Digest of the checkpoint to begin with.
     start: str = ""
@@ -98,7 +99,9 @@ def settings_of(
     labels = LabelSettings(**_fields_of(LabelSettings, merged)).as_used()
     own = _fields_of(RunSettings, merged)
     own |= {"heads": tuple(parse_heads(merged["heads"])), "recipe": recipe, "labels": labels}
-    return RunSettings(**own)
+    settings = RunSettings(**own)
+    check_views(settings.view, settings.views)
+    return settings
 
 
 def _fields_of(

@@ -301,6 +301,12 @@ def label_view(kind: str, recipe: Recipe, step: int) -> DrawOf | None:
     return partial(draw, augmentation=augmentation, generator=generator)
 
 
+def check_views(view: str, views: int) -> None:
+    """Raises UsageError where several views would all be the same."""
+    if views > 1 and view != "random":
+        raise UsageError(f"--views {views} is for --view random", "add --view random")
+
+
 def network_of(checkpoint: Checkpoint, path: str) -> Network:
     """The network of a checkpoint, with its weights."""
     rotation = bool(checkpoint.recipe.get("rotation"))

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 from sela_cli import envelope, formats, interrupt
 from sela_cli.cli import app
 from sela_cli.envelope import Provenance
-from sela_cli.errors import BadData, CannotCreate, StoppedEarly
-from sela_cli.images.augment import centre_view
+from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
+from sela_cli.images.augment import DrawOf, centre_view, drawn_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.logits import embed_stage, plan
 from sela_cli.networks import Network, build
+from sela_cli.run_settings import settings_of
 from sela_cli.training import Recipe, Trainer, label_view
 
 HEADS = [7, 5]
@@ -163,6 +164,42 @@ def test_seed_is_the_checkpoints_unless_given(network: Network, tmp_path: Path) 
     plain, same, other = made(), made("--seed", "7"), made("--seed", "0")
     assert [each.parameters["seed"] for each in (plain, same, other)] == [7, 7, 0]
     assert plain.digest == same.digest != other.digest
+
+
+def test_of_several_views_the_mean_is_written(
+    images: Images, network: Network, tmp_path: Path
+) -> None:
+    """Of as many views at a time as a batch has images; the same whenever it is asked for."""
+
+    def augment() -> DrawOf:
+        found = label_view("random", Recipe(), 3)
+        assert found is not None
+        return found
+
+    network.eval()
+    means, draw = [], augment()
+    for start in range(0, len(images), 4):
+        batch = images.batch(torch.arange(start, min(start + 4, len(images))))
+        draws = draw(3 * len(batch), images.side)
+        parts = [draws.of(slice(n * len(batch), (n + 1) * len(batch))) for n in range(3)]
+        with torch.no_grad():
+            found = [network.logits(network.trunk(drawn_view(batch, 32, part))) for part in parts]
+        means.append(torch.stack(found).mean(0))
+    first, second = (
+        embedded(images, network, tmp_path / name, batch_size=12, augment=augment(), views=3)
+        for name in ("a.h5", "b.h5")
+    )
+    logits_NS = np.hstack([first[f"logits/{head}"] for head in range(len(HEADS))])
+    np.testing.assert_allclose(logits_NS, torch.cat(means), rtol=1e-4, atol=1e-6)
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_several_views_are_for_random_ones(tmp_path: Path) -> None:
+    line = f"embed --data digits --arch alexnet-small --heads 3 --views 2 -o {tmp_path}/a.h5"
+    with pytest.raises(UsageError, match="--view random"):
+        CliRunner().invoke(app, line.split(), catch_exceptions=False)
+    with pytest.raises(UsageError, match="--view random"):
+        settings_of(None, 16, {"views": 2})
 
 
 def stopped(

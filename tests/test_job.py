@@ -105,7 +105,8 @@ def everything(folder: Path) -> dict[str, Any]:
     logits = [
         torch.cat(blocks)
         for blocks in zip(
-            *forward(network, images, 13, augment=augment, features=False), strict=True
+            *forward(network, images, 13, augment=augment, views=2, features=False),
+            strict=True,
         )
     ]
     recipe = LinearRecipe(epochs=2, lrs=(0.01, 0.1), batch_size=25)

@@ -26,6 +26,7 @@ from sela_cli.options import (
     SkipBad,
     Store,
     View,
+    Views,
     device_name,
     given,
 )
@@ -45,6 +46,7 @@ def embed(
     store: Store = None,
     dtype: Dtype = None,
     view: View = None,
+    views: Views = None,
     precision: Precision = None,
     batch_size: BatchSize = None,
     seed: OptionalSeed = None,
@@ -72,7 +74,7 @@ def embed(
     from sela_cli.networks import build, check_arch, parse_heads
     from sela_cli.precision import decided
     from sela_cli.terminal import Terminal
-    from sela_cli.training import Recipe, label_view, network_of
+    from sela_cli.training import Recipe, check_views, label_view, network_of
 
     if (checkpoint is None) == (arch is None):
         raise UsageError("give either --checkpoint, or --arch and --heads")
@@ -82,6 +84,8 @@ def embed(
         raise UsageError("--arch needs --heads, for instance --heads 128x10")
     if arch:
         check_arch(arch)
+    seen: dict[str, Any] = {"view": "centre", "views": 1} | given(view=view, views=views)
+    check_views(**seen)
     clusters = parse_heads(heads) if heads else []
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
@@ -118,15 +122,8 @@ def embed(
             where,
             training=False,
         )
-        chosen = given(view=view).get("view", "centre")
-        parameters = {
-            "data": data,
-            "arch": arch,
-            "heads": heads,
-            "seed": recipe.seed,
-            "view": chosen,
-            **options,
-        }
+        parameters = {"data": data, "arch": arch, "heads": heads, "seed": recipe.seed}
+        parameters |= seen | options
         provenance = envelope.Provenance("embed", parameters, dataset_id=images.dataset_id)
         if state:
             assert state.header is not None
@@ -138,7 +135,8 @@ def embed(
                 output,
                 provenance,
                 device=where,
-                augment=label_view(chosen, recipe, state.step if state else 0),
+                augment=label_view(seen["view"], recipe, state.step if state else 0),
+                views=seen["views"],
                 force=force,
                 progress=progress,
                 **options,

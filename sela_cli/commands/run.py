@@ -46,6 +46,7 @@ from sela_cli.options import (
     Store,
     Tol,
     View,
+    Views,
     WeightDecay,
     device_name,
     fractions,
@@ -139,6 +140,7 @@ def run(
     store: Store = None,
     dtype: Dtype = None,
     view: View = None,
+    views: Views = None,
     seed: Seed = 0,
     limit: Limit = None,
     skip_bad: SkipBad = False,
@@ -198,6 +200,7 @@ def run(
         store=store,
         dtype=dtype,
         view=view,
+        views=views,
         seed=seed,
     )
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
