@@ -78,8 +78,8 @@ NAMES = {
 }
 PAIRS = (
     ("sela", "fresh"), ("sela", "argmax"), ("sela", "centre"), ("views", "sela"),
-    ("sela", "one-head"), ("kmeans", "sela"), ("sela", "opts0"), ("often", "sela"), ("retrained", "sela"),
-    ("supervised", "sela"),
+    ("sela", "one-head"), ("kmeans", "sela"), ("sela", "opts0"), ("often", "sela"),
+    ("retrained", "sela"), ("supervised", "sela"),
 )  # fmt: skip
 # All images, on a GPU: examples/cifar10.sh with ON=gpu.
 WHOLE = "--arch resnet18 --image-size 32 --precision bfloat16 --batch-size 256 --lr 0.1"
