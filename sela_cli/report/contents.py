@@ -8,13 +8,16 @@ from __future__ import annotations
 import base64
 import csv
 import json
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import logsumexp
+import torch
+from torch import Tensor
 
 from sela_cli import envelope, formats, metrics
 from sela_cli.errors import BadData, NoInput, SelaError
@@ -22,11 +25,12 @@ from sela_cli.formats import Checkpoint, Labels
 from sela_cli.images.batches import square
 from sela_cli.images.sources import Source, open_source
 from sela_cli.run_folder import own_files
+from sela_cli.score_rows import ScoreRows
 from sela_cli.scores import open_scores
 from sela_cli.spread import spread
+from sela_cli.tiles import map_spans
 
 Trace = dict[str, np.ndarray]
-_TILE_ROWS = 4096
 _THUMBNAIL_SIDE = 64
 # Below this side JPEG is no smaller than PNG, and blurs what there is.
 _SMALL_SIDE = 32
@@ -150,18 +154,25 @@ def _traces(path: str) -> list[Trace]:
 
 def confidences(logits_path: str, labels: Labels) -> list[np.ndarray]:
     """Softmax probability of each image's label, p(y|x) = exp(l_y - logsumexp_k l_k); T of (N,)."""
-    found = []
     with open_scores(logits_path) as scores:
-        for matrix, head in zip(scores.heads, labels.heads, strict=True):
-            blocks = []
-            for start in range(0, len(head.labels_N), _TILE_ROWS):
-                labels_n = head.labels_N[start : start + _TILE_ROWS]
-                tile = matrix.read(slice(start, start + len(labels_n)))
-                tile_nK = np.asarray(tile, dtype=np.float64)
-                chosen_n = tile_nK[np.arange(len(labels_n)), labels_n]
-                blocks.append(np.exp(chosen_n - logsumexp(tile_nK, axis=1)))
-            found.append(np.concatenate(blocks))
-    return found
+        return [
+            _confidence(ScoreRows(matrix, logits_path), head.labels_N)
+            for matrix, head in zip(scores.heads, labels.heads, strict=True)
+        ]
+
+
+def _confidence(rows: ScoreRows, labels_N: np.ndarray) -> np.ndarray:
+    found_N = np.empty(len(labels_N))
+
+    def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
+        for start, tile_nK in tiles:
+            some = slice(start, start + len(tile_nK))
+            labels_n1 = torch.from_numpy(labels_N[some, None].astype(np.int64))
+            chosen_n = tile_nK.gather(1, labels_n1)[:, 0]
+            found_N[some] = (chosen_n - tile_nK.logsumexp(1)).exp().numpy()
+
+    deque(map_spans(rows, work), maxlen=0)
+    return found_N
 
 
 # ---- the gallery ------------------------------------------------------------
