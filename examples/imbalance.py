@@ -14,15 +14,18 @@ both are probed by weighted kNN on the same held-out images of every class.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from sela_cli import formats, metrics, probes
 from sela_cli.envelope import Provenance
+from sela_cli.errors import CannotCreate, SelaError
 from sela_cli.formats import Labels
 from sela_cli.fresh import make_ready
 from sela_cli.images.batches import Images, open_images
+from sela_cli.images.sources import no_classes
 from sela_cli.kmeans import kmeans_labels
 from sela_cli.labels import LabelSettings, label_stage
 from sela_cli.logits import embed_stage
@@ -121,7 +124,7 @@ def run(
 
 
 def main() -> None:
-    """Six runs, one line each."""
+    """Parse and compare; a mistake is told in a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="digits")
     parser.add_argument("--out", type=Path, required=True)
@@ -133,14 +136,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--aug", default="crop")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    try:
+        compare(parser.parse_args())
+    except SelaError as error:
+        sys.exit(f"error: {error}")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Six runs, one line each."""
+    pairs = [(imbalance, method) for imbalance in IMBALANCES for method in METHODS]
+    folders = {pair: arguments.out / "-".join(pair) for pair in pairs}
+    for folder in folders.values():
+        if folder.exists():
+            raise CannotCreate(f"{folder} exists", "choose another --out")
     images, _ = open_images(arguments.data, arguments.image_size, limit=arguments.limit)
+    if images.truth_N is None:
+        raise no_classes(images.spec, images.source.keys)
     train, test = probes.holdout(images, HOLDOUT, arguments.seed)
     print(f"{'imbalance':<10} {'method':<10} {'images':>7} {'kNN':>7} {'NMI':>7}")
     for imbalance in IMBALANCES:
         part = imbalanced(train, imbalance, arguments.seed)
         for method in METHODS:
-            result = run(method, part, test, arguments.out / f"{imbalance}-{method}", arguments)
+            result = run(method, part, test, folders[imbalance, method], arguments)
             print(
                 f"{imbalance:<10} {method:<10} {len(part):>7} {result['knn']:>7.4f} "
                 f"{result['nmi']:>7.4f}",

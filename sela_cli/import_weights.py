@@ -70,7 +70,8 @@ def read_weights(path: str) -> dict[str, Tensor]:
     Raises NoInput where it is missing, BadData where it is something else.
     """
     if not Path(path).is_file():
-        raise NoInput(f"{path}: no such file")
+        kind = "a folder" if Path(path).is_dir() else "no such file"
+        raise NoInput(f"{path}: {kind}", "name a .pth or .safetensors file")
     if path.endswith(".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -93,7 +94,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         # What is no pickle may raise anything; torch's message is a page on how to load it
         # all the same.
         raise BadData(
-            f"{path}: not a file of tensors alone",
+            f"{path}: not a file of tensors alone, or a damaged one",
             "where you trust it, save its state_dict() as .safetensors",
         ) from error
     while isinstance(saved, Mapping):
@@ -167,7 +168,23 @@ def fitted(
                 f"{path}: '{theirs[name]}' is not finite in {tensor.dtype}",
                 "import a checkpoint from before the training diverged",
             )
+    _check_whole(wanted, named, network.arch, path)
     return ours, unused
+
+
+def _check_whole(
+    wanted: Mapping[str, Tensor], named: Mapping[str, str], arch: str, path: str
+) -> None:
+    """Refuse a deeper network of the same kind: what fits of it is another network."""
+    parts = {name.partition(".")[0] for name in wanted}
+    for name, our_name in named.items():
+        part, _, rest = our_name.partition(".")
+        # A bias before BatchNorm went into the running mean.
+        if part in parts and rest and our_name not in wanted and not rest.endswith("bias"):
+            raise BadData(
+                f"{path}: '{name}' has no place in {arch}, of a deeper network perhaps",
+                "choose the --arch it is of",
+            )
 
 
 def _our_name(name: str, arch: str) -> str:

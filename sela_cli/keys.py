@@ -106,12 +106,23 @@ class StoredKeys(_Keys):
             return np.array_equal(self._stored_N, other._stored_N)
         return super().__eq__(other)
 
+    def of(self, rows: np.ndarray) -> StoredKeys:
+        """Those of some rows."""
+        return StoredKeys(self._stored_N[rows])
+
     def _texts(self, rows: slice) -> Iterator[str]:
         return map(text_of, self._stored_N[rows].tolist())
 
     def stored(self, start: int, stop: int) -> np.ndarray:
         """As they are."""
         return self._stored_N[start:stop]
+
+
+def some_of(keys: Sequence[str], rows: np.ndarray) -> Sequence[str]:
+    """The keys of these rows, in that order."""
+    if isinstance(keys, StoredKeys):
+        return keys.of(rows)
+    return [keys[row] for row in rows.tolist()]
 
 
 def stored(keys: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:

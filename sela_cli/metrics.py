@@ -5,10 +5,12 @@ N images, K clusters, C classes, B sizes that clusters have.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+import h5py
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.special import entr, gammaln
@@ -234,7 +236,7 @@ def _path(labels: Labels) -> str:
 def _truth(labels: Labels, truth: str) -> np.ndarray:
     if truth.endswith(".npy"):
         return _truth_of_array(labels, truth)
-    if truth.endswith((".h5", ".hdf5")) and not _holds_images(truth):
+    if _is_hdf5(truth) and not _holds_images(truth):
         other = formats.read_labels(truth)
         return _by_key(labels, other.keys, other.heads[0].labels_N, truth)
     source = open_source(truth)
@@ -267,6 +269,8 @@ def _truth_of_array(labels: Labels, truth: str) -> np.ndarray:
         raise
     except Exception as error:  # The header is Python text: damage shows in many ways.
         raise BadData(f"{truth}: not a readable .npy array ({error})") from error
+    if not isinstance(truth_N, np.ndarray):
+        raise BadData(f"{truth} is an .npz file, of several arrays", "save its labels as .npy")
     if truth_N.shape != (len(labels.keys),) or truth_N.dtype.kind not in "biuUS":
         raise BadData(
             f"{truth} holds {truth_N.dtype} of shape {truth_N.shape}, not one class for each of "
@@ -275,6 +279,11 @@ def _truth_of_array(labels: Labels, truth: str) -> np.ndarray:
             "save .astype(int).ravel() of it" if truth_N.size == len(labels.keys) else "",
         )
     return truth_N
+
+
+def _is_hdf5(path: str) -> bool:
+    """By what is in it; by its name where nothing is."""
+    return h5py.is_hdf5(path) if os.path.isfile(path) else path.endswith((".h5", ".hdf5"))
 
 
 def _holds_images(path: str) -> bool:

@@ -25,6 +25,8 @@ _OWN = re.compile(
 )
 # Settings that are named where two runs differ, at most.
 _TOLD = 3
+# What settings were that runs of earlier versions do not name.
+_LATER = {"views": 1}
 
 
 def precision_of(folder: Path) -> str | None:
@@ -101,7 +103,7 @@ def claim(images: Images, folder: Path, settings: RunSettings, force: bool, resu
 
 def _compared(run: dict[str, Any]) -> dict[str, Any]:
     """What makes it that run: another machine may have another memory."""
-    settings = dict(run.get("settings", {}))
+    settings: dict[str, Any] = _LATER | dict(run.get("settings", {}))
     settings["labels"] = dict(settings.get("labels", {}))
     settings["labels"].pop("max_memory", None)
     return run | {"settings": settings}

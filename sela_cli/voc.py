@@ -65,6 +65,9 @@ def _objects(path: Path) -> Objects:
             [float(item.findtext(f"bndbox/{side}") or "") - shift for side, shift in _SIDES]
             for item in items
         ]
+        for x1, y1, x2, y2 in boxes:
+            if not (x1 < x2 and y1 < y2):
+                raise ValueError(f"a box from {x1:g}, {y1:g} to {x2:g}, {y2:g}")
         classes = [CLASSES.index(item.findtext("name") or "") for item in items]
         difficult = [item.findtext("difficult") == "1" for item in items]
     except (ElementTree.ParseError, OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from pyarrow import parquet
+from typer.testing import CliRunner
 
 from sela_cli import cli, export_tables, extras, formats
 from sela_cli.envelope import Provenance
@@ -234,3 +235,15 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_installed_packages_are_not_missed() -> None:
     for extra in extras.EXTRAS:
         extras.require(extra)
+
+
+def test_a_table_is_not_written_where_the_links_are_refused(photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "labels.h5"
+    labels = labels_of(LABELS_TN[0])
+    labels.heads[0].attributes.update(formats.unsolved("random"))
+    formats.write_labels(str(path), labels, Provenance("test", {}))
+    (tmp_path / "links").mkdir()
+    line = f"export-labels {path} -o {tmp_path}/t.csv --links {tmp_path}/links --data {photos}"
+    with pytest.raises(CannotCreate, match="links exists"):
+        CliRunner().invoke(cli.app, line.split(), catch_exceptions=False)
+    assert not (tmp_path / "t.csv").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,14 @@ def test_a_bad_annotation_is_named(text: str, tmp_path: Path) -> None:
     write_voc(tmp_path)
     (tmp_path / "VOCdevkit/VOC2007/Annotations/000004.xml").write_text(text)
     with pytest.raises(BadData, match=r"000004\.xml"):
+        voc.open_voc(f"voc2007:{tmp_path}")
+
+
+def test_a_box_without_an_inside_is_named(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    path = tmp_path / "VOCdevkit/VOC2007/Annotations/000004.xml"
+    path.write_text(re.sub(r"<xmax>\d+</xmax>", "<xmax>1</xmax>", path.read_text()))
+    with pytest.raises(BadData, match=r"000004\.xml.*a box from"):
         voc.open_voc(f"voc2007:{tmp_path}")
 
 

@@ -24,7 +24,7 @@ from sela_cli import envelope, formats, outputs
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, NoInput
 from sela_cli.formats import Checkpoint, HeadLabels, Labels
-from sela_cli.keys import RowNumbers, dataset_id, key_bytes, named, stored
+from sela_cli.keys import RowNumbers, dataset_id, key_bytes, named, some_of, stored
 from sela_cli.unfinished import Unfinished
 
 PLAIN = Provenance("test", {"number": 1})
@@ -224,6 +224,8 @@ def test_keys_of_a_file_are_as_a_list_of_them() -> None:
     assert not isinstance(keys, list)
     assert [*keys] == texts and keys == texts and texts == keys and keys == named(raw_N.copy())
     assert (keys[3], keys[-1], keys[17_000:17_003]) == (texts[3], texts[-1], texts[17_000:17_003])
+    rows = np.array([5, 3, 19_999])
+    assert some_of(keys, rows) == some_of(texts, rows) == [texts[5], texts[3], texts[19_999]]
     assert dataset_id(keys) == dataset_id(texts)
     assert keys != named(raw_N[::-1]) and keys != texts[::-1] and keys != texts[1:]
     with pytest.raises(IndexError):

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sela_cli.images.batches import open_images
 
@@ -52,3 +53,29 @@ def test_a_short_run(
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[:2] for row in rows] == [["heavy", "balanced"], ["heavy", "kmeans"]]
     assert all(0 <= float(value) <= 1 for row in rows for value in row[3:])
+
+
+@pytest.mark.parametrize(
+    ("data", "taken", "told"),
+    [
+        ("nowhere", False, "nowhere"),
+        ("plain", False, "no true classes"),
+        ("digits", True, "exists"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(
+    data: str,
+    taken: bool,
+    told: str,
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("plain").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("plain/a.png")
+    if taken:
+        Path("runs/light-kmeans").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["imbalance.py", "--data", data, "--out", "runs"])
+    with pytest.raises(SystemExit, match=f"error: .*{told}"):
+        script.main()

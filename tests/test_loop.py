@@ -288,6 +288,14 @@ def test_a_folder_in_use_or_of_another_run_is_refused(
     fewer = replace(settings.labels, max_memory=1 << 30)
     with pytest.raises(CannotCreate, match="a finished run"):
         loop.run(images, folder, replace(settings, labels=fewer), SILENT)
+    # And what a version without the option has begun is one of its default.
+    noted = (folder / "run.json").read_text()
+    run = json.loads(noted)
+    del run["settings"]["views"]
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(CannotCreate, match="a finished run"):
+        loop.run(images, folder, settings, SILENT)
+    (folder / "run.json").write_text(noted)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "rounds.csv").write_bytes(b"")
     with pytest.raises(CannotCreate, match="and no run"):

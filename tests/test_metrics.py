@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from itertools import combinations, permutations
@@ -276,11 +277,19 @@ def test_npy_that_does_not_fit(
         compare(read_labels(path), str(tmp_path / "truth.npy"))
 
 
+def test_labels_of_any_name_are_truth(write_labels: Callable[..., str], tmp_path: Path) -> None:
+    path = write_labels(head(np.arange(24) % 3, 3))
+    shutil.copy(path, tmp_path / "truth")
+    assert compare(read_labels(path), str(tmp_path / "truth"))[0]["accuracy"] == 1.0
+
+
 def test_damaged_and_missing_truth(write_labels: Callable[..., str], tmp_path: Path) -> None:
     path = write_labels(head(np.arange(24) % 3, 3))
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "empty.npy").touch()
-    for name in ("text.npy", "empty.npy"):
+    with (tmp_path / "several.npy").open("wb") as stream:
+        np.savez(stream, a=np.arange(24))
+    for name in ("text.npy", "empty.npy", "several.npy"):
         with pytest.raises(BadData, match=name):
             compare(read_labels(path), str(tmp_path / name))
     for name in ("absent.npy", "absent.txt"):

@@ -267,6 +267,26 @@ def test_residuals_have_a_line_a_round_and_head(contents: Contents) -> None:
         np.testing.assert_array_equal(line.get_ydata(), head.trace["residual"])
 
 
+def test_a_solve_that_later_labels_carry_along_is_drawn_once(contents: Contents) -> None:
+    """In the colour of its own round: `--relabel-heads cycle` labels one head a round."""
+    first, second, *_ = contents.traces[1:]
+    cycle = replace(contents, traces=[[], first, [first[0], second[1]]])
+    lines = figures.residuals(cycle).axes[0].lines[:-1]
+    assert len(lines) == len(first) + 1
+    assert lines[0].get_color() == lines[1].get_color() != lines[-1].get_color()
+
+
+@pytest.mark.parametrize("change", ["", "semicolons", "header"])
+def test_damaged_rounds_are_named(change: str, run_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    text = (folder / "rounds.csv").read_text()
+    changed = {"semicolons": text.replace(",", ";"), "header": text.splitlines()[0]}
+    (folder / "rounds.csv").write_text(changed.get(change, ""))
+    with pytest.raises(BadData, match=r"rounds\.csv: damaged"):
+        contents_of.read(folder)
+
+
 def test_sizes_count_every_cluster_once(contents: Contents) -> None:
     for outline in figures.sizes(contents).axes[0].patches:
         x, y = outline.get_xy().T

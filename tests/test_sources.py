@@ -22,9 +22,11 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, NoInput, UsageError
 from sela_cli.images import batches, sources
 from sela_cli.images.batches import Images, open_images, square, stored_side
+from sela_cli.images.pack import pack_stage
 from sela_cli.images.sources import Source, no_classes, open_source
 
 NAMES = [f"{number:02d}.png" for number in range(5)]
@@ -876,5 +878,8 @@ def test_collections_are_alike_by_their_keys_and_pictures(tmp_path: Path) -> Non
     ):
         write_folder(tmp_path / folder, names, files)
     sources = {name: open_source(str(tmp_path / name)) for name in "abcd"}
-    alike = [name for name in "abcd" if sources["a"].is_like(sources[name])]
-    assert alike == ["a", "b"]
+    packed = tmp_path / "packed.h5"
+    pack_stage(open_images(str(tmp_path / "a"), 4)[0], str(packed), Provenance("pack", {}))
+    sources["packed"] = open_source(str(packed))
+    alike = [name for name, source in sources.items() if sources["a"].is_like(source)]
+    assert alike == ["a", "b", "packed"]

@@ -306,6 +306,17 @@ def test_torchvisions_alexnet_is_said_to_be_none_of_ours(arch: str, tmp_path: Pa
         fitted(theirs, network, "theirs")
 
 
+@pytest.mark.parametrize(("arch", "deeper"), [("resnet18", "resnet34"), ("resnet50", "resnet101")])
+def test_a_deeper_network_is_not_cut_to_ours(arch: str, deeper: str) -> None:
+    """All blocks of the shallower one fit, and are those of another network."""
+    network = build(arch, 224, [2], seed=0)
+    theirs = getattr(models, deeper)(weights=None).state_dict()
+    with pytest.raises(BadData, match=r"'layer\d\.\d+\..*' has no place in .*; choose the --arch"):
+        fitted(theirs, network, "theirs")
+    own = getattr(models, arch)(weights=None).state_dict()
+    assert fitted(own, network, "own")[1] == ["fc.weight", "fc.bias"]
+
+
 def test_from_the_command_line_there_and_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,10 +55,11 @@ def export_labels(
     read = formats.read_labels(labels)
     shown = {"output": output, "links": links, "rows": len(read.keys), "heads": read.clusters}
     lines = []
-    if output:
-        export_tables.write_labels_as(read, output, force)
-        lines.append(f"wrote {output}: {len(read.keys)} rows, heads {read.clusters}")
+    # What may be refused comes first.
     if links and data:
         count = export_tables.write_links(read, data, links)
         lines.append(f"wrote {links}: {count} links")
+    if output:
+        export_tables.write_labels_as(read, output, force)
+        lines.append(f"wrote {output}: {len(read.keys)} rows, heads {read.clusters}")
     Terminal(quiet, as_json).result(shown, "\n".join(lines))

@@ -22,7 +22,7 @@ from torch import Tensor
 from sela_cli import interrupt, job
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.images.sources import Source, open_source
-from sela_cli.keys import dataset_id
+from sela_cli.keys import dataset_id, some_of
 from sela_cli.spread import spread
 
 _Made = TypeVar("_Made")
@@ -79,7 +79,7 @@ class Images:
         self.side = side
         self._decoders = decoders or _processors()
         self.index_N = rows
-        self.keys = [source.keys[row] for row in rows]
+        self.keys = some_of(source.keys, rows)
         self.truth_N = None if source.truth_N is None else source.truth_N[rows]
         self.classes = source.classes
         self.dataset_id = dataset_id(self.keys)

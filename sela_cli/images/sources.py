@@ -24,7 +24,7 @@ import numpy as np
 
 from sela_cli import envelope
 from sela_cli.errors import BadData, NoInput, StoppedEarly, UsageError
-from sela_cli.keys import text_of
+from sela_cli.keys import some_of, text_of
 from sela_cli.spread import spread
 from sela_cli.stored import Stored
 
@@ -79,7 +79,7 @@ class Source:
         reduced = self.reduced
         return replace(
             self,
-            keys=[self.keys[row] for row in rows],
+            keys=some_of(self.keys, rows),
             decode=lambda number: self.decode(int(rows[number])),
             truth_N=None if self.truth_N is None else self.truth_N[rows],
             reduced=reduced and (lambda number, side: reduced(int(rows[number]), side)),
@@ -87,11 +87,13 @@ class Source:
         )
 
     def is_like(self, other: Source) -> bool:
-        """Whether the other's images are the same, by all keys and some of the pictures."""
-        return [*self.keys] == [*other.keys] and all(
-            np.array_equal(self.image(row), other.image(row))
-            for row in spread(len(self), _COMPARED).tolist()
-        )
+        """Whether the other's images are the same, by all keys and some of the pictures, or of
+        other sizes by their keys: a packed file has them resized."""
+        if len(self) != len(other) or [*self.keys] != [*other.keys]:
+            return False
+        some = spread(len(self), _COMPARED).tolist()
+        pairs = ((self.image(row), other.image(row)) for row in some)
+        return all(one.shape != two.shape or np.array_equal(one, two) for one, two in pairs)
 
     def image(self, number: int, side: int = 0) -> np.ndarray:
         """One image, or (`side`) perhaps a reduced one; BadData naming its key otherwise."""
@@ -564,7 +566,8 @@ def _torchvision(spec: str, name: str, root: str, download: bool) -> Source:
     try:
         data = getattr(datasets, class_name)(base, **options)
     except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        # torchvision advises an option of its own.
+        reason = str(error).splitlines()[0].partition(". You can use")[0]
         mend = "" if download or name == "imagenet" else "--download fetches it"
         raise NoInput(f"{spec}: {reason}", mend) from error
     if name == "imagenet":

@@ -93,13 +93,7 @@ def read(folder: Path, data: str | None = None) -> Contents:
         spec, settings = data, {}
     source = open_source(spec)
     labels = _found(source, formats.read_labels(str(folder / "labels.h5")))
-    with (folder / "rounds.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    problems: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        for problem in filter(None, row.pop("problems", "").split("; ")):
-            problems.setdefault(problem, []).append(number)
-    rounds = [{name: float(cell) for name, cell in row.items()} for row in rows]
+    rounds, problems = _rounds(folder / "rounds.csv")
     # Other files may lie beside a run's; probes of its networks belong to it.
     own = own_files(folder, "[!.]*.h5")
     probes = [path for path in folder.glob("probe*.h5") if path in own or _is_probe(path)]
@@ -119,6 +113,23 @@ def read(folder: Path, data: str | None = None) -> Contents:
         },
         problems=problems,
     )
+
+
+def _rounds(path: Path) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
+    """The numbers of each round, and the rounds in which each problem was seen."""
+    problems: dict[str, list[int]] = {}
+    rounds = []
+    try:
+        with path.open(newline="") as stream:
+            for number, row in enumerate(csv.DictReader(stream)):
+                for problem in filter(None, row.pop("problems", "").split("; ")):
+                    problems.setdefault(problem, []).append(number)
+                rounds.append({name: float(cell) for name, cell in row.items()})
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise BadData(f"{path}: damaged ({error})", "copy it again") from error
+    if not rounds or "epoch" not in rounds[0]:
+        raise BadData(f"{path}: damaged (it has no rounds)", "copy it again")
+    return rounds, problems
 
 
 def read_files(folder: Path) -> list[Path]:

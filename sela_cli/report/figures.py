@@ -100,8 +100,14 @@ def residuals(contents: Contents) -> Figure:
     # Without the yellow end, which is hardly seen on white.
     viridis = ListedColormap(colormaps["viridis"](np.linspace(0, 0.85, 256)))
     colours = ScalarMappable(Normalize(1, max(2, len(contents.traces) - 1)), viridis)
+    drawn: set[bytes] = set()
     for number, heads in enumerate(contents.traces):
         for trace in heads:
+            # Labels of one head carry the solves of the others along.
+            solve = trace["residual"].tobytes() + trace["seconds"].tobytes()
+            if solve in drawn:
+                continue
+            drawn.add(solve)
             axes.plot(
                 trace["iteration"],
                 trace["residual"],
@@ -243,7 +249,8 @@ def write_trace(labels_path: str, output: str, force: bool = False) -> None:
     labels = formats.read_labels(labels_path)
     traces = [head.trace for head in labels.heads]
     if not any(map(_solved, traces)):
-        raise BadData(f"{labels_path}: no trace in it: random labels are not solved for")
+        how = labels.heads[0].attributes["assign"]
+        raise BadData(f"{labels_path}: no trace in it: {how} labels are not solved for")
     with matplotlib.rc_context(_STYLE):
         figure = trace(traces, labels.heads[0].attributes["tol"])
     write_png(figure, output, force)
