@@ -94,8 +94,9 @@ def read_weights(path: str) -> dict[str, Tensor]:
         # What is no pickle may raise anything; torch's message is a page on how to load it
         # all the same.
         raise BadData(
-            f"{path}: not a file of tensors alone, or a damaged one",
-            "where you trust it, save its state_dict() as .safetensors",
+            f"{path}: not a file of tensors alone",
+            "where you trust it, save its state_dict() as .safetensors; if it is cut short, copy "
+            "it again",
         ) from error
     while isinstance(saved, Mapping):
         inner = next((saved[name] for name in _WRAPPERS if name in saved), None)
