@@ -98,9 +98,9 @@ def in_order(
         outputs: Sequence[Tensor | None] = [None] * len(columns)
         if mine:
             flat = mine()
-            count = len(flat) // sum(columns)
-            blocks = torch.split(flat, [count * width for width in columns])
-            outputs = [b.view(count, w) for b, w in zip(blocks, columns, strict=True)]
+            rows = len(flat) // sum(columns)
+            blocks = torch.split(flat, [rows * width for width in columns])
+            outputs = [block.view(rows, -1) for block in blocks]
         for owner, count in enumerate(group):
             yield [
                 job.from_process(owner, output, (count, width))

@@ -89,7 +89,7 @@ class Source:
     def is_like(self, other: Source) -> bool:
         """Whether the other's images are the same, by all keys and some of the pictures, or of
         other sizes by their keys: a packed file has them resized."""
-        if len(self) != len(other) or [*self.keys] != [*other.keys]:
+        if self.keys != other.keys:
             return False
         some = spread(len(self), _COMPARED).tolist()
         pairs = ((self.image(row), other.image(row)) for row in some)

@@ -104,7 +104,7 @@ def residuals(contents: Contents) -> Figure:
     for number, heads in enumerate(contents.traces):
         for trace in heads:
             # Labels of one head carry the solves of the others along.
-            solve = trace["residual"].tobytes() + trace["seconds"].tobytes()
+            solve = b"".join(values.tobytes() for values in trace.values())
             if solve in drawn:
                 continue
             drawn.add(solve)
