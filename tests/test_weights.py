@@ -106,7 +106,9 @@ def test_onnx_gives_the_same_features(arch: str, tmp_path: Path) -> None:
     path = str(tmp_path / "backbone.onnx")
     facts = export_stage(network, save(network, tmp_path / "c.h5"), path)
     session = runtime.InferenceSession(path)
-    assert session.get_modelmeta().custom_metadata_map == facts
+    told = session.get_modelmeta().custom_metadata_map
+    assert told.keys() == facts.keys() and told["mean"] == " ".join(map(str, facts["mean"]))
+    assert (told["arch"], told["features"]) == (arch, str(network.width))
     # Not the number of images that it was exported with.
     (found,) = session.run(None, {"image": views(5, 16).numpy()})
     with torch.no_grad():
