@@ -451,8 +451,11 @@ def _open_safetensors(stack: ExitStack, path: str, actual: str, name: str) -> Sc
             return _anonymous(_of_stored(stack, stored, name))
         try:
             array = tensors.get_tensor(name)
+            known = array.dtype.isbuiltin == 1
         except (TypeError, AttributeError):
-            # NumPy has no bfloat16 and no float8.
+            known = False
+        if not known:
+            # NumPy has no bfloat16 and no float8, or has them of another package.
             tensors = stack.enter_context(safe_open(actual, framework="pt"))
             array = tensors.get_tensor(name).float().numpy()
     except (SafetensorError, OSError) as error:

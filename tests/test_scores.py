@@ -504,6 +504,11 @@ def test_tensors_that_numpy_lacks_are_read(dtype: torch.dtype, tmp_path: Path) -
         np.testing.assert_array_equal(matrix.read(slice(0, N)), stored.float().numpy())
 
 
+def test_they_are_read_where_another_package_has_taught_numpy_of_them(tmp_path: Path) -> None:
+    pytest.importorskip("ml_dtypes")
+    test_tensors_that_numpy_lacks_are_read(torch.bfloat16, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["some.csv", "it's $HOME `here`.csv", 'so "quoted" \\.csv'])
 def test_the_advice_for_text_can_be_pasted(tmp_path: Path, name: str) -> None:
     np.savetxt(tmp_path / name, MATRIX, delimiter=",")
