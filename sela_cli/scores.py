@@ -160,7 +160,7 @@ class Product(Matrix):
     def __init__(self, features: Features, weight_KD: np.ndarray, bias_K: np.ndarray, name: str):
         super().__init__((features.shape[0], len(bias_K)), self.read, name)
         self.features, self.tally = features, features.matrix.tally
-        self.weight_KD, self.bias_K = weight_KD, bias_K
+        self.weight_KD, self.bias_K = torch.from_numpy(weight_KD), torch.from_numpy(bias_K)
 
     def read(self, rows: Which) -> np.ndarray:
         """The named rows, float32."""
@@ -170,8 +170,7 @@ class Product(Matrix):
         """The named rows, float32."""
         block_nD = self.features.tensor(rows, device)
         # By torch, which keeps to the calling thread; NumPy's BLAS would start more.
-        weight_KD, bias_K = map(torch.from_numpy, (self.weight_KD, self.bias_K))
-        return torch.addmm(bias_K.to(device), block_nD, weight_KD.to(device).T)
+        return torch.addmm(self.bias_K.to(device), block_nD, self.weight_KD.to(device).T)
 
 
 @dataclass(frozen=True)
@@ -193,8 +192,8 @@ class Scores:
         """The scores of all heads as one matrix, (N, sum of K); features are read once."""
         products = [matrix for matrix in self.heads if isinstance(matrix, Product)]
         if products and self.features:
-            weight_SD = np.concatenate([product.weight_KD for product in products])
-            bias_S = np.concatenate([product.bias_K for product in products])
+            weight_SD = torch.cat([product.weight_KD for product in products]).numpy()
+            bias_S = torch.cat([product.bias_K for product in products]).numpy()
             return Product(self.features, weight_SD, bias_S, "features x heads")
 
         def read(rows: Which) -> np.ndarray:
