@@ -488,6 +488,7 @@ def prepare(
     output: str,
     options: dict[str, Any],
     *,
+    defaults: dict[str, Any] | None = None,
     checkpoint: str | None = None,
     arch: str | None = None,
     image_size: int | None = None,
@@ -497,7 +498,8 @@ def prepare(
 ) -> Training:
     """Open everything that `sela train` and `sela retrain` name, and check that it fits.
 
-    `options` override the checkpoint's recipe; `opening` goes to `open_images`.
+    `options` override the checkpoint's recipe, or a fresh network's `defaults`; `opening`
+    goes to `open_images`.
     """
     if (checkpoint is None) == (arch is None):
         raise UsageError("give --checkpoint to go on from, or --arch for a fresh network")
@@ -511,7 +513,7 @@ def prepare(
         check_arch(arch)
     labels = formats.read_labels(labels_path)
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
-    recipe = Recipe.of(start.recipe if start else {}, options)
+    recipe = Recipe.of(start.recipe if start else defaults or {}, options)
     recipe.check()
     check_rates(options, recipe)
     if start and start.epoch >= recipe.epochs and to is None and "epochs" not in options:

@@ -185,3 +185,7 @@ def test_retraining_is_the_papers(options: list[str], batch_size: int, tmp_path:
     assert recipe.rotation == bool(options)
     for epoch, rate in {0: 0.05, 29: 0.05, 30: 5e-3, 59: 5e-3, 60: 5e-4, 89: 5e-4}.items():
         assert recipe.lr_at(epoch, batch_size) == pytest.approx(rate)
+    # The paper's milestones are of its own schedule: another may be asked for.
+    cosine = CliRunner().invoke(app, [*line, "--lr-schedule", "cosine"])
+    assert cosine.exit_code == 0, cosine.output
+    assert json.loads(cosine.stdout)["recipe"]["lr_schedule"] == "cosine"

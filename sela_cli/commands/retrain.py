@@ -83,7 +83,7 @@ def retrain(
     from sela_cli.training import prepare
 
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
-    options = presets.retraining(rotation) | given(
+    options = given(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -108,6 +108,7 @@ def retrain(
             labels,
             output,
             options,
+            defaults=presets.retraining(rotation),
             arch=arch,
             image_size=image_size,
             limit=limit,
