@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -119,128 +118,25 @@ Aug = Annotated[
 ]
 
 
-class PrecisionChoice(StrEnum):
-    """Arithmetic of the network."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    auto = "auto"
-
-
-class DtypeChoice(StrEnum):
-    """Storage of logits and features."""
-
-    float32 = "float32"
-    float16 = "float16"
-
-
-class StoreChoice(StrEnum):
-    """Form of a logits file."""
-
-    logits = "logits"
-    features = "features"
-
-
-class AssignChoice(StrEnum):
-    """How potentials become labels."""
-
-    balanced = "balanced"
-    argmax = "argmax"
-    random = "random"
-
-
-class LabelMethodChoice(StrEnum):
-    """Where labels come from."""
-
-    sela = "sela"
-    kmeans = "kmeans"
-
-
-class SolverChoice(StrEnum):
-    """How the potentials are found."""
-
-    auto = "auto"
-    newton = "newton"
-    lbfgs = "lbfgs"
-    sinkhorn = "sinkhorn"
-
-
-class InputKindChoice(StrEnum):
-    """What the scores are."""
-
-    logits = "logits"
-    probabilities = "probabilities"
-
-
-class RelabelChoice(StrEnum):
-    """Spacing of the relabelling positions."""
-
-    quadratic = "quadratic"
-    linear = "linear"
-
-
-class RelabelHeadsChoice(StrEnum):
-    """Which heads a relabelling labels."""
-
-    all = "all"
-    cycle = "cycle"
-
-
-class MethodChoice(StrEnum):
-    """Probes."""
-
-    linear = "linear"
-    knn = "knn"
-    both = "both"
-
-
-class TaskChoice(StrEnum):
-    """What fine-tuning learns."""
-
-    classification = "classification"
-    detection = "detection"
-
-
-class PartChoice(StrEnum):
-    """What of a network is trained."""
-
-    fc = "fc"
-    all = "all"
-
-
-class ProtocolChoice(StrEnum):
-    """Named settings of probes; see sela_cli/presets.py."""
-
-    imagenet_linear = "imagenet-linear"
-    places_linear = "places-linear"
-    small_linear = "small-linear"
-    knn = "knn"
-
-
-class PresetChoice(StrEnum):
-    """Named settings; see sela_cli/presets.py."""
-
-    imagenet_alexnet = "imagenet-alexnet"
-    imagenet_resnet50 = "imagenet-resnet50"
-    cifar10 = "cifar10"
-    cifar100 = "cifar100"
-    svhn = "svhn"
-    digits = "digits"
-
-
-class HeadInitChoice(StrEnum):
-    """How the heads of a fresh network begin."""
-
-    random = "random"
-    kmeans = "kmeans"
-
-
-class ViewChoice(StrEnum):
-    """How images are seen for labelling."""
-
-    centre = "centre"
-    random = "random"
-
+# Choices; what each is for is said by its option.
+PrecisionChoice = Literal["float32", "bfloat16", "auto"]
+DtypeChoice = Literal["float32", "float16"]
+StoreChoice = Literal["logits", "features"]
+AssignChoice = Literal["balanced", "argmax", "random"]
+LabelMethodChoice = Literal["sela", "kmeans"]
+SolverChoice = Literal["auto", "newton", "lbfgs", "sinkhorn"]
+InputKindChoice = Literal["logits", "probabilities"]
+RelabelChoice = Literal["quadratic", "linear"]
+RelabelHeadsChoice = Literal["all", "cycle"]
+MethodChoice = Literal["linear", "knn", "both"]
+TaskChoice = Literal["classification", "detection"]
+PartChoice = Literal["fc", "all"]
+ProtocolChoice = Literal["imagenet-linear", "places-linear", "small-linear", "knn"]
+PresetChoice = Literal[
+    "imagenet-alexnet", "imagenet-resnet50", "cifar10", "cifar100", "svhn", "digits"
+]
+HeadInitChoice = Literal["random", "kmeans"]
+ViewChoice = Literal["centre", "random"]
 
 HeadInit = Annotated[
     HeadInitChoice | None,
@@ -338,12 +234,8 @@ Marginal = Annotated[
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options that were given (not None), choices as plain strings."""
-    return {
-        name: value.value if isinstance(value, StrEnum) else value
-        for name, value in options.items()
-        if value is not None
-    }
+    """The options that were given (not None)."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def fractions(text: str | None) -> tuple[float, ...] | None:

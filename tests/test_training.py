@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -524,7 +524,7 @@ def test_presets_are_options_of_run(name: str) -> None:
 
 
 def test_preset_names() -> None:
-    assert {choice.value for choice in PresetChoice} == set(PRESETS)
+    assert set(get_args(PresetChoice)) == set(PRESETS)
     assert preset(None) == {}
     preset("digits")["lr"] = 9.0
     assert preset("digits")["lr"] != 9.0

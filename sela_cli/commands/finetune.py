@@ -45,7 +45,7 @@ def finetune(
     train: Annotated[
         PartChoice,
         typer.Option("--train", help="The fully connected layers only, or the whole network."),
-    ] = PartChoice.all,
+    ] = "all",
     iterations: Annotated[
         int | None, typer.Option("--iterations", min=1, help="Batches; default 20000.")
     ] = None,
@@ -89,11 +89,11 @@ def finetune(
     terminal = Terminal(quiet, as_json, stdout_taken=output == "-")
     if not dry_run:
         outputs.check_output(output, force, checkpoint)
-    if min_size is not None and task is not TaskChoice.detection:
+    if min_size is not None and task != "detection":
         raise UsageError("--min-size is for --task detection", "leave it out")
     recipe = FinetuneRecipe(
-        task=task.value,
-        part=train.value,
+        task=task,
+        part=train,
         iterations=iterations,
         batch_size=batch_size,
         lr=lr,

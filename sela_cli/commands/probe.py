@@ -168,7 +168,7 @@ def probe(
         crops=crops,
     )
     options: dict[str, Any] = {"method": "both", "layers": "all"}
-    options |= presets.protocol(protocol.value if protocol else None, state.arch) | asked
+    options |= presets.protocol(protocol, state.arch) | asked
     linear, knn = probes.recipes(options | {"seed": seed})
     probes.check_asked(asked, options["method"], linear)
     linear.check()
@@ -203,7 +203,7 @@ def probe(
         # Linear probes share their batches; kNN deals whole ones out.
         views = job.largest_share(views)
     arithmetic = decided(
-        precision.value if precision else state.recipe.get("precision", "float32"),
+        precision or state.recipe.get("precision", "float32"),
         partial(began_in, output),
         network,
         views,

@@ -204,7 +204,7 @@ def run(
         seed=seed,
     )
     start = formats.read_checkpoint(checkpoint) if checkpoint else None
-    name = preset.value if preset else ("digits" if data == "digits" else None)
+    name = preset or ("digits" if data == "digits" else None)
     settings = settings_of(name, image_size, options, start)
     where = device_name(device, dry_run)
     with terminal.progress("decode", "images") as progress:

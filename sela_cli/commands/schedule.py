@@ -24,7 +24,7 @@ def schedule(
     ],
     relabel: Annotated[
         RelabelChoice, typer.Option("--relabel", help="Spacing of the positions.")
-    ] = RelabelChoice.quadratic,
+    ] = "quadratic",
     as_json: Json = False,
 ) -> None:
     """Print the positions, in epochs, at which to relabel: one a line, for shell loops."""
@@ -34,6 +34,6 @@ def schedule(
 
     if not math.isfinite(epochs):
         raise UsageError(f"--epochs {epochs} must be finite")
-    positions = relabel_positions(epochs, opts, relabel.value)
+    positions = relabel_positions(epochs, opts, relabel)
     text = "\n".join(repr(position) for position in positions)
     Terminal(as_json=as_json).result({"positions": positions}, text)
