@@ -144,6 +144,7 @@ def label_stage(
     settings: LabelSettings,
     *,
     init: str | None = None,
+    head: int | None = None,
     csv_path: str | None = None,
     force: bool = False,
     device: str = "cpu",
@@ -152,16 +153,24 @@ def label_stage(
 ) -> Labels:
     """Label the scores that `spec` names and write `output`; see docs/schema.md.
 
-    `init`: labels file whose potentials the solve starts from. Whether all heads reached
-    the tolerance is for the caller to see: `warning`. `say` is given a hint where logits
-    look like probabilities.
+    `init`: labels file whose potentials the solve starts from. `head`: the one to label, as
+    the reference does it for small data; the others keep the labels that they have in `init`.
+    Whether all heads reached the tolerance is for the caller to see: `warning`. `say` is
+    given a hint where logits look like probabilities. Raises BadData and UsageError.
     """
     settings.check()
     check_outputs(spec, output, settings, init, csv_path, force)
     with open_scores(spec) as scores:
         start = formats.read_labels(init) if init else None
-        provenance = provenance_of(scores, spec, asdict(settings), start)
-        if settings.method == "kmeans":
+        parameters = asdict(settings) | ({} if head is None else {"head": head})
+        provenance = _provenance(scores, spec, parameters, start)
+        if head is not None:
+            assert start
+            one, before = _one_head(scores, spec, settings, head, start)
+            heads = [*start.heads]
+            heads[head] = label(one, spec, settings, before, progress, device).heads[0]
+            labels = Labels(start.keys, start.index_N, heads)
+        elif settings.method == "kmeans":
             # scikit-learn takes a quarter of the start of a command that needs none of it.
             from sela_cli.kmeans import kmeans_labels
 
@@ -221,7 +230,7 @@ def _seem_shares(matrix: Matrix) -> bool:
     return bool((abs(some_nK.sum(1, dtype=np.float64) - 1) < _OFF_ONE).all())
 
 
-def provenance_of(
+def _provenance(
     scores: Scores, spec: str, parameters: dict[str, Any], init: Labels | None
 ) -> Provenance:
     """What labels of these scores come from."""
@@ -274,7 +283,7 @@ def plan(
         before = formats.read_labels(init) if init else None
         chosen, start = scores, before
         if head is not None and before:
-            chosen, start = one_head(scores, spec, settings, head, before)
+            chosen, start = _one_head(scores, spec, settings, head, before)
         check(chosen, spec, settings, start)
         return {
             "rows": len(scores.keys),
@@ -284,7 +293,7 @@ def plan(
         }
 
 
-def one_head(
+def _one_head(
     scores: Scores, spec: str, settings: LabelSettings, head: int, before: Labels
 ) -> tuple[Scores, Labels]:
     """The scores and the earlier labels of one head alone.

@@ -45,7 +45,6 @@ from sela_cli.labels import label_stage, warning
 from sela_cli.logits import embed_stage
 from sela_cli.networks import Network, build
 from sela_cli.precision import faster
-from sela_cli.relabel import relabel_stage
 from sela_cli.run_folder import claim, held, is_own, own_files, precision_of, write_json
 from sela_cli.run_settings import RunSettings, check_heads
 from sela_cli.spread import spread
@@ -275,22 +274,13 @@ class _Run:
         with self.watcher.stage(f"label, round {number}") as progress:
 
             def solve(output: str) -> Labels:
-                if head is None:
-                    return label_stage(
-                        logits,
-                        output,
-                        settings.labels,
-                        init=before,
-                        force=True,
-                        device=self.device,
-                        progress=progress,
-                    )
-                return relabel_stage(
+                return label_stage(
                     logits,
                     output,
                     settings.labels,
-                    head,
-                    before,
+                    init=before,
+                    head=head,
+                    force=True,
                     device=self.device,
                     progress=progress,
                 )

@@ -22,7 +22,6 @@ from sela_cli.assignment import Bounds
 from sela_cli.budget import Budget
 from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.labels import LabelSettings, label_stage, summary, warning
-from sela_cli.relabel import relabel_stage
 from sela_cli.score_rows import ScoreRows
 from sela_cli.scores import Features, Matrix, Product, open_scores
 from sela_cli.shares import marginal
@@ -218,7 +217,7 @@ def test_one_head_is_labelled_and_the_others_kept(tmp_path: Path) -> None:
     before = str(tmp_path / "before.h5")
     label_stage(path, before, LabelSettings(assign="random"))
     after = str(tmp_path / "after.h5")
-    relabelled = relabel_stage(path, after, LabelSettings(), 1, before)
+    relabelled = label_stage(path, after, LabelSettings(), init=before, head=1)
     relabelled.heads[0].attributes["converged"] = False
     assert warning(relabelled, after) and warning(relabelled, after, 1) is None
     kept, solved = formats.read_labels(after).heads
@@ -227,7 +226,7 @@ def test_one_head_is_labelled_and_the_others_kept(tmp_path: Path) -> None:
     label_stage(path, whole, LabelSettings())
     assert (solved.labels_N == formats.read_labels(whole).heads[1].labels_N).all()
     with pytest.raises(UsageError, match="kmeans"):
-        relabel_stage(path, after, LabelSettings(method="kmeans"), 1, before)
+        label_stage(path, after, LabelSettings(method="kmeans"), init=before, head=1, force=True)
 
 
 @pytest.mark.parametrize("memory", [4 << 30, 704 << 20])

@@ -69,7 +69,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported_at_module_level(name: s
         assert package in sys.stdlib_module_names or package == "typer" or item.startswith(ours)
 
 
-@pytest.mark.parametrize("name", ["labels", "logits", "training", "relabel", "loop", "probes"])
+@pytest.mark.parametrize("name", ["labels", "logits", "training", "loop", "probes"])
 def test_a_stage_starts_without_what_only_some_of_its_options_need(name: str) -> None:
     code = f"import sys, sela_cli.{name}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

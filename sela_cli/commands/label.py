@@ -131,7 +131,6 @@ def label(
     from sela_cli.errors import UsageError
     from sela_cli.labels import LabelSettings, check_outputs, label_stage, plan, summary, warning
     from sela_cli.networks import parse_heads
-    from sela_cli.relabel import relabel_stage
     from sela_cli.terminal import Terminal
 
     if fixed and assign:
@@ -169,22 +168,18 @@ def label(
         return
     where = device_name(device)
     with terminal.progress("label") as progress:
-        if head is not None and init is not None:
-            labels = relabel_stage(
-                logits, output, settings, head, init, device=where, progress=progress
-            )
-        else:
-            labels = label_stage(
-                logits,
-                output,
-                settings,
-                init=init,
-                csv_path=csv,
-                force=force,
-                device=where,
-                progress=progress,
-                say=terminal.say,
-            )
+        labels = label_stage(
+            logits,
+            output,
+            settings,
+            init=init,
+            head=head,
+            csv_path=csv,
+            force=force,
+            device=where,
+            progress=progress,
+            say=terminal.say,
+        )
     values, text = summary(labels, output)
     terminal.result(values, text)
     if problem := warning(labels, output, head):
