@@ -217,10 +217,13 @@ def test_one_head_is_labelled_and_the_others_kept(tmp_path: Path) -> None:
     before = str(tmp_path / "before.h5")
     label_stage(path, before, LabelSettings(assign="random"))
     after = str(tmp_path / "after.h5")
-    relabelled = label_stage(path, after, LabelSettings(), init=before, head=1)
+    table = tmp_path / "after.csv"
+    relabelled = label_stage(path, after, LabelSettings(), init=before, head=1, csv_path=str(table))
     relabelled.heads[0].attributes["converged"] = False
     assert warning(relabelled, after) and warning(relabelled, after, 1) is None
     kept, solved = formats.read_labels(after).heads
+    written_NT = np.loadtxt(table, int, delimiter=",", skiprows=1, usecols=(1, 2))
+    assert (written_NT.T == [kept.labels_N, solved.labels_N]).all()
     assert (kept.labels_N == formats.read_labels(before).heads[0].labels_N).all()
     whole = str(tmp_path / "whole.h5")
     label_stage(path, whole, LabelSettings())

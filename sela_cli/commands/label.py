@@ -157,8 +157,6 @@ def label(
         raise UsageError("--head labels one head; the others need --init FILE")
     if init and head is None and settings.assign == "random":
         raise UsageError("--init is not for --assign random", "drop one of them")
-    if head is not None and csv:
-        raise UsageError("--head writes no --csv", "sela export-labels writes one")
     check_outputs(logits, output, settings, init, csv, force or dry_run)
     if dry_run:
         shown = plan(logits, settings, init, head)
