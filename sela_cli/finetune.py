@@ -25,13 +25,13 @@ from sela_cli.images.batches import Images, stored_side
 from sela_cli.images.sources import Source
 from sela_cli.keys import dataset_id
 from sela_cli.networks import AlexNet, Network, arrays_of, load_arrays
+from sela_cli.progress import Progress, silent
 from sela_cli.seeds import generator_of, seed_of
 from sela_cli.unfinished import Unfinished, momentum_of, restore_momentum
 from sela_cli.voc import CLASSES, Objects
 
 TASKS = ("classification", "detection")
 PARTS = ("fc", "all")
-Progress = Callable[[int, int, str], None]
 # Shares of the iterations at which the rate falls tenfold.
 _MILESTONES = (5 / 8, 7 / 8)
 _WARM_UP = 100
@@ -81,7 +81,7 @@ def finetune_stage(
     *,
     device: str = "cpu",
     force: bool = False,
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Train on `train`, measure on `test`, write a finetune file; one row a class.
 
@@ -236,7 +236,7 @@ def classifier_scores(
     images: Images,
     size: int,
     device: str,
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> np.ndarray:
     """Mean logits (N, C) of ten crops."""
     model.eval()
@@ -307,7 +307,7 @@ def detections(
     model: nn.Module,
     source: Source,
     device: str,
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> list[dict[str, Tensor]]:
     """Boxes, scores and labels that the detector finds in every image."""
     model.eval()

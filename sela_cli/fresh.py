@@ -5,7 +5,6 @@ N images, n of a batch, D features, K clusters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +18,7 @@ from sela_cli.images.augment import AUGMENTATIONS, draw, drawn_view
 from sela_cli.images.batches import Images
 from sela_cli.networks import Network
 from sela_cli.passes import in_order
+from sela_cli.progress import Progress, silent
 from sela_cli.seeds import generator_of
 from sela_cli.spread import spread
 
@@ -37,7 +37,7 @@ def make_ready(
     images: Images,
     recipe: Recipe,
     device: str = "cpu",
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> None:
     """A fresh network settled, and with the heads that the recipe asks for."""
     settle(network, images, recipe, device)
@@ -78,7 +78,7 @@ def fit_heads(
     images: Images,
     seed: int,
     device: str = "cpu",
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> None:
     """Heads anew, by `kmeans.heads_of` the features of some images in the centre view.
 

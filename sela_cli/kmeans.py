@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from sela_cli import interrupt
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.formats import HeadLabels, Labels, unsolved
+from sela_cli.progress import Progress, silent
 from sela_cli.scores import Matrix, Scores
 from sela_cli.tiles import tile_rows
 
@@ -45,7 +46,7 @@ def kmeans_labels(
     seed: int = 0,
     max_iter: int = 100,
     before: Labels | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> Labels:
     """Cluster the rows of every head of `scores`; `path` is how errors name them.
 

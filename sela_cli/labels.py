@@ -36,6 +36,7 @@ from sela_cli.errors import BadData, StoppedEarly, UsageError
 from sela_cli.formats import HeadLabels, Labels
 from sela_cli.keys import RowNumbers
 from sela_cli.marginals import Given, Marginal
+from sela_cli.progress import Progress, silent
 from sela_cli.score_rows import INPUT_KINDS, ScoreRows
 from sela_cli.scores import Matrix, Scores, open_scores
 from sela_cli.semidual import Problem, Solution, Step
@@ -148,7 +149,7 @@ def label_stage(
     csv_path: str | None = None,
     force: bool = False,
     device: str = "cpu",
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress = silent,
     say: Callable[[str], None] = lambda text: None,
 ) -> Labels:
     """Label the scores that `spec` names and write `output`; see docs/schema.md.
@@ -326,7 +327,7 @@ def label(
     path: str,
     settings: LabelSettings,
     init: Labels | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress = silent,
     device: str = "cpu",
 ) -> Labels:
     """Solve every head of `scores`; `path` is how errors name it."""
@@ -451,7 +452,7 @@ def _solve_head(
     init_K: Tensor | None,
     taken: int,
     name: str,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
 ) -> HeadLabels:
     solve, refine = {
         "auto": (newton.solve, newton.refine),

@@ -26,6 +26,7 @@ from sela_cli.images.augment import DrawOf, drawn_view
 from sela_cli.images.batches import Images
 from sela_cli.networks import Network
 from sela_cli.precision import autocast
+from sela_cli.progress import Progress, silent
 
 
 def embed_stage(
@@ -42,7 +43,7 @@ def embed_stage(
     augment: DrawOf | None = None,
     views: int = 1,
     force: bool = False,
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> None:
     """Write the logits of every image, or its features and the heads; see docs/schema.md.
 

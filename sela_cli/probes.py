@@ -30,13 +30,13 @@ from sela_cli.images.sources import no_classes
 from sela_cli.logits import forward
 from sela_cli.networks import Network, arrays_of, load_arrays
 from sela_cli.precision import autocast
+from sela_cli.progress import Progress, silent
 from sela_cli.unfinished import Unfinished, momentum_of, restore_momentum
 
 METHODS = ("linear", "knn", "both")
 # The trunk's output, which kNN compares and which linear probes can read like a layer.
 FEATURES = "features"
 CROPS = (1, 10)
-Progress = Callable[[int, int, str], None]
 _KEPT_NOWHERE = Unfinished("-", "probe", {})
 # Options that a method has no use for.
 _NOT_OF = {
@@ -220,7 +220,7 @@ def probe_stage(
     precision: str = "float32",
     split: str = "test",
     force: bool = False,
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Measure kNN and linear accuracy on `test` and write a probe file. Both need `truth`.
 
@@ -273,7 +273,7 @@ def linear_rows(
     split: str = "test",
     device: str = "cpu",
     precision: str = "float32",
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = silent,
     unfinished: Unfinished = _KEPT_NOWHERE,
 ) -> list[dict[str, Any]]:
     """Linear accuracy of every layer, as rows of a probe file.
@@ -384,7 +384,7 @@ def knn_rows(
     split: str = "test",
     device: str = "cpu",
     precision: str = "float32",
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Weighted kNN accuracy for every k and sigma, as rows of a probe file."""
     assert train.truth_N is not None and test.truth_N is not None
@@ -434,7 +434,7 @@ def knn_hits(
     query_MD: Tensor,
     truth_M: Tensor,
     sweep: Sequence[tuple[int, float]],
-    progress: Progress = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> Tensor:
     """`top_hits` of the queries for every (k, sigma) of `sweep`, (S, 2).
 
@@ -678,7 +678,7 @@ class LinearProbe:
         self,
         images: Images,
         rates: Mapping[str, Sequence[float]],
-        progress: Progress = lambda done, total, note: None,
+        progress: Progress = silent,
     ) -> dict[tuple[str, float], tuple[float, float]]:
         """Top-1 and top-5 for these rates of each layer, on the centre views or on ten crops."""
         assert images.truth_N is not None

@@ -8,17 +8,18 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from sela_cli.progress import Progress, silent
 
 if TYPE_CHECKING:
     from sela_cli.images.batches import Images
     from sela_cli.images.sources import Source
     from sela_cli.training import Training
 
-Progress = Callable[[int, int, str], None]
 _PLAIN_SECONDS = 30.0
 # The rate is that of the last so many seconds.
 _RATE_SECONDS = 30.0
@@ -96,7 +97,7 @@ class Terminal:
         then no time is left to tell.
         """
         if self.quiet:
-            yield lambda done, total, note: None
+            yield silent
         elif sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
             with _bar(title, unit) as update:
                 yield update

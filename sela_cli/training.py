@@ -34,6 +34,7 @@ from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build, check_arch, unfilled
 from sela_cli.passes import at_random
 from sela_cli.precision import autocast, decided
+from sela_cli.progress import Progress, silent
 from sela_cli.seeds import generator_of, seed_of
 from sela_cli.unfinished import Unfinished, began_in, momentum_of, restore_momentum
 
@@ -345,7 +346,7 @@ def train_stage(
     device: str = "cpu",
     force: bool = False,
     ready: bool = False,
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> Checkpoint:
     """Train to position `to` (epochs; default: the recipe's end) and write a checkpoint.
 
@@ -438,7 +439,7 @@ class Training:
     to: float | None
     force: bool
 
-    def run(self, device: str, progress: Callable[[int, int, str], None]) -> Checkpoint:
+    def run(self, device: str, progress: Progress) -> Checkpoint:
         """Do it; see `train_stage`."""
         precision = decided(
             self.recipe.precision,

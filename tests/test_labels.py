@@ -223,7 +223,7 @@ def test_one_head_is_labelled_and_the_others_kept(tmp_path: Path) -> None:
     assert warning(relabelled, after) and warning(relabelled, after, 1) is None
     kept, solved = formats.read_labels(after).heads
     written_NT = np.loadtxt(table, int, delimiter=",", skiprows=1, usecols=(1, 2))
-    assert (written_NT.T == [kept.labels_N, solved.labels_N]).all()
+    assert ([kept.labels_N, solved.labels_N] == written_NT.T).all()
     assert (kept.labels_N == formats.read_labels(before).heads[0].labels_N).all()
     whole = str(tmp_path / "whole.h5")
     label_stage(path, whole, LabelSettings())

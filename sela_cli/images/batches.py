@@ -23,6 +23,7 @@ from sela_cli import interrupt, job
 from sela_cli.errors import BadData, StoppedEarly
 from sela_cli.images.sources import Source, open_source
 from sela_cli.keys import dataset_id, some_of
+from sela_cli.progress import Progress, silent
 from sela_cli.spread import spread
 
 _Made = TypeVar("_Made")
@@ -138,7 +139,7 @@ class Images:
         part._held, part._places_N = self._held, self._places_N[torch.from_numpy(rows)]
         return part
 
-    def hold(self, progress: Callable[[int, int, str], None]) -> None:
+    def hold(self, progress: Progress) -> None:
         """Decode everything now and keep it, if it fits and is not packed."""
         if self._stored is not None or len(self) * 3 * self.side**2 > _MEMORY_BYTES:
             return
@@ -217,7 +218,7 @@ def open_images(
     limit: int | None = None,
     side: int | None = None,
     hold: bool = True,
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> tuple[Images, int]:
     """Open `spec` for a network of `image_size` (None: 32 where most images are
     small, else 224).
@@ -250,9 +251,7 @@ def _fetch(spec: str) -> None:
     open_source(spec, download=True)
 
 
-def _but_bad(
-    source: Source, rows: np.ndarray, progress: Callable[[int, int, str], None]
-) -> np.ndarray:
+def _but_bad(source: Source, rows: np.ndarray, progress: Progress) -> np.ndarray:
     """Those of the rows whose images can be read; raises BadData if there are none."""
     first = next((int(row) for row in rows if _readable(source, int(row))), None)
     if first is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from sela_cli import formats, interrupt
 from sela_cli.envelope import Provenance
 from sela_cli.errors import StoppedEarly
 from sela_cli.images.batches import Images
+from sela_cli.progress import Progress, silent
 
 _BATCH = 256
 
@@ -30,7 +30,7 @@ def pack_stage(
     provenance: Provenance,
     *,
     force: bool = False,
-    progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+    progress: Progress = silent,
 ) -> None:
     """Write the images, their keys and their classes; see docs/schema.md."""
     with formats.create_images(
