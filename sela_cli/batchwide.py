@@ -50,8 +50,7 @@ def _over_all(norm: nn.BatchNorm2d, values: Tensor) -> Tensor:
     assert norm.running_mean is not None and norm.running_var is not None
     assert norm.num_batches_tracked is not None
     x = values.float()
-    dims = [dim for dim in range(x.ndim) if dim != 1]
-    shape = [-1 if dim == 1 else 1 for dim in range(x.ndim)]
+    dims, shape = (0, 2, 3), (-1, 1, 1)
     here = x.new_full((1,), x.numel() / x.shape[1])
     sums = _sum(torch.cat([x.sum(dims), here]))
     total = sums[-1].detach()

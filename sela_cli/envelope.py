@@ -190,9 +190,9 @@ def create(
     """
     assert kind in KINDS
     created = _now()
-    beside = Path(f"{Path(path).resolve()}.unfinished") if path != "-" else None
+    beside = _beside(path)
     with replacing(path, force) as partial:
-        goes_on = part is not None and beside is not None and _taken_up(part, beside, partial)
+        goes_on = part is not None and _taken_up(part, path, partial)
         try:
             with (
                 _Output(partial, "r+" if goes_on else "w+") as stream,
@@ -223,14 +223,27 @@ class Part:
 _PART_ATTRIBUTES = ("identity", "done")
 
 
-def _taken_up(part: Part, beside: Path, partial: Path) -> bool:
-    if not beside.exists():
-        return False
+def _beside(path: str) -> Path | None:
+    return None if path == "-" else Path(f"{Path(path).resolve()}.unfinished")
+
+
+def part_at(path: str) -> Part | None:
+    """What a stopped call has left of `path`."""
+    beside = _beside(path)
+    if beside is None or not beside.exists():
+        return None
     with removable(beside), open_hdf5(str(beside)) as file, damage_named(str(beside)):
         # Another command's state has no identity of this form.
-        if file.attrs.get("identity") != part.identity:
-            return False
-        part.done = int(file.attrs["done"])
+        if "identity" not in file.attrs:
+            return None
+        return Part(str(file.attrs["identity"]), int(file.attrs["done"]))
+
+
+def _taken_up(part: Part, path: str, partial: Path) -> bool:
+    left, beside = part_at(path), _beside(path)
+    if left is None or beside is None or left.identity != part.identity:
+        return False
+    part.done = left.done
     os.replace(beside, partial)
     return True
 

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,17 +117,8 @@ def _write(datasets: dict[str, Any], start: int, blocks: list[Tensor]) -> None:
 
 def began_in(output: str) -> str | None:
     """The precision of the unfinished logits at `output`; None where there are none."""
-    path = f"{Path(output).resolve()}.unfinished"
-    if output == "-" or not Path(path).exists():
-        return None
-    with (
-        outputs.removable(Path(path)),
-        envelope.open_hdf5(path) as file,
-        envelope.damage_named(path),
-    ):
-        # Another command's state has no identity of this form.
-        identity = file.attrs.get("identity")
-        return None if identity is None else str(identity).split()[0]
+    left = envelope.part_at(output)
+    return left.identity.split()[0] if left else None
 
 
 def _identity(network: Network, settings: list[Any]) -> str:

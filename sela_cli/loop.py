@@ -43,7 +43,7 @@ from sela_cli.images.augment import DrawOf
 from sela_cli.images.batches import Images
 from sela_cli.labels import label_stage, warning
 from sela_cli.logits import embed_stage
-from sela_cli.networks import Network, build
+from sela_cli.networks import Network
 from sela_cli.precision import faster
 from sela_cli.progress import Progress
 from sela_cli.run_folder import claim, held, is_own, own_files, precision_of, write_json
@@ -127,7 +127,7 @@ def _measured(
         return settings
     chosen = begun_in
     if chosen is None:
-        network = build(settings.arch, settings.image_size, list(settings.heads), recipe.seed)
+        network = settings.network()
         chosen = faster(network, recipe.views(len(images)), device, training=True)
     return replace(settings, recipe=replace(recipe, precision=chosen))
 
@@ -199,7 +199,7 @@ class _Run:
         """The network to begin with, ready for the images, and its checkpoint if it has one."""
         if self.first is None:
             settings, start, recipe = self.settings, self.start, self.settings.recipe
-            network = build(settings.arch, settings.image_size, list(settings.heads), recipe.seed)
+            network = settings.network()
             with self.watcher.stage("first network") as progress:
                 if start is None:
                     make_ready(network, self.images, recipe, self.device, progress)
@@ -488,7 +488,7 @@ class _Run:
         losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
         for number, row in enumerate(rows):
             part = losses[slice(*self._steps(number))]
-            row["loss"] = float(part.mean()) if part.size else float("nan")
+            row["loss"] = _mean(part)
             row["problems"] = "; ".join(self._problems(row, losses))
         return rows
 
@@ -500,7 +500,7 @@ class _Run:
             "images": len(self.images),
             "rounds": len(rounds) - 1,
             "epochs": checkpoint.epoch,
-            "loss": float(epoch.mean()) if epoch.size else float("nan"),
+            "loss": _mean(epoch),
             "heads": [metrics.sizes(head) for head in labels.heads],
         }
         if self.images.truth_N is not None:
@@ -517,6 +517,11 @@ class _Run:
             if (self.folder / name).exists()
         }
         return summary
+
+
+def _mean(losses: np.ndarray) -> float:
+    """NaN of none."""
+    return float(losses.mean()) if losses.size else float("nan")
 
 
 def _round_line(row: dict[str, Any], rounds: int) -> str:

@@ -56,9 +56,9 @@ class Network(nn.Module):
 
     def head_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Weight (K, D) and bias (K,) of each head."""
-        arrays = self.arrays()
-        names = [f"heads.{number}" for number in range(len(self.clusters))]
-        return [(arrays[f"{name}.weight"], arrays[f"{name}.bias"]) for name in names]
+        arrays = arrays_of(self.heads)
+        numbers = range(len(self.clusters))
+        return [(arrays[f"{number}.weight"], arrays[f"{number}.bias"]) for number in numbers]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Parameters and buffers by torch's names."""

@@ -55,17 +55,17 @@ _BOX, _STALE_BOX = 5.0, 20.0
 # Where a cluster has less than this share of its due, the quadratic model says nothing
 # about it: Sinkhorn steps bring it back.
 _STARVED = 1e-6
-# Costs in softmax entries: a multiply-add of a dense product, also in bfloat16 where the
-# processor has it, and of a Cholesky factor in float64; looking for entries that are not
-# negligible, taking one, going over one that was taken; and in sparse products, an entry
-# and a pair of entries in a row. And the part of a factor's work that a step takes.
-_DENSE, _DENSE_BFLOAT16, _FACTOR = 1 / 64, 1 / 128, 1 / 16
-_LOOK, _TAKE, _KEPT = 0.5, 10.0, 6.0
-# And going over one of a plan that is kept whole; which is better than sparse rows where these
-# are spread over more than this share of the clusters.
-_WHOLE, _THICK = 0.3, 1 / 16
+# Costs in softmax entries. A multiply-add of a dense product, also in bfloat16 where the
+# processor has it, and of a Cholesky factor in float64; the part of a factor's work that a
+# step takes.
+_DENSE, _DENSE_BFLOAT16, _FACTOR, _HOLDING = 1 / 64, 1 / 128, 1 / 16, 1 / 4
+# Looking for entries of a plan that are not negligible, taking one, going over one that was
+# taken, and over one of a plan that is kept whole.
+_LOOK, _TAKE, _KEPT, _WHOLE = 0.5, 10.0, 6.0, 0.3
+# In sparse products, an entry, and a pair of entries in a row.
 _ENTRY, _PAIR = 50.0, 2.4
-_HOLDING = 1 / 4
+# Rows that are spread over more than this share of the clusters are better kept whole.
+_THICK = 1 / 16
 # Products with the Hessian that a step is expected to take, and reads that a Hessian is worth.
 _EXPECTED, _PATIENCE = 6, 10
 # Plans are taken where that costs no more reads than _WORTH: of the entries above the first

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sela_cli import job, parallel
 from sela_cli.devices import Beside, fetched, runs_ahead, sent
+from sela_cli.errors import UsageError
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, Draws, draw, drawn_view, ten_views
 from sela_cli.images.batches import Images
 from sela_cli.seeds import batches, generator_of
@@ -47,6 +48,18 @@ def _view_on(
     device: str, batch: Tensor, size: int, draws: Draws, view_of: ViewOf = drawn_view
 ) -> Tensor:
     return view_of(sent(batch, device), size, draws.on(device))
+
+
+def shared_batch(batch_size: int, count: int) -> int:
+    """Images of a batch of `count` images at most. Raises UsageError where some process would
+    have none of it."""
+    size = min(batch_size, count)
+    if size < parallel.size():
+        raise UsageError(
+            f"{parallel.size()} processes share batches of {size}",
+            "start fewer, or use a larger --batch-size",
+        )
+    return size
 
 
 @torch.no_grad()

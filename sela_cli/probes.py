@@ -612,12 +612,7 @@ class LinearProbe:
             self._restore(left, str(unfinished.path))
         milestones = [max(1, round(recipe.epochs * part)) for part in recipe.milestones]
         # Whole batches only: BatchNorm would take the statistics of what few are left.
-        batch_size = min(recipe.batch_size, len(images))
-        if batch_size < parallel.size():
-            raise UsageError(
-                f"{parallel.size()} processes share batches of {batch_size}",
-                "start fewer, or use a larger --batch-size",
-            )
+        batch_size = passes.shared_batch(recipe.batch_size, len(images))
         self.steps = steps = max(1, len(images) // batch_size)
         last = recipe.epochs * steps
         # This process's part of each batch, and of the mean over it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sela_cli import envelope, presets, schedule
@@ -11,7 +11,7 @@ from sela_cli.formats import Checkpoint
 from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, check_memory
 from sela_cli.logits import plan as embed_plan
-from sela_cli.networks import build, check_arch, parse_heads
+from sela_cli.networks import Network, build, check_arch, parse_heads
 from sela_cli.training import Recipe, check_rates, check_views
 
 # Fields of RunSettings that are settings in themselves, or are said in words in a plan.
@@ -50,9 +50,9 @@ class RunSettings:
         """Where the images are relabelled, in epochs."""
         return schedule.relabel_positions(self.recipe.epochs, self.opts, self.relabel)
 
-    def at(self, image_size: int) -> RunSettings:
-        """The same for a network of this input size."""
-        return replace(self, image_size=image_size)
+    def network(self) -> Network:
+        """A fresh one."""
+        return build(self.arch, self.image_size, list(self.heads), self.recipe.seed)
 
 
 def settings_of(
@@ -115,7 +115,7 @@ def _fields_of(
 def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
     """What a dry run shows, as values and as text."""
     check_heads(images, settings)
-    network = build(settings.arch, settings.image_size, list(settings.heads), settings.recipe.seed)
+    network = settings.network()
     count = len(images)
     shown = embed_plan(images, network, settings.store, settings.dtype) | {
         "rounds": len(settings.positions),

@@ -155,15 +155,14 @@ class Problem:
             if close and self._rounded is None:
                 self._rounded = self._rounding(point.a_K)
             moved, off = self._rounded or (0.0, 0.0)
+            fine = moved <= self.tol / 4
             if self.residual(point) > self.tol:
-                if moved > self.tol / 4 and self.residual(point) <= _CLEAR * moved:
+                if not fine and self.residual(point) <= _CLEAR * moved:
                     self.dtype = torch.float64
-            elif self._dense and moved <= self.tol / 4:
-                pass
-            elif off <= self.tol / 4:
-                # What was read is what these give.
-                return point._replace(a_K=_single(point.a_K))
-            else:
+            elif not (self._dense and fine):
+                if off <= self.tol / 4:
+                    # What was read is what these give.
+                    return point._replace(a_K=_single(point.a_K))
                 self.dtype = torch.float64
                 point = self._read(point.a_K, take)
         return point

@@ -54,7 +54,7 @@ class Rows(Protocol):
 
     Scores are log-probabilities up to a constant of each row: logits will do. Both
     methods are called from several threads, and what they return, on the device, is not to
-    be changed. Rows on a GPU also give a tile as it is stored, where `dtype` is None.
+    be changed. Where `dtype` is None they give rows as they are stored, not less their maximum.
     """
 
     @property
@@ -122,7 +122,7 @@ class InMemory(_Chosen):
         return self.source.tile(start, stop, dtype)
 
     def take(self, rows_n: np.ndarray, dtype: torch.dtype | None = torch.float64) -> Tensor:
-        """The named rows, (n, K)."""
+        """The named rows, (n, K). As the source stores them, where `dtype` is None."""
         if dtype == torch.float32:
             return self.scores_NK[torch.from_numpy(rows_n)]
         return self.source.take(rows_n, dtype)

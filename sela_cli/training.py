@@ -32,7 +32,7 @@ from sela_cli.fresh import HEAD_INITS, make_ready
 from sela_cli.images.augment import AUGMENTATIONS, DrawOf, draw
 from sela_cli.images.batches import Images, open_images
 from sela_cli.networks import Network, build, check_arch, unfilled
-from sela_cli.passes import at_random
+from sela_cli.passes import at_random, shared_batch
 from sela_cli.precision import autocast, decided
 from sela_cli.progress import Progress, silent
 from sela_cli.seeds import generator_of, seed_of
@@ -203,12 +203,7 @@ class Trainer:
         A GPU goes on with a step while the loss of the one before is taken down.
         """
         recipe, count = self.recipe, len(images)
-        batch_size = min(recipe.batch_size, count)
-        if batch_size < parallel.size():
-            raise UsageError(
-                f"{parallel.size()} processes share batches of {batch_size}",
-                "start fewer, or use a larger --batch-size",
-            )
+        batch_size = shared_batch(recipe.batch_size, count)
         mine = job.share(batch_size)
         # DDP takes the mean over the processes, whose parts may differ by an image.
         weight = (mine.stop - mine.start) * parallel.size() / batch_size

@@ -30,7 +30,7 @@ class Unfinished:
     def __init__(
         self, output: str, kind: str, identity: dict[str, Any], force: bool = False
     ) -> None:
-        self.path = Path(f"{output}.unfinished") if output != "-" else None
+        self.path = _path_of(output)
         if self.path is not None:
             outputs.check_output(str(self.path), force=True)
         self._command, self._identity, self._force = f"{kind} (unfinished)", identity, force
@@ -42,7 +42,7 @@ class Unfinished:
         Raises CannotCreate where it was one of the same command with other options, whose work
         would be lost.
         """
-        checkpoint = None if self.path is None else _state_at(self.path)
+        checkpoint = _state_at(self.path)
         if checkpoint is None:
             return None
         assert checkpoint.header is not None
@@ -103,13 +103,17 @@ def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
 
 def began_in(output: str) -> str | None:
     """The precision of the unfinished work at `output`; None where there is none."""
-    left = None if output == "-" else _state_at(Path(f"{output}.unfinished"))
+    left = _state_at(_path_of(output))
     return None if left is None else left.recipe.get("precision")
 
 
-def _state_at(path: Path) -> Checkpoint | None:
+def _path_of(output: str) -> Path | None:
+    return None if output == "-" else Path(f"{output}.unfinished")
+
+
+def _state_at(path: Path | None) -> Checkpoint | None:
     """What is left there, unless `sela embed` has left it: its is no checkpoint."""
-    if not path.exists():
+    if path is None or not path.exists():
         return None
     with outputs.removable(path):
         with envelope.open_hdf5(str(path)) as file:

@@ -95,7 +95,7 @@ def test_core_does_not_know_how_it_is_shown(name: str) -> None:
     "name",
     [
         *("sinkhorn", "newton", "lbfgs", "curvature"),
-        *("semidual", "plans", "marginals", "assignment", "tiles"),
+        *("semidual", "plans", "dense", "marginals", "assignment", "tiles"),
     ],
 )
 def test_solvers_are_pure(name: str) -> None:

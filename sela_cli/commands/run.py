@@ -218,7 +218,7 @@ def run(
             progress=progress,
         )
     left_out = terminal.left_out(images)
-    settings = settings.at(size)
+    settings = replace(settings, image_size=size)
     if dry_run:
         shown, text = plan(images, settings)
         terminal.result(shown | left_out, text)
