@@ -39,7 +39,7 @@ docs: .venv/installed ## Write docs/cli.md and docs/sela.1 from the help
 	$(BIN)/python docs/make_cli.py
 
 bench-label: .venv/installed ## Measure the label solve beside its peers: docs/benchmarks.md
-	$(BIN)/python -m pip install --quiet '.[bench]'
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/label.py
 
 dist: .venv/installed ## Build the wheel and the source archive, and check them: dist

@@ -37,7 +37,7 @@ from sela_cli.errors import CannotCreate, NoInput, SelaError, StoppedEarly
 
 EXIT_CODES = """Exit codes: 0 done; 1 training diverged, or nobody reads stdout; 2 usage;
 65 bad data; 66 no input; 69 an optional package is missing; 70 out of memory, or a
-bug in sela; 73 can't create output; 75 stopped early, state saved: run again; 130 Ctrl-C."""
+bug in sela; 73 can't create output; 75 stopped early: run again, or as told; 130 Ctrl-C."""
 
 app = typer.Typer(
     name="sela",

@@ -153,11 +153,6 @@ def leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def is_column(item: Any, rows: int, kinds: str) -> bool:
-    """Whether this is a dataset of one value a row, of these kinds (NumPy's letters)."""
-    return isinstance(item, h5py.Dataset) and item.shape == (rows,) and item.dtype.kind in kinds
-
-
 def keys_beside(item: h5py.Dataset) -> Sequence[str] | None:
     """What anybody's file calls the rows of a dataset: `keys` (N,) in the same group.
 
@@ -471,7 +466,7 @@ def read_header_of(path: str, file: h5py.File) -> Header:
         if version > VERSION:
             raise BadData(
                 f"{path} has format-version {version}, this release reads up to {VERSION}",
-                f"it was written by {plain(file.attrs['generated-by'])}: pip install -U sela",
+                f"{plain(file.attrs['generated-by'])} wrote it: install that, or a newer one",
             )
         text = {name: str(plain(file.attrs[name])) for name in ENVELOPE if name != "format-version"}
         header = Header(

@@ -37,11 +37,12 @@ def export_stage(
     facts = _facts(network, checkpoint)
     suffix = Path(output).suffix
     if suffix == ".safetensors":
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         state = {name: tensor.contiguous() for name, tensor in network.trunk.state_dict().items()}
         with outputs.replacing(output, force) as partial:
-            save_file(state, partial, _as_text(facts))
+            # Not save_file, whose errors of a full disk are no OSErrors.
+            partial.write_bytes(save(state, _as_text(facts)))
     elif suffix == ".onnx":
         model = _onnx_of(network)
         for name, value in _as_text(facts).items():

@@ -57,7 +57,10 @@ Limit = Annotated[
     int | None, typer.Option("--limit", min=1, help="Use so many images, evenly spread.")
 ]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", min=1, help="Images a batch; default 256.")
+    int | None,
+    typer.Option(
+        "--batch-size", min=1, help="Images a batch; default 256, to retrain with --rotation 64."
+    ),
 ]
 ImageSize = Annotated[
     int | None,
@@ -186,11 +189,13 @@ Compile = Annotated[
     bool | None,
     typer.Option(
         "--compile/--no-compile",
-        help="Compile the training step with torch.compile: a minute at the start, then faster.",
+        help="Compile the training step with torch.compile: a minute at the start, then faster on "
+        "most GPUs; on a CPU hardly.",
     ),
 ]
 Dtype = Annotated[
-    DtypeChoice | None, typer.Option("--dtype", help="Storage of logits or features.")
+    DtypeChoice | None,
+    typer.Option("--dtype", help="Storage of logits or features; default float32."),
 ]
 MaxMemory = Annotated[
     str | None,
@@ -203,7 +208,9 @@ MaxMemory = Annotated[
 ]
 Store = Annotated[
     StoreChoice | None,
-    typer.Option("--store", help="Logits, or features and heads: smaller with many heads."),
+    typer.Option(
+        "--store", help="logits (default), or features and heads: smaller with many heads."
+    ),
 ]
 Lamb = Annotated[
     float | None,
@@ -228,7 +235,16 @@ Marginal = Annotated[
     typer.Option(
         "--marginal",
         metavar="KIND",
-        help="Cluster sizes: uniform (default), zipf:S, gaussian:S or a file of K weights.",
+        help="Cluster sizes: uniform (default), zipf:S (the k-th is as k^-S), gaussian:S (spread "
+        "about 1/K by S/K) or a file of K weights.",
+    ),
+]
+Assign = Annotated[
+    AssignChoice | None,
+    typer.Option(
+        "--assign",
+        help="balanced: sizes floor or ceiling of N/K exactly (default). argmax: what each row "
+        "prefers. random: balanced and drawn by --seed, the loop's start.",
     ),
 ]
 

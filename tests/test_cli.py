@@ -418,7 +418,6 @@ def test_refusal_is_one_line_and_leaves_nothing(
         "logits.h5 --head 0",
         "logits.h5 --head 2 --init labels.h5",
         "photos.h5 --head 0 --init labels.h5",
-        "logits.h5 --head 0 --init labels.h5 --csv new.csv",
         "logits.h5 --head 0 --init labels.h5 --method kmeans",
         "logits.h5 --method kmeans --clusters 3",
         "scores.npy --method kmeans --clusters 13",

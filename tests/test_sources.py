@@ -9,6 +9,7 @@ import signal
 import struct
 import tarfile
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,9 +197,10 @@ def test_list_with_some_classes_has_none(tmp_path: Path) -> None:
     assert source.keys == NAMES and source.truth_N is None
 
 
-def test_grey_hdf5_without_keys_but_labels(tmp_path: Path) -> None:
-    grey = PIXELS[..., 0]
-    source = open_source(write_hdf5(tmp_path / "a.h5", images=grey, labels=np.array(TRUTH)))
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_grey_hdf5_without_keys_but_labels(shape: tuple[int, ...], tmp_path: Path) -> None:
+    grey, labels = PIXELS[..., 0], np.array(TRUTH).reshape(shape)
+    source = open_source(write_hdf5(tmp_path / "a.h5", images=grey, labels=labels))
     np.testing.assert_array_equal(source.image(3), np.stack([grey[3]] * 3, axis=2))
     assert source.truth_N is not None and source.truth_N.tolist() == TRUTH
     assert len(set(source.keys)) == 5 and source.keys == sorted(source.keys)
@@ -235,6 +237,35 @@ def test_hdf5_labels_are_those_beside_the_images(tmp_path: Path) -> None:
 def test_hdf5_without_one_set_of_images(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
     with pytest.raises(BadData, match=r"a\.h5"):
         open_source(write_hdf5(tmp_path / "a.h5", **arrays))
+
+
+def test_hdf5_without_any_image_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    write_hdf5(path, x=PIXELS[:0], labels=np.zeros(0, int), classes=in_bytes(["cat"]))
+    with pytest.raises(BadData, match="no image in it"):
+        open_source(str(path))
+
+
+def test_labels_that_are_no_classes_are_told_what_they_should_be(tmp_path: Path) -> None:
+    path = write_hdf5(tmp_path / "a.h5", x=PIXELS, labels=np.array(TRUTH) / 2)
+    source = open_source(path)
+    assert source.truth_N is None
+    assert "'labels' beside the images: (N,) of integers" in str(no_classes(path, source.keys))
+
+
+def test_pillow_says_nothing_of_pictures_that_it_reads(tmp_path: Path) -> None:
+    """A palette with degrees of transparency, as the web has it."""
+    (tmp_path / "web").mkdir()
+    picture = Image.new("P", (8, 8))
+    picture.putpalette(bytes(768))
+    picture.save(tmp_path / "web/a.png", transparency=bytes(range(256)))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with Image.open(tmp_path / "web/a.png") as opened:
+            opened.convert("RGB")
+        assert len(told) == 1
+        open_source(str(tmp_path / "web")).image(0)
+    assert len(told) == 1
 
 
 def test_digits_are_those_of_scikit_learn() -> None:
@@ -436,13 +467,19 @@ def test_order_does_not_depend_on_the_file_system(
     "form",
     [
         lambda root: write_list(root, [*NAMES, NAMES[2]]),
-        lambda root: write_tar(root / "a.tar", [*NAMES[:4], NAMES[0]]),
         lambda root: write_hdf5(root / "a.h5", x=PIXELS, keys=in_bytes([*NAMES[:4], NAMES[0]])),
     ],
 )
 def test_duplicate_names_are_refused(form: Callable[[Path], str], tmp_path: Path) -> None:
     with pytest.raises(BadData, match=r"'0[02]\.png' is named twice"):
         open_source(form(tmp_path))
+
+
+def test_of_members_of_one_name_the_last_counts(tmp_path: Path) -> None:
+    """As when tar extracts what was appended; it is written backwards here."""
+    source = open_source(write_tar(tmp_path / "a.tar", [*NAMES[:4], f"./{NAMES[0]}"]))
+    assert source.keys == NAMES[:4]
+    np.testing.assert_array_equal(source.image(0), PIXELS[0])
 
 
 @pytest.mark.parametrize("write", [write_folder, write_tar])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from unittest import mock
 
@@ -57,6 +58,20 @@ def imported(path: Path, network: Network) -> Network:
 
 
 # ---- export ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", pytest.param("a.onnx", marks=pytest.mark.slow)])
+def test_a_full_disk_is_told_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    network = build("alexnet-small", 16, [2], seed=0)
+    checkpoint = save(network, tmp_path / "c.h5")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(CannotCreate, match="File too large"):
+            export_stage(network, checkpoint, str(tmp_path / name))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["c.h5"]
 
 
 @torch.no_grad()

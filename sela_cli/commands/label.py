@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sela_cli.options import (
-    AssignChoice,
+    Assign,
     Device,
     DryRun,
     Force,
@@ -49,14 +49,7 @@ def label(
     tol: Tol = None,
     max_iter: MaxIter = None,
     marginal: Marginal = None,
-    assign: Annotated[
-        AssignChoice | None,
-        typer.Option(
-            "--assign",
-            help="balanced: sizes floor or ceiling of N/K exactly (default). argmax: what each "
-            "row prefers. random: balanced and drawn by --seed, the loop's start.",
-        ),
-    ] = None,
+    assign: Assign = None,
     init: Annotated[
         str | None,
         typer.Option("--init", metavar="FILE", help="Labels file whose potentials to start from."),
@@ -112,7 +105,8 @@ def label(
     input_kind: Annotated[
         InputKindChoice | None,
         typer.Option(
-            "--input-kind", help="What the scores are; probabilities may be exactly zero."
+            "--input-kind",
+            help="logits (default) or probabilities, which may be exactly zero.",
         ),
     ] = None,
     max_memory: MaxMemory = None,

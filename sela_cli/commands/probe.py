@@ -14,7 +14,6 @@ from sela_cli.options import (
     Force,
     Json,
     Limit,
-    LrMilestones,
     MethodChoice,
     Output,
     Precision,
@@ -97,7 +96,15 @@ def probe(
             "several, the best on the held-out --validation is reported.",
         ),
     ] = None,
-    lr_milestones: LrMilestones = None,
+    lr_milestones: Annotated[
+        str | None,
+        typer.Option(
+            "--lr-milestones",
+            metavar="F,F..",
+            help="Fractions of the epochs at which the rate falls tenfold; default 10/36, 20/36 "
+            "and 30/36, as decimals.",
+        ),
+    ] = None,
     validation: Annotated[
         float | None,
         typer.Option(

@@ -11,7 +11,7 @@ import typer
 
 from sela_cli.options import (
     Arch,
-    AssignChoice,
+    Assign,
     Aug,
     BatchSize,
     Compile,
@@ -100,8 +100,8 @@ def run(
         typer.Option(
             "--opts",
             min=0,
-            help="How often to relabel, as the paper counts: the last lies beyond the end; "
-            "default 80.",
+            help="How often to relabel, as the paper counts: the last of several lies beyond the "
+            "end; default 80.",
         ),
     ] = None,
     relabel: Annotated[
@@ -133,9 +133,7 @@ def run(
     tol: Tol = None,
     max_iter: MaxIter = None,
     marginal: Marginal = None,
-    assign: Annotated[
-        AssignChoice | None, typer.Option("--assign", help="How labels are taken from the solve.")
-    ] = None,
+    assign: Assign = None,
     max_memory: MaxMemory = None,
     store: Store = None,
     dtype: Dtype = None,

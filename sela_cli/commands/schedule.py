@@ -19,7 +19,8 @@ def schedule(
         typer.Option(
             "--opts",
             min=0,
-            help="How often to relabel, as the paper counts: the last lies beyond the end.",
+            help="How often to relabel, as the paper counts: the last of several lies beyond the "
+            "end.",
         ),
     ],
     relabel: Annotated[

@@ -121,6 +121,8 @@ def open_source(spec: str, download: bool = False) -> Source:
     """
     # Large pictures are read; far larger ones are refused.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+    # What Pillow makes the best of is no picture's name, and nobody's to mend.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     source = _open(spec, download)
     if not len(source):
         raise BadData(f"{spec}: no image in it", f"known endings: {' '.join(sorted(SUFFIXES))}")
@@ -158,6 +160,8 @@ def no_classes(spec: str, keys: Sequence[str], otherwise: str = "") -> BadData:
             first, count = listed[classes.index("")], classes.count("")
             told += f": {count} of {len(listed)} lines have none, first '{first}'"
             mend = "end every line with a tab and a class"
+    elif h5py.is_hdf5(spec.partition("::")[0]):
+        mend = "name it in a dataset 'labels' beside the images: (N,) of integers or text"
     return BadData(told, mend + otherwise)
 
 
@@ -342,7 +346,8 @@ def _tar(spec: str) -> Source:
         with tarfile.open(spec, tarinfo=_Member) as archive:
             entries = list(_bounded(spec, archive))
             by_path = {os.path.normpath(entry.name): entry for entry in entries}
-            images: list[tuple[str, tarfile.TarInfo]] = []
+            # What was appended under a name counts, as when tar extracts.
+            images: dict[str, tarfile.TarInfo] = {}
             unread: Counter[str] = Counter()
             for entry in entries:
                 ending = _ending(entry.name)
@@ -350,7 +355,7 @@ def _tar(spec: str) -> Source:
                     unread[ending] += 1
                 elif ending in SUFFIXES:
                     if member := _linked_file(entry, by_path):
-                        images.append((entry.name, member))
+                        images[PurePosixPath(entry.name).as_posix()] = member
                     elif entry.issym() or entry.islnk():
                         unread[_LINKS_ASTRAY] += 1
             # tarfile takes a damaged header for the end; a real end is a block of zeros.
@@ -358,8 +363,8 @@ def _tar(spec: str) -> Source:
             stream.seek(archive.offset)
             if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
-            images.sort(key=lambda image: image[0])
-            members = [member for _, member in images]
+            keys = sorted(images)
+            members = [images[key] for key in keys]
             # Only an uncompressed tar can be read at random; others are held as they are, encoded.
             plain = isinstance(archive.fileobj, BufferedReader)
             # Once, however many links lead to it, and as they lie there: to go back is to
@@ -389,7 +394,6 @@ def _tar(spec: str) -> Source:
             data = handle.read(members[number].size)
         return _rgb(BytesIO(data), side)
 
-    keys = [PurePosixPath(name).as_posix() for name, _ in images]
     return _with_folder_classes(Source(spec, keys, decode, reduced=decode, unread=unread))
 
 
@@ -448,7 +452,7 @@ def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def _hdf5(spec: str, path: str, inner: str) -> Source:
     """uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W); `keys` and `labels` (N,) beside them count.
 
-    `labels` are any values, or numbers of the names in `classes`.
+    `labels`, also (N, 1), are integers or text, or numbers of the names in `classes`.
     """
     with envelope.open_hdf5(path) as file, envelope.damage_named(path):
         names = [inner.lstrip("/")] if inner else _image_datasets(file)
@@ -469,7 +473,7 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
         beside = file[names[0]].parent
         truth_N: np.ndarray | None = None
         classes: tuple[str, ...] = ()
-        if envelope.is_column(beside.get("labels"), shape[0], "iuSO"):
+        if _are_classes(beside.get("labels"), shape[0]):
             truth_N, classes = _hdf5_classes(spec, path, beside)
         item = file[names[0]]
         offset = item.id.get_offset() if item.chunks is None else None
@@ -496,7 +500,7 @@ def _hdf5(spec: str, path: str, inner: str) -> Source:
 
 
 def _hdf5_classes(spec: str, path: str, group: h5py.Group) -> tuple[np.ndarray, tuple[str, ...]]:
-    labels_N = group["labels"][()]
+    labels_N = group["labels"][()].reshape(-1)
     if "classes" not in group:
         values, truth_N = np.unique(labels_N, return_inverse=True)
         return truth_N, tuple(
@@ -504,9 +508,15 @@ def _hdf5_classes(spec: str, path: str, group: h5py.Group) -> tuple[np.ndarray, 
         )
     names_C = envelope.dataset(path, group, "classes", (None,), "SO")[()]
     names = tuple(text_of(name) for name in names_C)
-    if labels_N.dtype.kind not in "iu" or labels_N.min() < 0 or labels_N.max() >= len(names):
+    numbers = labels_N.dtype.kind in "iu"
+    if not numbers or ((labels_N < 0) | (labels_N >= len(names))).any():
         raise BadData(f"{spec}: dataset 'labels' does not number the {len(names)} 'classes'")
     return labels_N.astype(np.int64), names
+
+
+def _are_classes(item: Any, rows: int) -> bool:
+    shaped = isinstance(item, h5py.Dataset) and item.shape in ((rows,), (rows, 1))
+    return shaped and item.dtype.kind in "iuSO"
 
 
 def _could_be_images(item: Any) -> bool:
