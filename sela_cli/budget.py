@@ -14,8 +14,9 @@ from sela_cli.errors import UsageError
 from sela_cli.scores import Scores
 from sela_cli.tiles import SQUARE_WORKERS, InMemory, Resident, Rows
 
-# Python and torch without a matrix, and for each row its labels, its margin and its maximum.
-_BASE, _ROW = 700 << 20, 64
+# Python and torch without a matrix, and for each row its labels, its margin, its maximum and
+# copies of some.
+_BASE, _ROW = 700 << 20, 96
 # Of a GPU: torch's own, and the tiles being worked on; and for each pair of clusters, the
 # losses, Hessians and samples.
 _DEVICE_BASE = 4 << 30
@@ -47,7 +48,7 @@ class Budget:
             if balanced and self._least <= self.most:
                 mend += ", or use --assign argmax"
             if self.resident:
-                mend += "; scores written by numpy.save are read a part at a time"
+                mend += "; scores written by numpy.save, by the row, are read a part at a time"
             allowed = f"{round(self.most / 2**20, 3):g}M"
             raise UsageError(
                 f"--max-memory {allowed} is too little for {self.rows} rows and "

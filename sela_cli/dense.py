@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli.tiles import CPU, Rows, in_order, map_spans, room, softmax, tile_rows
+from sela_cli.tiles import CPU, Rows, finite, in_order, map_spans, room, softmax, tile_rows
 
 # Potentials may have moved so far: entries that were too small for a number are negligible still.
 _NEAR = 20.0
@@ -32,7 +32,7 @@ class DensePlan:
 
     def __init__(self, rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype) -> None:
         # Those that were read at.
-        self.a_K, self.dtype = a_K.to(dtype).double(), dtype
+        self.a_K, self.dtype = finite(a_K, dtype).double(), dtype
         self._plan_NK = room(rows.shape, rows.device, dtype)
 
         def work(tiles: Iterator[tuple[int, Tensor]]) -> None:

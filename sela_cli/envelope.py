@@ -533,7 +533,25 @@ def dataset(
         wanted = tuple("any" if extent is None else extent for extent in shape)
         raise BadData(f"{path}: dataset '{name}' has shape {item.shape}, not {wanted}")
     _check_size(path, item, _MOST_EXPANSION if by_rows else _EXPANSION)
+    _check_filters(path, item)
     return item
+
+
+def _check_filters(path: str, item: h5py.Dataset) -> None:
+    plist = item.id.get_create_plist()
+    for number in range(plist.get_nfilters()):
+        code, _, _, name = plist.get_filter(number)
+        if h5py.h5z.filter_avail(code):
+            continue
+        try:
+            # It may have been left out where it was not there to write with.
+            item[(slice(1),) * item.ndim]
+        except OSError as error:
+            raise BadData(
+                f"{path}: dataset '{item.name}' is compressed by filter {code} "
+                f"({name.decode(errors='replace')}), which is not installed",
+                f"where it was written: h5repack -f GZIP=4 {shlex.quote(path)} OTHER.h5",
+            ) from error
 
 
 def usable(dtype: np.dtype, kinds: str) -> bool:

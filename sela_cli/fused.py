@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sela_cli.devices import sent
+from sela_cli.tiles import finite
 
 # Longer rows do not fit into the registers of a program, and are read three times.
 _LONGEST = 8192
@@ -38,7 +39,7 @@ def column_sums(scores_nK: Tensor, lamb: float, a_K: Tensor, dtype: torch.dtype)
     """
     count, clusters = scores_nK.shape
     scores_nK, device = scores_nK.contiguous(), scores_nK.device
-    a_K = sent(a_K.to(dtype), device)
+    a_K = sent(finite(a_K, dtype), device)
     # A number among a kernel's arguments would be rounded to single precision.
     lamb_1 = sent(torch.tensor([lamb], dtype=dtype), device)
     block = triton.next_power_of_2(clusters)

@@ -159,11 +159,14 @@ def _state(seed: int) -> int:
 
 
 def _finite(values: np.ndarray, rows: np.ndarray, path: str) -> np.ndarray:
-    values = np.asarray(values, np.float32)
-    bad = ~np.isfinite(values).all(1)
+    with np.errstate(over="ignore"):
+        narrow = np.asarray(values, np.float32)
+    bad = ~np.isfinite(narrow).all(1)
     if bad.any():
-        raise BadData(f"{path}: row {rows[bad.argmax()]} is not finite")
-    return values
+        first = int(bad.argmax())
+        told = "is beyond float32" if np.isfinite(values[first]).all() else "is not finite"
+        raise BadData(f"{path}: row {rows[first]} {told}")
+    return narrow
 
 
 def _cluster(points_NP: np.ndarray, clusters: int, seed: int, max_iter: int) -> HeadLabels:

@@ -55,6 +55,9 @@ _NOT_OF = {
     "--fixed": (*_OF_SOLVES, "max_iter"),
 }
 
+# Its product with any score is finite (`score_rows`).
+_LARGEST_LAMB = 1e8
+
 # A moved row may lose this share of the mean cost more than it must.
 _SLACK = 1e-4
 # Rows that this mean is taken over.
@@ -95,6 +98,8 @@ class LabelSettings:
         for option, value in (("--lamb", self.lamb), ("--tol", self.tol)):
             if not 0 < value < math.inf:
                 raise UsageError(f"{option} {value} must be positive and finite")
+        if self.lamb > _LARGEST_LAMB:
+            raise UsageError(f"--lamb {self.lamb} must be at most {_LARGEST_LAMB:g}")
         if self.max_iter < 1:
             raise UsageError(f"--max-iter {self.max_iter} must be at least 1")
         if self.assign not in ASSIGN_KINDS:

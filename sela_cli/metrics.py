@@ -34,12 +34,14 @@ def agreement(labels_N: np.ndarray, truth_N: np.ndarray) -> dict[str, float]:
     information, mean_entropy = _information(n_CK)
     chance = _chance(n_CK)
     rows, columns = linear_sum_assignment(n_CK, maximize=True)
+    # One cluster and class, or one an image: chance is all there is, up to rounding.
+    by_chance = n_CK.shape in ((1, 1), (n_CK.sum(), n_CK.sum()))
     return {
         "nmi": _share(information, mean_entropy),
         "ari": _adjusted_rand(n_CK),
         "accuracy": float(n_CK[rows, columns].sum() / n_CK.sum()),
         "purity": float(n_CK.max(axis=0).sum() / n_CK.sum()),
-        "ami": _share(information - chance, mean_entropy - chance),
+        "ami": 1.0 if by_chance else _share(information - chance, mean_entropy - chance),
     }
 
 

@@ -105,7 +105,8 @@ def _solve(problem: Problem, init_K: Tensor | None) -> Solution:
         init_K = problem.zeros()
     descent = _Descent(problem, _OfRows(problem, samples, "large"))
     point = descent.read(init_K) if init_K is not None else None
-    if point is None or (levels and problem.residual(point) > _NEAR and not problem.over()):
+    far = point is not None and levels and problem.residual(point) > _NEAR
+    if point is None or (far and problem.left > 1 and not problem.over()):
         point = descent.read(_anneal(problem, samples, levels))
     if not levels:
         point = _by_sinkhorn(problem, point)
@@ -199,6 +200,11 @@ def _anneal(problem: Problem, samples: _Samples, levels: int) -> Tensor:
         if level == 0 and rows is problem.rows:
             break
         softer = problem.at(rows, lamb, _ANNEAL_TOL)
+        if rows is problem.rows:
+            # The last read is for `lamb` itself.
+            softer.max_iter -= 1
+            if softer.over():
+                break
         descent = _Descent(softer, _OfRows(softer, samples, "large" if decided else "small"))
         prices_K = descent.run(descent.read(prices_K * lamb)).a_K / lamb
         if problem.over():

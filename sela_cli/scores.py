@@ -54,8 +54,8 @@ _FOREIGN = {
 # Where a zip's local header says how long its last two parts are.
 _ZIP_LENGTHS = 26
 _TENSORS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-# Room for decoded chunks of an HDF5 dataset at most, and for so many rows of them; the slots
-# of its hash table for each.
+# Room for decoded chunks of an HDF5 dataset, and for so many rows of them at most, but for one
+# row at least; the slots of its hash table for each.
 _CACHE_BYTES, _CACHED_ROWS = 64 << 20, 4
 _SLOTS_A_CHUNK = 100
 # Of features that are being kept, at a time.
@@ -329,8 +329,9 @@ def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matr
         # A link may lead to another file.
         stored = Stored(item.file.filename, item.dtype, item.shape, offset, path)
         return _of_stored(stack, stored, item.name)
+    resident = 0
     if item.chunks:
-        item = _caching(item)
+        item, resident = _caching(item)
 
     matrix: Matrix
 
@@ -348,24 +349,28 @@ def _of_dataset(stack: ExitStack, path: str, file: h5py.File, name: str) -> Matr
         matrix.tally.add((between - len(rows)) * block_nK[:1].nbytes)
         return block_nK[rows - rows[0]]
 
-    matrix = Matrix(item.shape, read, item.name)
+    matrix = Matrix(item.shape, read, item.name, resident)
     return matrix
 
 
-def _caching(item: h5py.Dataset) -> h5py.Dataset:
+def _caching(item: h5py.Dataset) -> tuple[h5py.Dataset, int]:
     """The same with room for the chunks that several threads' rows lie in, which are decoded
-    anew for every tile otherwise: a tile is a small part of a chunk."""
+    anew for every tile otherwise: a tile is a small part of a chunk. And what that room, and
+    one more chunk, take, where it is much."""
     across = math.ceil(item.shape[1] / item.chunks[1])
-    row = math.prod(item.chunks) * item.dtype.itemsize * across
-    if row > _CACHE_BYTES:
-        return item
+    chunk = math.prod(item.chunks) * item.dtype.itemsize
+    row = chunk * across
+    if row > _CACHE_BYTES and not item.id.get_create_plist().get_nfilters():
+        # Nothing is decoded: parts of chunks are read from where they lie.
+        return item, 0
     access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-    rows = min(_CACHED_ROWS, _CACHE_BYTES // row)
+    rows = min(_CACHED_ROWS, max(_CACHE_BYTES // row, 1))
     access.set_chunk_cache(_SLOTS_A_CHUNK * rows * across, rows * row, 0.75)
     file, name = item.file, item.name.encode()
     # What is open already keeps the cache that it has.
     item.id.close()
-    return h5py.Dataset(h5py.h5d.open(file.id, name, access))
+    resident = row + chunk if row > _CACHE_BYTES else 0
+    return h5py.Dataset(h5py.h5d.open(file.id, name, access)), resident
 
 
 def _dense(rows: np.ndarray) -> bool:
@@ -520,8 +525,8 @@ def _of_array(path: str, array: np.ndarray, name: str) -> Scores:
         )
     if array.ndim != 2:
         raise BadData(f"{path}: '{name}' has shape {array.shape}, scores are N x K")
-    resident = 0 if isinstance(array, np.memmap) else array.nbytes
-    return _anonymous(Matrix(array.shape, lambda rows: np.asarray(array[rows]), name, resident))
+    # Pages of a mapping count as the process's memory; one by the row is not read by its mapping.
+    return _anonymous(Matrix(array.shape, lambda rows: np.asarray(array[rows]), name, array.nbytes))
 
 
 def _anonymous(matrix: Matrix, keys: Sequence[str] | None = None) -> Scores:

@@ -28,7 +28,7 @@ from sela_cli.dense import DensePlan
 from sela_cli.marginals import Given, Marginal
 from sela_cli.plans import WHOLE, Entries, Plans, Take, gram, hessian_of
 from sela_cli.spread import spread
-from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, in_order, map_spans, softmax
+from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, finite, in_order, map_spans, softmax
 
 # Below this a mean of softmax entries may have lost terms to underflow.
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
@@ -260,9 +260,14 @@ class Problem:
         """Whether some cluster has less than a share of its due."""
         return float((point.s_K / self.marginal.at(point.a_K)).min()) < share
 
+    @property
+    def left(self) -> int:
+        """Reads that may be made."""
+        return self.max_iter - len(self.trace)
+
     def over(self) -> bool:
         """Whether no more reads are to be made."""
-        return len(self.trace) >= self.max_iter or parallel.any_of(self.stop())
+        return self.left <= 0 or parallel.any_of(self.stop())
 
     def solution(self, point: Point) -> Solution:
         """The result of a solve that ends at `point`."""
@@ -338,7 +343,7 @@ def _kernel(device: torch.device) -> Callable[[Tensor, float, Tensor, torch.dtyp
 
 def _single(a_K: Tensor) -> Tensor:
     """The potentials that a read in float32 is made at, in float64."""
-    return a_K.float().double()
+    return finite(a_K, torch.float32).double()
 
 
 def plan_of_some(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype) -> Tensor:
@@ -348,14 +353,14 @@ def plan_of_some(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype) -> Te
 
 def _plan(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
     """softmax_k(lambda score_ik + a_k) of a tile."""
-    return softmax(torch.add(a_K.to(tile_nK), tile_nK, alpha=lamb))
+    return softmax(torch.add(finite(a_K, tile_nK.dtype).to(tile_nK), tile_nK, alpha=lamb))
 
 
 def _log_sizes(rows: Rows, lamb: float, a_K: Tensor, columns: Tensor) -> Tensor:
     def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
         logs = torch.full((len(columns),), -torch.inf, dtype=a_K.dtype, device=rows.device)
         for _, tile_nK in tiles:
-            z_nK = torch.add(a_K.to(tile_nK), tile_nK, alpha=lamb)
+            z_nK = torch.add(finite(a_K, tile_nK.dtype).to(tile_nK), tile_nK, alpha=lamb)
             log_q = z_nK[:, columns] - torch.logsumexp(z_nK, 1, keepdim=True)
             logs = torch.logaddexp(logs, torch.logsumexp(log_q, 0))
         return logs.cpu()

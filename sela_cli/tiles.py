@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 _TILE_ELEMENTS = 1 << 17
 _SPAN_ELEMENTS = 1 << 21
 # Scores in single precision are kept finite, and so are differences of two of them.
-_FARTHEST = -1e38
+FARTHEST = -1e38
 # On a GPU: enough to keep it busy, little enough that the copies an operation makes fit;
 # and of rows that are there and need no copy. It is waited for once a span.
 _DEVICE_TILE, _DEVICE_VIEW = 1 << 23, 1 << 32
@@ -105,7 +105,7 @@ class InMemory(_Chosen):
         def keep(start: int) -> None:
             stop = min(start + span, count)
             tile_nK = rows.tile(start, stop, torch.float32)
-            torch.clamp(tile_nK, min=_FARTHEST, out=scores_NK[start:stop])
+            torch.clamp(tile_nK, min=FARTHEST, out=scores_NK[start:stop])
 
         deque(in_order(keep, range(0, count, span), source.device), maxlen=0)
         return cls(rows, scores_NK)
@@ -199,6 +199,14 @@ def less(wide_nK: Tensor, maximum_n1: Tensor, stored_nK: Tensor, dtype: torch.dt
     # In place where that spoils no stored rows: a large new tile costs more than the sum.
     ours = wide_nK is not stored_nK
     return (wide_nK.sub_(maximum_n1) if ours else wide_nK.sub(maximum_n1)).to(dtype)
+
+
+def finite(values_K: Tensor, dtype: torch.dtype) -> Tensor:
+    """Potentials or prices, float64, as finite numbers of another kind: beside a score that is
+    infinitely low in single precision an infinite one would make NaN."""
+    if dtype == torch.float32:
+        values_K = values_K.clamp(FARTHEST, -FARTHEST)
+    return values_K.to(dtype)
 
 
 def softmax(score_nK: Tensor, out: Tensor | None = None) -> Tensor:

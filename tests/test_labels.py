@@ -478,6 +478,53 @@ def test_too_little_memory_is_told_with_what_is_enough(matrix: Path) -> None:
         label(matrix, assign=assign, max_memory=int(allowed[1]) << 20)
 
 
+def test_probabilities_below_the_normal_numbers_of_float32_are_not_zero(tmp_path: Path) -> None:
+    """A softmax of a confident network has such; workers flush them elsewhere."""
+    shares = np.array([[1, 1e-40, 0], [1, 1e-40, 0], [1, 1e-42, 1e-41]], np.float32)
+    for name, array in {"narrow": shares, "wide": shares.astype(np.float64)}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    narrow, wide = (
+        label(tmp_path / f"{name}.npy", input_kind="probabilities") for name in ("narrow", "wide")
+    )
+    assert narrow.labels_N.tolist() == wide.labels_N.tolist() == [1, 0, 2]
+    for name in ("objective", "lower-bound"):
+        assert narrow.attributes[name] == pytest.approx(wide.attributes[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("masked", [1, 2])
+@pytest.mark.parametrize("mask", [-1e30, -1e38, -1e39, -1e300, float(np.finfo(np.float64).min)])
+def test_masked_columns_that_have_to_be_filled(mask: float, masked: int, tmp_path: Path) -> None:
+    """Such a solve need not converge, and the masks alone matter to the objective."""
+    array = np.random.default_rng(0).random((60, 4))
+    array[:, -masked:] = mask
+    np.save(tmp_path / "scores.npy", array)
+    head = label(tmp_path / "scores.npy", max_iter=50)
+    assert np.bincount(head.labels_N).tolist() == [15] * 4
+    assert np.isfinite(head.potentials_K).all()
+    assert head.attributes["lower-bound"] <= head.attributes["objective"] * (1 + 1e-9)
+
+
+def test_scores_on_both_ends_of_the_numbers(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).random((60, 4))
+    array[0, :2] = 1e308, -1e308
+    np.save(tmp_path / "scores.npy", array)
+    head = label(tmp_path / "scores.npy")
+    assert head.attributes["converged"] and head.labels_N[0] == 0
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 6])
+@pytest.mark.parametrize("begun", [False, True])
+def test_no_more_iterations_than_are_allowed(most: int, begun: bool, tmp_path: Path) -> None:
+    """Of few rows, all are annealed on."""
+    np.save(tmp_path / "scores.npy", 8 * scores(600, 12))
+    np.save(tmp_path / "others.npy", 8 * scores(600, 12, seed=1))
+    init = str(tmp_path / "others.h5") if begun else None
+    if init:
+        label_stage(str(tmp_path / "others.npy"), init, LabelSettings())
+    head = label(tmp_path / "scores.npy", max_iter=most, tol=1e-12, init=init)
+    assert head.attributes["n-iters"] <= most
+
+
 def test_memory_that_is_too_little_is_told_as_it_was_given() -> None:
     for given, most in (("16384M", 16 << 30), ("0.001M", 1 << 10), ("700.5M", 1401 << 19)):
         with pytest.raises(UsageError, match=f"--max-memory {given} is too little"):
@@ -490,7 +537,7 @@ def test_scores_that_can_only_be_read_whole_count_as_memory(tmp_path: Path) -> N
     stored = scores(30_000, 100).astype(np.float32)
     np.savez_compressed(tmp_path / "scores.npz", scores=stored)
     np.save(tmp_path / "scores.npy", stored)
-    size, least = stored.nbytes >> 20, 702
+    size, least = stored.nbytes >> 20, 703
     with pytest.raises(UsageError, match="written by numpy"):
         label(tmp_path / "scores.npz", assign="argmax", max_memory=least << 20)
     read = label(tmp_path / "scores.npz", assign="argmax", max_memory=least + size + 2 << 20)

@@ -128,6 +128,16 @@ def test_ami_of_many_images_is_scikit_learns(skew: float) -> None:
     )
 
 
+@pytest.mark.parametrize("count", [1, 2, 10, 19, 100, 2000])
+def test_a_cluster_an_image_and_one_for_all_agree_with_themselves(count: int) -> None:
+    for labels_N in (np.arange(count), np.zeros(count, int)):
+        assert agreement(labels_N, labels_N[::-1])["ami"] == 1
+    if count > 2:
+        assert agreement(np.arange(count), np.arange(count) // 2)["ami"] == pytest.approx(
+            theirs.adjusted_mutual_info_score(np.arange(count) // 2, np.arange(count)), abs=1e-9
+        )
+
+
 def test_ami_is_nmi_corrected_for_chance() -> None:
     """Zero on average over shuffles, where NMI of many clusters is well above zero."""
     rng = np.random.default_rng(0)

@@ -420,6 +420,56 @@ def test_a_chunk_is_decoded_once_for_all_its_rows(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate(tiles), array)
 
 
+def test_a_chunk_of_more_than_the_cache_is_decoded_once_and_counts_as_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "_CACHE_BYTES", 1 << 20)
+    array = np.random.default_rng(0).normal(size=(6000, 100))
+    with h5py.File(tmp_path / "scores.h5", "w") as file:
+        file.create_dataset("x", data=array, chunks=array.shape, compression="lzf")
+        # Parts of what is not compressed are read from where they lie.
+        file.create_dataset("plain", data=array, chunks=array.shape)
+    with scores.open_scores(f"{tmp_path / 'scores.h5'}::x") as opened:
+        before = has_read()
+        tiles = [opened.heads[0].read(slice(at, at + 500)) for at in range(0, 6000, 500)]
+        assert has_read() - before < 1.5 * array.nbytes
+        assert opened.heads[0].resident >= array.nbytes
+    np.testing.assert_array_equal(np.concatenate(tiles), array)
+    with scores.open_scores(f"{tmp_path / 'scores.h5'}::plain") as opened:
+        assert opened.heads[0].resident == 0
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_a_filter_that_is_not_installed_is_named(filtered: bool, tmp_path: Path) -> None:
+    """Where it was left out in writing, as HDF5 may, the numbers are read."""
+    path, array = str(tmp_path / "scores.h5"), np.arange(12.0).reshape(4, 3)
+    with h5py.File(path, "w") as file:
+        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_chunk((4, 3))
+        plist.set_filter(32001, h5py.h5z.FLAG_OPTIONAL)
+        space = h5py.h5s.create_simple((4, 3))
+        made = h5py.h5d.create(file.id, b"x", h5py.h5t.IEEE_F64LE, space, dcpl=plist)
+        # The mask says what was left out.
+        made.write_direct_chunk((0, 0), array.tobytes(), filter_mask=0 if filtered else 1)
+    if filtered:
+        with pytest.raises(BadData, match="filter 32001"), scores.open_scores(path):
+            pass
+    else:
+        with scores.open_scores(path) as opened:
+            np.testing.assert_array_equal(opened.heads[0].read(slice(0, 4)), array)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_mapping_counts_as_memory_where_it_is_read_by_its_pages(
+    order: str, tmp_path: Path
+) -> None:
+    array = np.asarray(np.random.default_rng(0).normal(size=(50, 7)), order=order)
+    np.save(tmp_path / "a.npy", array)
+    with scores.open_scores(str(tmp_path / "a.npy")) as opened:
+        assert opened.heads[0].resident == (array.nbytes if order == "F" else 0)
+        np.testing.assert_array_equal(opened.heads[0].read(slice(10, 20)), array[10:20])
+
+
 def test_mostly_zeros_are_no_bomb(tmp_path: Path) -> None:
     """Two probabilities a row: gzip makes a few hundredths of a percent of it."""
     array = np.zeros((12_000, 1000))

@@ -67,7 +67,7 @@ def label(
         typer.Option(
             "--fixed",
             help="Label by the potentials of --init as they are, without solving: for rows that "
-            "were not there when they were solved for.",
+            "were not there when they were solved for, scored by the same network.",
         ),
     ] = False,
     min_size: Annotated[
