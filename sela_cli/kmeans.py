@@ -183,7 +183,7 @@ def _fitted(
         model = KMeans(clusters, n_init=1, max_iter=max_iter, random_state=_state(seed))
     else:
         model = MiniBatchKMeans(
-            *(clusters,),
+            n_clusters=clusters,
             batch_size=max(4096, 4 * clusters),
             # Starts are compared on a sample only: cheap, and batches mend no bad start.
             n_init=3,

@@ -83,7 +83,14 @@ def embed_stage(
         skip = int(job.from_process(0, begun, (1,)))
         done = skip * batch_size
         for blocks in forward(
-            *(network, images, batch_size, device, precision, augment, skip, views),
+            network,
+            images,
+            batch_size,
+            device=device,
+            precision=precision,
+            augment=augment,
+            skip=skip,
+            views=views,
             features=store == "features",
         ):
             if dtype == "float16":
@@ -183,5 +190,13 @@ def forward(
         augment, view_of = passes.repeated(augment, views)
     step = Graphed(step) if has_graphs(device) else step
     return passes.in_order(
-        *(images, network.image_size, step, columns, batch_size, device, augment, view_of, skip)
+        images,
+        network.image_size,
+        step,
+        columns,
+        batch_size,
+        device=device,
+        augment=augment,
+        view_of=view_of,
+        skip=skip,
     )

@@ -93,6 +93,7 @@ def run(
     folder: Path,
     settings: RunSettings,
     watcher: Watcher,
+    *,
     device: str = "cpu",
     force: bool = False,
     resume: bool = True,

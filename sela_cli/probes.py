@@ -37,7 +37,6 @@ METHODS = ("linear", "knn", "both")
 # The trunk's output, which kNN compares and which linear probes can read like a layer.
 FEATURES = "features"
 CROPS = (1, 10)
-_KEPT_NOWHERE = Unfinished("-", "probe", {})
 # Options that a method has no use for.
 _NOT_OF = {
     "knn": (
@@ -252,8 +251,16 @@ def probe_stage(
         rows += knn_rows(train, test, network, knn, split, device, precision, progress)
     if method in ("linear", "both"):
         rows += linear_rows(
-            *(train, test, network, names, linear, split, device, precision),
-            *(progress, unfinished),
+            train,
+            test,
+            network,
+            names,
+            linear,
+            split=split,
+            device=device,
+            precision=precision,
+            progress=progress,
+            unfinished=unfinished,
         )
 
     def write() -> None:
@@ -270,11 +277,12 @@ def linear_rows(
     network: Network,
     layers: Sequence[str],
     recipe: LinearRecipe,
-    split: str = "test",
-    device: str = "cpu",
-    precision: str = "float32",
-    progress: Progress = silent,
-    unfinished: Unfinished = _KEPT_NOWHERE,
+    *,
+    split: str,
+    device: str,
+    precision: str,
+    progress: Progress,
+    unfinished: Unfinished,
 ) -> list[dict[str, Any]]:
     """Linear accuracy of every layer, as rows of a probe file.
 
@@ -593,7 +601,7 @@ class LinearProbe:
                     linear.bias.zero_()
 
     def fit(
-        self, images: Images, progress: Progress, unfinished: Unfinished = _KEPT_NOWHERE
+        self, images: Images, progress: Progress, unfinished: Unfinished
     ) -> dict[tuple[str, float], float]:
         """Train all of them. Returns the mean loss of each in the last epoch."""
         assert images.truth_N is not None

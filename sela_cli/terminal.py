@@ -76,18 +76,18 @@ class Terminal:
         elif text and not (self.quiet and self._results is sys.stderr):
             print(text, file=self._results, flush=True)
 
-    def train(self, training: Training, output: str, device: str, dry_run: bool) -> None:
+    def train(self, training: Training, device: str, dry_run: bool) -> None:
         """Train and say what came of it, or only what would be done."""
         shown = training.plan() | self.left_out(training.images)
         steps = f"steps {shown['from_step']}..{shown['to_step']} of {training.network.arch}"
         if dry_run:
             settings = "\n".join(f"{name} = {value}" for name, value in shown["recipe"].items())
-            self.result(shown, f"would write {output}: {steps}\n{settings}")
+            self.result(shown, f"would write {training.output}: {steps}\n{settings}")
             return
         with self.progress("train", "images") as progress:
             trained = training.run(device, progress)
         loss = float(trained.losses[-1]) if len(trained.losses) else float("nan")
-        self.result(shown | {"loss": loss}, f"wrote {output}: {steps}, loss {loss:.3f}")
+        self.result(shown | {"loss": loss}, f"wrote {training.output}: {steps}, loss {loss:.3f}")
 
     @contextmanager
     def progress(self, title: str, unit: str = "") -> Iterator[Progress]:

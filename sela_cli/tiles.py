@@ -300,15 +300,10 @@ def _even_part(count: int, most: int) -> int:
     return max(1, -(-count // max(parts + parts % 2, 1)))
 
 
-def map_rows(
-    rows: Rows,
-    rows_n: np.ndarray,
-    work: Callable[[Tensor], T],
-    dtype: torch.dtype = torch.float64,
-) -> Iterator[T]:
-    """`work` of the named rows (ascending), a span of them at a time, in order."""
+def map_rows(rows: Rows, rows_n: np.ndarray, work: Callable[[Tensor], T]) -> Iterator[T]:
+    """`work` of the named rows (ascending), float64, a span of them at a time, in order."""
     parts = spans_of(rows_n, rows.shape[1])
-    return in_order(lambda part_n: work(rows.take(part_n, dtype)), parts, rows.device)
+    return in_order(lambda part_n: work(rows.take(part_n)), parts, rows.device)
 
 
 def spans_of(rows_n: np.ndarray, clusters: int) -> list[np.ndarray]:

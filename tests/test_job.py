@@ -111,7 +111,7 @@ def everything(folder: Path) -> dict[str, Any]:
     ]
     recipe = LinearRecipe(epochs=2, lrs=(0.01, 0.1), batch_size=25)
     with LinearProbe(network, ["conv2", "conv5"], 10, recipe, "cpu", "float32") as probe:
-        loss = probe.fit(images, lambda *_: None)
+        loss = probe.fit(images, lambda *_: None, Unfinished("-", "probe", {}))
         classifier = probe.classifiers["conv5"][1].weight.detach().clone()  # type: ignore[index]
         accuracies = probe.accuracies(images, {"conv2": [0.01, 0.1], "conv5": [0.1]})
     resumed = stopped_twice(images, network, recipe, folder)

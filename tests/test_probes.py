@@ -38,6 +38,8 @@ from sela_cli.probes import (
     top_hits,
     votes,
 )
+from sela_cli.progress import silent
+from sela_cli.unfinished import Unfinished
 
 COLOURS = np.array([[230, 30, 30], [30, 230, 30], [30, 30, 230]])
 
@@ -380,7 +382,7 @@ def test_batches_that_leave_a_process_without_images_are_refused(
         LinearProbe(network, ["conv1"], 3, recipe, "cpu", "float32") as probe,
         pytest.raises(UsageError, match=r"9 processes share batches of 8; .* --batch-size"),
     ):
-        probe.fit(coloured(12, 1), lambda *_: None)
+        probe.fit(coloured(12, 1), silent, Unfinished("-", "probe", {}))
 
 
 def test_linear_probes_have_their_next_batches_decoded_meanwhile(
@@ -392,7 +394,7 @@ def test_linear_probes_have_their_next_batches_decoded_meanwhile(
     monkeypatch.setattr(images, "_decoding", lambda rows_n: asked.append(1) or decoding(rows_n))
     recipe = LinearRecipe(epochs=1, batch_size=8)
     with LinearProbe(network, ["conv1"], 3, recipe, "cpu", "float32") as probe:
-        probe.fit(images, lambda *_: seen.append(len(asked)))
+        probe.fit(images, lambda *_: seen.append(len(asked)), Unfinished("-", "probe", {}))
     assert seen == [3, 4, 5, 5, 5]
 
 
@@ -557,7 +559,7 @@ def test_a_rate_trains_the_same_alone_and_beside_others(network: Network) -> Non
     def trained(*lrs: float) -> dict[float, Tensor]:
         recipe = LinearRecipe(epochs=2, lrs=lrs, batch_size=8)
         with LinearProbe(network, ["conv5"], 3, recipe, "cpu", "float32") as probe:
-            probe.fit(train, lambda done, total, note: None)
+            probe.fit(train, silent, Unfinished("-", "probe", {}))
             weights = probe.classifiers["conv5"].parameters()
             return dict(zip(lrs, [w.detach() for w in weights if w.ndim == 2], strict=True))
 

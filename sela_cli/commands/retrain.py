@@ -118,4 +118,4 @@ def retrain(
             hold=not dry_run,
             progress=progress,
         )
-    terminal.train(training, output, where, dry_run)
+    terminal.train(training, where, dry_run)

@@ -225,5 +225,7 @@ def run(
     with closing(Events(out / "tensorboard")) as events:
         if tensorboard and job.number() == 0:
             watcher = replace(watcher, record=events.record)
-        summary = run(images, out, settings, watcher, where, force, resume, start)
+        summary = run(
+            images, out, settings, watcher, device=where, force=force, resume=resume, start=start
+        )
     terminal.result(summary | left_out, text_of(summary))

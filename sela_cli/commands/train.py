@@ -126,4 +126,4 @@ def train(
             hold=not dry_run,
             progress=progress,
         )
-    terminal.train(training, output, where, dry_run)
+    terminal.train(training, where, dry_run)
