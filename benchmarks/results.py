@@ -396,7 +396,7 @@ def whole_page(out: Path, records: dict[str, Any]) -> list[str]:
         "*within the training images*: the same kNN, of a fifth of them in the others, "
         "which `sela run` does by itself. Below, the paper's sweep.",
         "",
-        "| epochs | kNN | linear layer4 | kNN within the training images | NMI | minutes | on |",
+        "| network | kNN | linear layer4 | kNN within the training images | NMI | minutes | on |",
         "|---|---|---|---|---|---|---|",
     ]
     names = sorted(records, key=_lengths_of_whole)
@@ -428,7 +428,7 @@ def _lengths_of_whole(name: str) -> tuple[int, int]:
 
 def _whole_in_words(name: str) -> str:
     epochs, again = _lengths_of_whole(name)
-    return f"{again} on the labels after {epochs}" if again else f"{epochs}"
+    return f"{again} epochs on the labels after {epochs}" if again else f"{epochs} epochs"
 
 
 def main() -> None:
