@@ -441,8 +441,11 @@ class _Run:
         positions = [0.0, *self.settings.positions]
         row: dict[str, Any] = {"round": number, "epoch": round(positions[number], 3)}
         row["churn"] = self._churn(number, labels) if number else float("nan")
+        # In a cycle some are still the random ones of the start.
+        solved = [head for head in labels.heads if head.attributes["assign"] != "random"]
         for name in ("residual", "objective", "n-iters"):
-            row[name] = float(np.mean([head.attributes[name] for head in labels.heads]))
+            values = [head.attributes[name] for head in solved or labels.heads]
+            row[name] = float(np.mean(values))
         sizes = [metrics.sizes(head) for head in labels.heads]
         row["smallest"] = min(size["smallest"] for size in sizes)
         row["largest"] = max(size["largest"] for size in sizes)

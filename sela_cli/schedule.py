@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 RELABEL_KINDS = ("quadratic", "linear")
 LR_KINDS = ("step", "cosine", "constant")
+# Of positions: 0.28 times 100 epochs lies a little beyond 28.
+_ROUNDING = 1e-6
 
 
 def relabel_positions(epochs: float, opts: int, kind: str = "quadratic") -> list[float]:
@@ -35,7 +37,7 @@ def learning_rate(
     if kind == "cosine":
         return 0.5 * lr * (1 + math.cos(math.pi * min(position / epochs, 1.0)))
     assert kind == "step"
-    return float(lr * factor ** sum(position >= milestone for milestone in milestones))
+    return float(lr * factor ** sum(position >= milestone - _ROUNDING for milestone in milestones))
 
 
 def are_fractions(milestones: Sequence[float]) -> bool:
@@ -45,4 +47,4 @@ def are_fractions(milestones: Sequence[float]) -> bool:
 
 def step_at(position: float, steps_per_epoch: int) -> int:
     """First whole step at or after `position` epochs."""
-    return math.ceil(position * steps_per_epoch - 1e-6)
+    return math.ceil(position * steps_per_epoch - _ROUNDING)

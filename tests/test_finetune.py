@@ -212,6 +212,19 @@ def test_detection_precision_is_the_definition() -> None:
     assert all(row["positives"] == 0 and np.isnan(row["ap"]) for row in rows[2:])
 
 
+@pytest.mark.parametrize("count", [10, 20, 100])
+def test_a_recall_of_seven_tenths_reaches_the_seventh(count: int) -> None:
+    """No false box: precision is 1 as far as recall goes, at 8 of the 11 points."""
+    pytest.importorskip("torchmetrics")
+    boxes_n4 = np.array([[10 * n, 0, 10 * n + 8, 8] for n in range(count)], np.float32)
+    objects = [Objects(boxes_n4, np.zeros(count, int), np.zeros(count, bool))]
+    some = torch.from_numpy(boxes_n4[: count * 7 // 10])
+    labels, scores = torch.ones(len(some), dtype=torch.int64), torch.linspace(1, 0.5, len(some))
+    found = detection_precision([{"boxes": some, "labels": labels, "scores": scores}], objects)
+    assert found[0]["ap11"] == pytest.approx(8 / 11)
+    assert found[0]["ap"] == pytest.approx(701 / 1001)
+
+
 def test_difficult_objects_count_neither_way() -> None:
     pytest.importorskip("torchmetrics")
     found, objects = random_detections(1)

@@ -542,6 +542,11 @@ def test_in_a_cycle_each_round_labels_one_head(
         before, after = rounds[number - 1].heads, rounds[number].heads
         changed = (before[chosen].labels_N != after[chosen].labels_N).mean()
         assert float(told[number]["churn"]) == pytest.approx(changed)
+        # Means over the heads that have been solved for: of the first round, of one.
+        solved = after[:number]
+        for name in ("residual", "objective", "n-iters"):
+            mean = np.mean([head.attributes[name] for head in solved])
+            assert float(told[number][name]) == pytest.approx(mean)
         assert after[chosen].attributes["assign"] == "balanced"
         assert not np.array_equal(before[chosen].labels_N, after[chosen].labels_N)
         kept = 1 - chosen

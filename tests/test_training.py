@@ -451,6 +451,9 @@ def test_true_labels_are_learned() -> None:
 def test_lr_step_falls_at_fractions_of_the_epochs() -> None:
     recipe = Recipe(epochs=8, batch_size=10, lr=0.5, lr_milestones=(0.25, 0.5), lr_factor=0.1)
     rates = [recipe.lr_at(step, 40) for step in range(32)]
+    # 0.28 times 100 is more than 28 in floating point.
+    long = replace(recipe, epochs=100, lr_milestones=(0.28,))
+    assert [long.lr_at(step, 40) for step in (111, 112)] == [0.5, pytest.approx(0.05)]
     np.testing.assert_allclose(rates, [0.5] * 8 + [0.05] * 8 + [0.005] * 16)
 
 
