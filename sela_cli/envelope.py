@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -338,6 +338,8 @@ def spool(stream: Any) -> str:
 
 # Processor time that the structure of any file may take.
 _LEAST_SECONDS = 2.0
+# Files that one fork tries.
+_TOGETHER = 50
 # Files that this process has written or tried: a fork beside torch takes some 30 ms.
 _tried: set[tuple[int, ...]] = set()
 
@@ -345,6 +347,29 @@ _tried: set[tuple[int, ...]] = set()
 def _identity(path: str) -> tuple[int, ...]:
     found = os.stat(path)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _allowed(path: str) -> float:
+    """A thousand datasets, half a megabyte at least, take a tenth of a second."""
+    return min(_LEAST_SECONDS + os.path.getsize(path) / 1e6, 60)
+
+
+def try_together(paths: Sequence[str]) -> None:
+    """What opening each of many files would do first, a fork for some of them at a time; where
+    one of these does not come back each is tried by itself when it is opened."""
+    there = [path for path in paths if os.path.isfile(path)]
+    for at in range(0, len(there), _TOGETHER):
+        some = there[at : at + _TOGETHER]
+        found = [_identity(path) for path in some]
+
+        def walk(some: list[str] = some) -> None:
+            for path in some:
+                # What can be handled is, where the file is opened.
+                with suppress(Exception):
+                    _walk(path)
+
+        if survives(walk, sum(map(_allowed, some))):
+            _tried.update(found)
 
 
 @contextmanager
@@ -362,9 +387,7 @@ def open_hdf5(path: str, shown: str = "") -> Iterator[h5py.File]:
         raise BadData(f"{shown} is {kind}, not an HDF5 file")
     # Some damage sends libhdf5 into an endless loop that nothing in this process can end.
     identity = _identity(path)
-    # A thousand datasets, half a megabyte at least, take a tenth of a second.
-    seconds = min(_LEAST_SECONDS + os.path.getsize(path) / 1e6, 60)
-    if identity not in _tried and not survives(lambda: _walk(path), seconds):
+    if identity not in _tried and not survives(lambda: _walk(path), _allowed(path)):
         raise BadData(f"{shown}: damaged, libhdf5 does not come back from it", "write it again")
     _tried.add(identity)
     try:

@@ -13,12 +13,17 @@ from typing import Any
 import h5py
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import block_array, csr_matrix
+from scipy.sparse.csgraph import connected_components
 from scipy.special import entr, gammaln
 
 from sela_cli import envelope, formats
 from sela_cli.errors import BadData, NoInput, StoppedEarly
 from sela_cli.formats import HeadLabels, Labels
 from sela_cli.images.sources import no_classes, open_source
+
+# Cells of a table that are counted without sorting, and numbers that need none, an image.
+_CELLS, _NUMBERS = 4, 4
 
 
 def agreement(labels_N: np.ndarray, truth_N: np.ndarray) -> dict[str, float]:
@@ -31,37 +36,75 @@ def agreement(labels_N: np.ndarray, truth_N: np.ndarray) -> dict[str, float]:
     its most frequent class.
     """
     n_CK = _contingency(truth_N, labels_N)
-    information, mean_entropy = _information(n_CK)
-    chance = _chance(n_CK)
-    rows, columns = linear_sum_assignment(n_CK, maximize=True)
+    sizes_C, sizes_K = n_CK.sum(1).A1, n_CK.sum(0).A1
+    total = int(sizes_K.sum())
+    information, mean_entropy = _information(n_CK, sizes_C, sizes_K)
+    chance = _chance(sizes_C, sizes_K)
     # One cluster and class, or one an image: chance is all there is, up to rounding.
-    by_chance = n_CK.shape in ((1, 1), (n_CK.sum(), n_CK.sum()))
+    by_chance = n_CK.shape in ((1, 1), (total, total))
     return {
         "nmi": _share(information, mean_entropy),
-        "ari": _adjusted_rand(n_CK),
-        "accuracy": float(n_CK[rows, columns].sum() / n_CK.sum()),
-        "purity": float(n_CK.max(axis=0).sum() / n_CK.sum()),
+        "ari": _adjusted_rand(n_CK, sizes_C, sizes_K),
+        "accuracy": _matched(n_CK) / total,
+        "purity": float(n_CK.max(axis=0).sum() / total),
         "ami": 1.0 if by_chance else _share(information - chance, mean_entropy - chance),
     }
 
 
-def _contingency(truth_N: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
-    # Here and below: scikit-learn takes a quarter of the start of commands that only count.
-    from sklearn.metrics.cluster import contingency_matrix
+def _contingency(truth_N: np.ndarray, labels_N: np.ndarray) -> csr_matrix:
+    """Images of each class in each cluster, of those that have any: no more cells than images."""
+    (classes_N, classes), (clusters_N, clusters) = _numbered(truth_N), _numbered(labels_N)
+    cells_N = classes_N * clusters + clusters_N
+    if classes * clusters <= _CELLS * len(cells_N):
+        counts = np.bincount(cells_N, minlength=classes * clusters)
+        cells = np.flatnonzero(counts)
+        counts = counts[cells]
+    else:
+        cells, counts = np.unique(cells_N, return_counts=True)
+    return csr_matrix((counts, np.divmod(cells, clusters)), (classes, clusters))
 
-    return contingency_matrix(truth_N, labels_N)
+
+def _numbered(values_N: np.ndarray) -> tuple[np.ndarray, int]:
+    """The same with the numbers 0.. for the values that occur, in order, and how many these are."""
+    small = values_N.dtype.kind in "iu" and values_N.min() >= 0
+    if small and values_N.max() < _NUMBERS * len(values_N):
+        occurs = np.bincount(values_N) > 0
+        return (np.cumsum(occurs) - 1)[values_N], int(occurs.sum())
+    values, numbers_N = np.unique(values_N, return_inverse=True)
+    return numbers_N, len(values)
 
 
-def _information(n_CK: np.ndarray) -> tuple[float, float]:
+def _matched(n_CK: csr_matrix) -> int:
+    """Images under the best one-to-one match of clusters to classes.
+
+    What no image connects is matched apart, so that only what hangs together is a dense table.
+    """
+    _, parts = connected_components(block_array([[None, n_CK], [n_CK.T, None]]), directed=False)
+    classes = n_CK.shape[0]
+    part_C, part_K = parts[:classes], parts[classes:]
+    # Of a part with one class or one cluster, the largest cell counts.
+    cells = n_CK.tocoo()
+    best_P = np.zeros(parts.max() + 1, np.int64)
+    np.maximum.at(best_P, part_C[cells.row], cells.data)
+    several = (np.bincount(part_C) > 1) & (np.bincount(part_K) > 1)
+    matched = int(best_P[~several].sum())
+    for part in np.flatnonzero(several):
+        cost_ck = -n_CK[part_C == part][:, part_K == part].toarray().astype(np.float64)
+        matched -= int(cost_ck[linear_sum_assignment(cost_ck)].sum())
+    return matched
+
+
+def _information(n_CK: csr_matrix, sizes_C: np.ndarray, sizes_K: np.ndarray) -> tuple[float, float]:
     """Mutual information, and the mean entropy of classes and clusters."""
+    # scikit-learn takes a quarter of the start of commands that only count.
     from sklearn.metrics import mutual_info_score
 
     information = mutual_info_score(None, None, contingency=n_CK)
-    shares_C, shares_K = n_CK.sum(1) / n_CK.sum(), n_CK.sum(0) / n_CK.sum()
+    shares_C, shares_K = sizes_C / sizes_C.sum(), sizes_K / sizes_K.sum()
     return information, 0.5 * float(entr(shares_C).sum() + entr(shares_K).sum())
 
 
-def _chance(n_CK: np.ndarray) -> float:
+def _chance(sizes_C: np.ndarray, sizes_K: np.ndarray) -> float:
     """Mutual information expected of random classes and clusters of these sizes.
 
     The sum over all pairs of a class and a cluster, of a and b images, and over the n that
@@ -69,9 +112,9 @@ def _chance(n_CK: np.ndarray) -> float:
     2010, eq. 24a). Pairs of the same sizes are counted once, and n is followed as far as
     Chernoff's bound is above 1e-30: scikit-learn takes minutes at ImageNet's size.
     """
-    total = int(n_CK.sum())
-    of_classes = np.unique(n_CK.sum(1), return_counts=True)
-    b_B, counts_B = np.unique(n_CK.sum(0), return_counts=True)
+    total = int(sizes_C.sum())
+    of_classes = np.unique(sizes_C, return_counts=True)
+    b_B, counts_B = np.unique(sizes_K, return_counts=True)
     chance = 0.0
     for a, count in zip(*map(np.ndarray.tolist, of_classes), strict=True):
         mean_B = a * b_B / total
@@ -100,14 +143,14 @@ def _share(part: float, whole: float) -> float:
     return float(part / whole) if abs(whole) > np.finfo(np.float64).eps else 1.0
 
 
-def _adjusted_rand(n_CK: np.ndarray) -> float:
+def _adjusted_rand(n_CK: csr_matrix, sizes_C: np.ndarray, sizes_K: np.ndarray) -> float:
     """Pairs that are together in both, less those of chance (Hubert and Arabie 1985)."""
 
     def pairs(sizes: np.ndarray) -> float:
         return float((sizes * (sizes - 1.0)).sum() / 2)
 
-    both, of_classes, of_clusters = pairs(n_CK), pairs(n_CK.sum(1)), pairs(n_CK.sum(0))
-    total = pairs(n_CK.sum())
+    both, of_classes, of_clusters = pairs(n_CK.data), pairs(sizes_C), pairs(sizes_K)
+    total = pairs(sizes_C.sum())
     chance = of_classes * of_clusters / total if total else 0.0
     return _share(both - chance, 0.5 * (of_classes + of_clusters) - chance)
 

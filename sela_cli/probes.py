@@ -338,9 +338,8 @@ def with_classes_of(train: Images, test: Images) -> Images:
     """`test` with its classes numbered as those of `train`, by name; new ones come after."""
     if not (train.classes and test.classes) or train.classes == test.classes:
         return test
-    names = list(train.classes)
-    names += [name for name in test.classes if name not in names]
-    numbers = np.array([names.index(name) for name in test.classes])
+    names = {name: number for number, name in enumerate(train.classes)}
+    numbers = np.array([names.setdefault(name, len(names)) for name in test.classes])
     renamed = test.subset(np.arange(len(test)))
     assert test.truth_N is not None
     renamed.truth_N, renamed.classes = numbers[test.truth_N], tuple(names)

@@ -265,6 +265,33 @@ def test_watchdog_leaves_exceptions_to_the_caller() -> None:
     assert watchdog.survives(lambda: 1 / 0, 5)
 
 
+def test_files_that_are_tried_together_are_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one of them does not come back, each is: that one is refused, the others are read."""
+    paths = [str(made(name, tmp_path)) for name in OURS[1:]]
+    walk = envelope._walk
+
+    def forever(path: str) -> None:
+        while path == paths[2]:
+            pass
+        walk(path)
+
+    monkeypatch.setattr(envelope, "_walk", forever)
+    monkeypatch.setattr(envelope, "_allowed", lambda path: 0.1)
+    monkeypatch.setattr(envelope, "_tried", set())
+    envelope.try_together(paths)
+    with pytest.raises(BadData, match="does not come back"), envelope.open_hdf5(paths[2]):
+        pass
+    others = [path for path in paths if path != paths[2]]
+    (tmp_path / "damaged.h5").write_bytes(Path(others[0]).read_bytes()[:100])
+    envelope.try_together([str(tmp_path / "damaged.h5"), *others, "absent.h5"])
+    monkeypatch.setattr(envelope, "survives", lambda check, seconds: False)
+    for path in others:
+        with envelope.open_hdf5(path):
+            pass
+
+
 def test_endless_loop_of_libhdf5_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A string's length in the heap that sends its reader back to the same string."""
     path = made("labels", tmp_path)

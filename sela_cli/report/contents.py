@@ -94,6 +94,8 @@ def read(folder: Path, data: str | None = None) -> Contents:
     source = open_source(spec)
     labels = _found(source, formats.read_labels(str(folder / "labels.h5")))
     rounds, problems = _rounds(folder / "rounds.csv")
+    of_rounds = [str(folder / f"labels-{number:03d}.h5") for number in range(len(rounds))]
+    envelope.try_together(of_rounds)
     # Other files may lie beside a run's; probes of its networks belong to it.
     own = own_files(folder, "[!.]*.h5")
     probes = [path for path in folder.glob("probe*.h5") if path in own or _is_probe(path)]
@@ -102,7 +104,7 @@ def read(folder: Path, data: str | None = None) -> Contents:
         settings=settings,
         rounds=rounds,
         labels=labels,
-        traces=[_traces(str(folder / f"labels-{number:03d}.h5")) for number in range(len(rounds))],
+        traces=[_traces(path) for path in of_rounds],
         checkpoint=formats.read_checkpoint(str(folder / "checkpoint.h5")),
         probes=[(path.name, formats.read_probe(str(path))) for path in sorted(probes)],
         source=source,
@@ -165,25 +167,23 @@ def _traces(path: str) -> list[Trace]:
 
 def confidences(logits_path: str, labels: Labels) -> list[np.ndarray]:
     """Softmax probability of each image's label, p(y|x) = exp(l_y - logsumexp_k l_k); T of (N,)."""
-    with open_scores(logits_path) as scores:
-        return [
-            _confidence(ScoreRows(matrix, logits_path), head.labels_N)
-            for matrix, head in zip(scores.heads, labels.heads, strict=True)
-        ]
-
-
-def _confidence(rows: ScoreRows, labels_N: np.ndarray) -> np.ndarray:
-    found_N = np.empty(len(labels_N))
+    found = [np.empty(len(head.labels_N)) for head in labels.heads]
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
-        for start, tile_nK in tiles:
-            some = slice(start, start + len(tile_nK))
-            labels_n1 = torch.from_numpy(labels_N[some, None].astype(np.int64))
-            chosen_n = tile_nK.gather(1, labels_n1)[:, 0]
-            found_N[some] = (chosen_n - tile_nK.logsumexp(1)).exp().numpy()
+        for start, tile_nS in tiles:
+            some = slice(start, start + len(tile_nS))
+            tiles_nK = torch.split(tile_nS, clusters, 1)
+            for head, tile_nK, found_N in zip(labels.heads, tiles_nK, found, strict=True):
+                labels_n1 = torch.from_numpy(head.labels_N[some, None].astype(np.int64))
+                chosen_n = tile_nK.gather(1, labels_n1)[:, 0]
+                found_N[some] = (chosen_n - tile_nK.logsumexp(1)).exp().numpy()
 
-    deque(map_spans(rows, work), maxlen=0)
-    return found_N
+    with open_scores(logits_path) as scores:
+        clusters = [matrix.shape[1] for matrix in scores.heads]
+        # One read for all heads: of features each head would read them all.
+        rows = ScoreRows(scores.side_by_side(), logits_path)
+        deque(map_spans(rows, work), maxlen=0)
+    return found
 
 
 # ---- the gallery ------------------------------------------------------------
