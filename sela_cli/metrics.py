@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import block_array, csr_matrix
+from scipy.sparse import bmat, csr_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.special import entr, gammaln
 
@@ -79,7 +79,7 @@ def _matched(n_CK: csr_matrix) -> int:
 
     What no image connects is matched apart, so that only what hangs together is a dense table.
     """
-    _, parts = connected_components(block_array([[None, n_CK], [n_CK.T, None]]), directed=False)
+    _, parts = connected_components(bmat([[None, n_CK], [n_CK.T, None]]), directed=False)
     classes = n_CK.shape[0]
     part_C, part_K = parts[:classes], parts[classes:]
     # Of a part with one class or one cluster, the largest cell counts.
