@@ -1,6 +1,7 @@
 """What the method learns, in small: runs, ablations and probes, to docs/results-*.md.
 
     python benchmarks/results.py run cifar10 --train CIFAR/train --test CIFAR/test --out runs/r
+    python benchmarks/results.py run cifar10 ... --arch alexnet     # the paper's network
     python benchmarks/results.py run whole --train CIFAR/train --test CIFAR/test --out runs/r \
         --epochs 310 --opts 37          # all 50,000 images: on a GPU; 0 and 0: as it begins
     python benchmarks/results.py run whole ... --epochs 310 --retrain 100  # on its last labels
@@ -41,12 +42,14 @@ from sela_cli.images.batches import open_images
 from sela_cli.machine import processor
 
 SEEDS = (0, 1, 2)
-# Epochs, variant and seed of an experiment's folder.
-_NAME = re.compile(r"cifar10-(\d+)-(.+)-(\d+)")
+# Group of runs, variant and seed of an experiment's folder.
+_NAME = re.compile(r"cifar10-((?:alexnet-)?\d+)-(.+)-(\d+)")
 LIMIT = 10_000
 # examples/cifar10.sh, and beside it variants and controls of as many steps.
-NETWORK = "--arch resnet18 --image-size 32 --precision bfloat16 --lr-schedule cosine"
+NETWORK = "--image-size 32 --precision bfloat16 --lr-schedule cosine"
 NETWORK += " --weight-decay 0.0005 --aug paper"
+# What is probed of each: the paper's linear conv5, and of ResNet-18 what corresponds to it.
+LAYERS = {"resnet18": "layer4", "alexnet": "conv5"}
 SELA = "--relabel linear --relabel-heads all"
 VARIANTS = {
     "sela": "--heads 128x10 --opts {} --view random",
@@ -56,12 +59,13 @@ VARIANTS = {
     "often": "--heads 128x10 --opts {often} --view random",
     "kmeans": "--heads 128x10 --opts {} --view random --head-init kmeans",
     "one-head": "--heads 128x1 --opts {} --view random",
+    "five-heads": "--heads 128x5 --opts {} --view random",
     "opts0": "--heads 128x10 --opts 0 --view random",
 }
 # What follows another in a chain is made from its labels.
 CHAINS = (
-    ("sela", "retrained"), ("argmax",), ("one-head",), ("opts0",), ("often",), ("centre",),
-    ("views",), ("kmeans",), ("supervised",), ("fresh",),
+    ("sela", "retrained"), ("argmax",), ("one-head",), ("five-heads",), ("opts0",), ("often",),
+    ("centre",), ("views",), ("kmeans",), ("supervised",), ("fresh",),
 )  # fmt: skip
 NAMES = {
     "fresh": "as it begins",
@@ -73,14 +77,15 @@ NAMES = {
     "often": "three times as many relabellings",
     "kmeans": "heads that begin as clusters of the fresh features",
     "one-head": "T = 1",
+    "five-heads": "T = 5",
     "opts0": "random labels to the end",
     "retrained": "a fresh network on the final labels of *sela*",
     "supervised": "on the true classes",
 }
 PAIRS = (
     ("sela", "fresh"), ("sela", "argmax"), ("sela", "centre"), ("views", "sela"),
-    ("sela", "one-head"), ("kmeans", "sela"), ("sela", "opts0"), ("often", "sela"),
-    ("retrained", "sela"), ("supervised", "sela"),
+    ("sela", "one-head"), ("five-heads", "one-head"), ("kmeans", "sela"), ("sela", "opts0"),
+    ("often", "sela"), ("retrained", "sela"), ("supervised", "sela"),
 )  # fmt: skip
 # All images, on a GPU: examples/cifar10.sh with ON=gpu.
 WHOLE = "--arch resnet18 --image-size 32 --precision bfloat16 --batch-size 256 --lr 0.1"
@@ -119,11 +124,11 @@ class Experiment:
             command = command.replace(str(path), name)
         return command
 
-    def probe(self, checkpoint: Path, seed: int, limit: int | None = None) -> None:
+    def probe(self, checkpoint: Path, layer: str, seed: int, limit: int | None = None) -> None:
         some = f"--limit {limit} " if limit else ""
         self.sela(
             f"probe --data {self.data} --test {self.test} {some}-c {checkpoint} "
-            f"--layers layer4 {PROBE} --seed {seed} -o {self.folder}/test.h5 --force"
+            f"--layers {layer} {PROBE} --seed {seed} -o {self.folder}/test.h5 --force"
         )
 
     def finish(self) -> None:
@@ -178,15 +183,17 @@ def run_cifar10(arguments: argparse.Namespace) -> None:
 
 def run_variant(arguments: argparse.Namespace, name: str, seed: int) -> None:
     """One network, and its probes."""
-    epochs, recipe = arguments.epochs, f"{NETWORK} {arguments.batch}"
+    arch, epochs = arguments.arch, arguments.epochs
+    recipe = f"--arch {arch} {NETWORK} {arguments.batch}"
     data = f"--data {arguments.train} --limit {LIMIT}"
-    folder = arguments.out / f"cifar10-{epochs}-{name}-{seed}"
+    group = f"cifar10-{epochs}" if arch == "resnet18" else f"cifar10-{arch}-{epochs}"
+    folder = arguments.out / f"{group}-{name}-{seed}"
     part = Experiment(folder, arguments.train, arguments.test)
     if part.done:
         return
     checkpoint = part.folder / "run/checkpoint.h5"
     if name in ("retrained", "supervised"):
-        labels = arguments.out / f"cifar10-{epochs}-sela-{seed}/run/labels.h5"
+        labels = arguments.out / f"{group}-sela-{seed}/run/labels.h5"
         if name == "supervised":
             labels = part.folder / "truth.h5"
             write_truth(part.data, 32, labels)
@@ -204,7 +211,7 @@ def run_variant(arguments: argparse.Namespace, name: str, seed: int) -> None:
             f"run {data} --preset cifar10 {recipe} {length} {options} {SELA} "
             f"--seed {seed} --out {part.folder}/run"
         )
-    part.probe(checkpoint, seed, LIMIT)
+    part.probe(checkpoint, LAYERS[arch], seed, LIMIT)
     part.finish()
 
 
@@ -225,15 +232,16 @@ def run_whole(arguments: argparse.Namespace) -> None:
     part = Experiment(folder, arguments.train, arguments.test)
     if not part.done:
         part.sela(
-            f"retrain --data {part.data} --labels {labels} {NETWORK} --batch-size 128 --lr 0.1 "
-            f"--epochs {again} --seed 100 -o {folder}/checkpoint.h5 --force"
+            f"retrain --data {part.data} --labels {labels} --arch resnet18 {NETWORK} "
+            f"--batch-size 128 --lr 0.1 --epochs {again} --seed 100 "
+            f"-o {folder}/checkpoint.h5 --force"
         )
         finish_whole(part, folder / "checkpoint.h5")
 
 
 def finish_whole(part: Experiment, checkpoint: Path) -> None:
     """The probes, and the record."""
-    part.probe(checkpoint, 0)
+    part.probe(checkpoint, LAYERS["resnet18"], 0)
     part.sela(
         f"probe --protocol knn --data {part.data} --test {part.test} "
         f"-c {checkpoint} -o {part.folder}/knn.h5 --force"
@@ -297,9 +305,8 @@ def write(arguments: argparse.Namespace) -> None:
     whole = {name: records.pop(name) for name in list(records) if name.startswith("whole-")}
     if whole:
         _write(arguments.folder / "results-cifar10-whole.md", whole_page(out, whole))
-    for epochs in {int(found[1]) for name in records if (found := _NAME.fullmatch(name))}:
-        lines = cifar10_page(out, records, epochs)
-        _write(arguments.folder / f"results-cifar10-{epochs}.md", lines)
+    for group in {found[1] for name in records if (found := _NAME.fullmatch(name))}:
+        _write(arguments.folder / f"results-cifar10-{group}.md", cifar10_page(out, records, group))
 
 
 def _write(path: Path, lines: list[str]) -> None:
@@ -328,10 +335,8 @@ def heading(title: str, records: dict[str, Any], images: str = SOME) -> list[str
 
 def when_and_where(records: dict[str, Any]) -> str:
     """Dates, machine, versions and commits."""
-    # Records of before it was noted are of a machine like this one.
-    noted = [{"machine": machine()} | record for record in records.values()]
     dates, machines, threads, versions, commits = (
-        ", ".join(sorted({record[key] for record in noted}))
+        ", ".join(sorted({record[key] for record in records.values()}))
         for key in ("date", "machine", "threads", "torch", "commit")
     )
     return f"{dates}, {machines}, threads: {threads}, torch {versions}, commit {commits}."
@@ -348,28 +353,31 @@ def commands(records: dict[str, Any], out: Path) -> list[str]:
     return [*lines, "```", ""]
 
 
-def cifar10_page(out: Path, records: dict[str, Any], epochs: int) -> list[str]:
-    """Variants and controls, seed by seed."""
+def cifar10_page(out: Path, records: dict[str, Any], group: str) -> list[str]:
+    """Variants and controls, seed by seed, of one network and length."""
+    *arch, epochs = group.split("-")
+    network = "AlexNet" if arch else "ResNet-18"
+    layer = LAYERS["alexnet" if arch else "resnet18"]
     seeds: dict[str, list[int]] = {}
     parts = [found for folder in records if (found := _NAME.fullmatch(folder))]
     for name in NAMES:
-        here = [int(part[3]) for part in parts if part[1] == str(epochs) and part[2] == name]
+        here = [int(part[3]) for part in parts if part[1] == group and part[2] == name]
         if here:
             seeds[name] = sorted(here)
-    variants = {name: over_seeds(out, f"cifar10-{epochs}-{name}", seeds[name]) for name in seeds}
+    variants = {name: over_seeds(out, f"cifar10-{group}-{name}", seeds[name]) for name in seeds}
     if "fresh" in variants:
         # Its labels are random ones.
         variants["fresh"]["nmi"] = [float("nan")] * len(seeds["fresh"])
     lines = [
         *heading(
-            f"CIFAR-10, {epochs} epochs",
-            {f"{n}-{s}": records[f"cifar10-{epochs}-{n}-{s}"] for n in seeds for s in seeds[n]},
+            f"CIFAR-10, {'AlexNet, ' if arch else ''}{epochs} epochs",
+            {f"{n}-{s}": records[f"cifar10-{group}-{n}-{s}"] for n in seeds for s in seeds[n]},
         ),
-        f"ResNet-18 with a stem for 32 pixels, {epochs} epochs; mean and, of several seeds, range. "
+        f"{network} with a stem for 32 pixels, {epochs} epochs; mean and, of several seeds, range. "
         + "; ".join(f"*{name}*: {text}" for name, text in NAMES.items() if name in variants)
         + ".",
         "",
-        "| network | seeds | kNN | linear layer4 | NMI | largest cluster | empty | minutes |",
+        f"| network | seeds | kNN | linear {layer} | NMI | largest cluster | empty | minutes |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in variants.items():
@@ -382,7 +390,7 @@ def cifar10_page(out: Path, records: dict[str, Any], epochs: int) -> list[str]:
         )
     lines += ["", "Seed by seed:", ""]
     lines += [difference(variants, seeds, *pair) for pair in PAIRS if set(pair) <= variants.keys()]
-    first = {f"cifar10-{epochs}-{name}-{seeds[name][0]}" for name in variants}
+    first = {f"cifar10-{group}-{name}-{seeds[name][0]}" for name in variants}
     return lines + commands({name: records[name] for name in first}, out)
 
 
@@ -440,7 +448,10 @@ def main() -> None:
     run.add_argument("--test", type=Path, required=True)
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--epochs", type=int, default=24)
-    run.add_argument("--names", nargs="+", default=list(NAMES), choices=list(NAMES))
+    run.add_argument(
+        "--names", nargs="+", default=list(NAMES), choices=list(NAMES), help="of cifar10"
+    )
+    run.add_argument("--arch", default="resnet18", choices=list(LAYERS), help="of cifar10")
     run.add_argument("--opts", type=int, default=28, help="of whole")
     run.add_argument("--retrain", type=int, help="of whole: epochs on the last labels")
     run.add_argument("--batch", default="--batch-size 64 --lr 0.05", help="of cifar10")

@@ -541,8 +541,8 @@ def dataset(
 ) -> h5py.Dataset:
     """The named dataset, checked: its rank, its fixed extents, its dtype's kind (NumPy's letter).
 
-    `by_rows`: it is not read whole, so that it may be compressed as well as gzip can. Raises
-    BadData naming file and dataset.
+    `by_rows`: it may be compressed as well as gzip can, being padded or never read whole.
+    Raises BadData naming file and dataset.
     """
     item = file.get(name)
     if not isinstance(item, h5py.Dataset):

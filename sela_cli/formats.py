@@ -42,6 +42,7 @@ LABEL_ATTRIBUTES = (
 LATER_LABEL_ATTRIBUTES = ("status", "bytes-read")
 # Here, as `networks` takes torch.
 ARCHS = ("alexnet", "alexnet-small", "resnet18", "resnet34", "resnet50", "resnet50-v2")
+_LONG_TEXT = 64
 # As --image-size.
 _LEAST_SIDE = 16
 
@@ -130,8 +131,11 @@ def _write_images(file: h5py.File, keys: Sequence[str], index_N: np.ndarray) -> 
 
 
 def _write_texts(file: h5py.File, name: str, texts: Sequence[str]) -> None:
-    utf8 = h5py.string_dtype("utf-8", max((n.dtype.itemsize for _, n in stored(texts)), default=1))
-    written = file.create_dataset(name, (len(texts),), utf8)
+    longest = max((some_n.dtype.itemsize for _, some_n in stored(texts)), default=1)
+    utf8 = h5py.string_dtype("utf-8", longest)
+    # One long name makes every other as long, by zeros.
+    gzip = {"compression": "gzip", "compression_opts": 1} if longest > _LONG_TEXT else {}
+    written = file.create_dataset(name, (len(texts),), utf8, **gzip)
     for start, some_n in stored(texts):
         written[start : start + len(some_n)] = some_n.astype(utf8)
 
@@ -264,7 +268,7 @@ def _table(rows: Sequence[Mapping[str, Any]], dtype: np.dtype) -> np.ndarray:
 
 def read_images(path: str, file: h5py.File) -> tuple[Sequence[str], np.ndarray]:
     """The keys and index that `logits` and `labels` name their rows with."""
-    raw = dataset(path, file, "keys", (None,), "SO")[()]
+    raw = dataset(path, file, "keys", (None,), "SO", by_rows=True)[()]
     keys = named(raw)
     return keys, array(path, file, "index", (len(keys),), "iu")
 

@@ -184,6 +184,13 @@ def test_any_key_survives(keys: list[str]) -> None:
     assert read.header is not None and read.header.dataset_id == dataset_id(read.keys)
 
 
+def test_one_long_key_does_not_make_a_file_large(path: str) -> None:
+    keys = [f"folder/{number:06}.jpg" for number in range(20_000)] + ["long" * 1000]
+    formats.write_labels(path, some_labels(keys), PLAIN)
+    assert os.path.getsize(path) < 100 * len(keys)
+    assert list(formats.read_labels(path).keys) == keys
+
+
 def test_odd_keys_survive_in_logits(path: str) -> None:
     with formats.create_logits(
         path, ODD_KEYS, np.arange(7), PLAIN, columns={"logits/0": 1}, dtype="float32"
