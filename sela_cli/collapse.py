@@ -33,18 +33,23 @@ _START = 0.1
 
 
 def predictions(spec: str, device: str = "cpu") -> dict[str, float]:
-    """How sure and how varied the predictions in the logits `spec` are, mean over the heads.
+    """How sure and how varied the predictions in the logits `spec` are.
 
-    `entropy`: mean of H(p(y|x)) / ln K, 1 where nothing is told apart. `spread`:
-    H(mean p) / ln K, near 0 where all images get one cluster of several. `unwanted`: share of the
-    clusters that no image prefers. Of max(50,000, 32 K) images, evenly spread, where there
-    are more: a cluster that very few prefer may then count as unwanted. Raises StoppedEarly
-    after a signal.
+    `entropy`: mean of H(p(y|x)) / ln K, 1 where nothing is told apart, mean over the heads.
+    `spread`: H(mean p) / ln K, near 0 where all images get one cluster of several; `unwanted`:
+    share of the clusters that no image prefers; both of the head that is worst. Of
+    max(50,000, 32 K) images, evenly spread, where there are more: a cluster that very few
+    prefer may then count as unwanted. Raises StoppedEarly after a signal.
     """
     with open_scores(spec) as scores:
         rows = ScoreRows(scores.side_by_side(), spec, device=torch.device(device))
         heads = _of_heads(rows, [matrix.shape[1] for matrix in scores.heads])
-    return {name: float(np.mean([head[name] for head in heads])) for name in heads[0]}
+    # Among ten heads the mean would hide one that has collapsed.
+    return {
+        "entropy": float(np.mean([head["entropy"] for head in heads])),
+        "spread": min(head["spread"] for head in heads),
+        "unwanted": max(head["unwanted"] for head in heads),
+    }
 
 
 def _of_heads(rows: ScoreRows, clusters: list[int]) -> list[dict[str, float]]:
@@ -91,6 +96,19 @@ def _shares(entropy: float, mean_K: np.ndarray, chosen_K: np.ndarray) -> dict[st
     }
 
 
+def nothing_learned(loss: float, chance: float) -> dict[str, str]:
+    """Advice by name, as of `problems`, where the loss of an epoch is one of no knowledge."""
+    if not loss > (1 - _LEARNED) * chance:
+        return {}
+    return {
+        "loss about ln K": (
+            f"the loss {loss:.3f} is about ln K = {chance:.3f}, that of a network that knows "
+            "nothing: try another --lr, fewer --opts (longer between relabellings), fewer clusters "
+            "or a milder --aug"
+        )
+    }
+
+
 def problems(row: Mapping[str, Any], loss: float, chance: float, progress: float) -> dict[str, str]:
     """What looks wrong after a round, by name, each with advice.
 
@@ -99,28 +117,22 @@ def problems(row: Mapping[str, Any], loss: float, chance: float, progress: float
     knows nothing; `progress`: share of the training that is done. Early rounds are left
     alone: a network that learns random labels starts slowly.
     """
-    found: dict[str, str] = {}
+    found = nothing_learned(loss, chance) if progress >= _START else {}
     if row["empty"]:
         found["empty clusters"] = (
             f"{row['empty']} clusters are empty: use --assign balanced, or fewer clusters"
         )
     if progress < _START:
         return found
-    if loss > (1 - _LEARNED) * chance:
-        found["loss about ln K"] = (
-            f"the loss {loss:.3f} is about ln K = {chance:.3f}, that of a network that knows "
-            "nothing: try another --lr, fewer --opts (longer between relabellings), fewer clusters "
-            "or a milder --aug"
-        )
     if row["spread"] < _SPREAD:
         found["few clusters predicted"] = (
-            f"predictions gather in few clusters (entropy of their mean {row['spread']:.2f} of "
-            "ln K): try a smaller --lr, or --view random"
+            "predictions of a head gather in few clusters (entropy of their mean "
+            f"{row['spread']:.2f} of ln K): try a smaller --lr, or --view random"
         )
     elif row["unwanted"] > _UNWANTED and loss < (1 - _LEARNED) * chance:
         found["clusters nobody wants"] = (
-            f"no image prefers {row['unwanted']:.0%} of the clusters: use fewer clusters, "
-            "or a smaller --lamb"
+            f"no image prefers {row['unwanted']:.0%} of the clusters of a head: use fewer "
+            "clusters, or a smaller --lamb"
         )
     if progress >= 0.5 and row["churn"] > _CHURN:
         found["labels do not settle"] = (

@@ -158,24 +158,34 @@ class _Run:
     def path(self, name: str) -> str:
         return str(self.folder / name)
 
+    def has(self, pattern: str) -> bool:
+        """Whether the first process sees such files: of a disk that several machines share the
+        others may see them later, and all are to go the same way."""
+        return parallel.any_of(parallel.rank() == 0 and bool(own_files(self.folder, pattern)))
+
     def to_the_end(self) -> dict[str, Any]:
         positions = self.settings.positions
-        if not (self.folder / "labels-000.h5").exists():
+        if not self.has("labels-000.h5"):
             self._begin(*self._first())
-        if not own_files(self.folder, "checkpoint*.h5"):
+        if not self.has("checkpoint*.h5"):
             self._train(*self._first(), 0, "checkpoint-000.h5", 0.0)
         # Neither is needed again, and both may be large.
         self.first = self.start = None
         if self.has_knn:
             self._knn("probe-000.h5", "checkpoint-000.h5")
         for number, position in enumerate(positions, start=1):
-            if not (self.folder / f"labels-{number:03d}.h5").exists():
+            if not self.has(f"labels-{number:03d}.h5"):
                 self._round(number, position)
         last = len(positions)
-        if not (self.folder / "checkpoint.h5").exists():
+        if not self.has("checkpoint.h5"):
             self._go_on(last, "checkpoint.h5", None)
             losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
             self._record_training(losses, last)
+            # Those of random labels are not learned so soon, nor meant to be.
+            if positions:
+                self._tell(
+                    collapse.nothing_learned(*self._loss(self.settings.recipe.epochs, losses))
+                )
         job.once(partial(self._copy_labels, last))
         if self.has_knn:
             self._knn("probe.h5", "checkpoint.h5")
@@ -259,7 +269,7 @@ class _Run:
         checkpoint = f"checkpoint-{number:03d}.h5"
         labels = self.path(f"labels-{number:03d}.h5")
         before = self.path(f"labels-{number - 1:03d}.h5")
-        if not (self.folder / checkpoint).exists():
+        if not self.has(checkpoint):
             self._go_on(number - 1, checkpoint, position)
         state, network = self._state(checkpoint)
         assert state.header is not None
@@ -295,11 +305,7 @@ class _Run:
         if losses.size:
             row["loss"] = float(losses.mean())
         self.watcher.say(_round_line(row, len(settings.positions)) + self._time_left(position))
-        problems = self._problems(row, state.losses)
-        for name, advice in problems.items():
-            if name not in self.told:
-                self.watcher.say(f"warning: {advice}")
-        self.told = set(problems)
+        self._tell(self._problems(row, state.losses))
         self._record_training(state.losses, number - 1)
         for name, value in row.items():
             self.watcher.record(f"round/{name}", value, state.step)
@@ -403,7 +409,7 @@ class _Run:
         job.once(partial(path.unlink, missing_ok=True))
 
     def _knn(self, output: str, checkpoint: str) -> None:
-        if (self.folder / output).exists():
+        if self.has(output):
             return
         state, network = self._state(checkpoint)
         assert state.header is not None
@@ -474,12 +480,22 @@ class _Run:
 
     def _problems(self, row: dict[str, Any], losses: np.ndarray) -> dict[str, str]:
         """What looks wrong in a round that begins after these losses."""
+        progress = row["epoch"] / max(self.settings.recipe.epochs, 1e-9)
+        return collapse.problems(row, *self._loss(row["epoch"], losses), progress)
+
+    def _loss(self, epoch: float, losses: np.ndarray) -> tuple[float, float]:
+        """Mean loss of the epoch that ends there, and that of a network that knows nothing."""
         recipe, count = self.settings.recipe, len(self.images)
-        end = recipe.steps(row["epoch"], count)
-        epoch = losses[max(0, end - recipe.steps_per_epoch(count)) : end]
-        loss = float(epoch.mean()) if epoch.size else float("nan")
-        chance = float(np.mean(np.log(self.settings.heads)))
-        return collapse.problems(row, loss, chance, row["epoch"] / max(recipe.epochs, 1e-9))
+        end = recipe.steps(epoch, count)
+        mean = _mean(losses[max(0, end - recipe.steps_per_epoch(count)) : end])
+        return mean, float(np.mean(np.log(self.settings.heads)))
+
+    def _tell(self, problems: dict[str, str]) -> None:
+        """Say those that were not there before."""
+        for name, advice in problems.items():
+            if name not in self.told:
+                self.watcher.say(f"warning: {advice}")
+        self.told = set(problems)
 
     def _rounds(self) -> list[dict[str, Any]]:
         """All rows of rounds.csv; `loss` is the mean from that round to the next."""

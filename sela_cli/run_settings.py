@@ -114,7 +114,6 @@ def _fields_of(
 
 def plan(images: Images, settings: RunSettings) -> tuple[dict[str, Any], str]:
     """What a dry run shows, as values and as text."""
-    check_heads(images, settings)
     network = settings.network()
     count = len(images)
     shown = embed_plan(images, network, settings.store, settings.dtype) | {

@@ -32,14 +32,25 @@ def test_predictions_are_the_entropies_of_the_softmax(write_logits: WriteLogits)
     assert got["unwanted"] == np.isin(range(6), p_NK.argmax(1), invert=True).mean()
 
 
-def test_predictions_are_the_mean_of_heads(write_logits: WriteLogits) -> None:
-    """Also of heads of other sizes, and with other levels."""
+def test_predictions_are_those_of_the_heads(write_logits: WriteLogits) -> None:
+    """The mean entropy, and the worst of the others: of other sizes, and with other levels."""
     rng = np.random.default_rng(0)
     heads = [rng.normal(size=(50, clusters)) * 3 + clusters for clusters in (6, 3, 9)]
+    heads[2][:, 4] -= 99
     paths = [write_logits(head, name=f"{number}.h5") for number, head in enumerate(heads)]
     alone = [collapse.predictions(path) for path in paths]
-    mean = {name: np.mean([each[name] for each in alone]) for name in alone[0]}
-    assert collapse.predictions(write_logits(*heads)) == pytest.approx(mean)
+    over_heads = {"entropy": np.mean, "spread": min, "unwanted": max}
+    expected = {name: of([each[name] for each in alone]) for name, of in over_heads.items()}
+    assert alone[0]["spread"] != alone[1]["spread"] and alone[2]["unwanted"] == 1 / 9
+    assert collapse.predictions(write_logits(*heads)) == pytest.approx(expected)
+
+
+def test_one_collapsed_head_of_ten_is_told(write_logits: WriteLogits) -> None:
+    rng = np.random.default_rng(0)
+    heads = [rng.normal(size=(80, 5)) for _ in range(9)]
+    heads.append(np.eye(5)[np.zeros(80, int)] * 99)
+    row = WELL | collapse.predictions(write_logits(*heads))
+    assert set(collapse.problems(row, 1.0, math.log(5), 0.6)) == {"few clusters predicted"}
 
 
 def test_a_signal_stops_the_reading_of_predictions(

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from sela_cli import envelope, formats, interrupt, loop, metrics, networks, run_settings
+from sela_cli import collapse, envelope, formats, interrupt, loop, metrics, networks, run_settings
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint
@@ -30,7 +30,7 @@ from sela_cli.fresh import HEAD_INITS, settle
 from sela_cli.images.batches import Images, open_images
 from sela_cli.loop import Watcher
 from sela_cli.probes import KnnRecipe
-from sela_cli.run_settings import RunSettings, plan, settings_of
+from sela_cli.run_settings import RunSettings, check_heads, settings_of
 from sela_cli.training import Recipe, Trainer
 
 OPTIONS: dict[str, Any] = {
@@ -74,7 +74,7 @@ def test_more_clusters_than_images_are_refused_before_any_work(tmp_path: Path) -
     images, _ = open_images("digits", 32, limit=20)
     settings = settings_of("digits", 32, {"heads": "21x2"})
     with pytest.raises(UsageError, match="21 clusters for 20 images"):
-        plan(images, settings)
+        check_heads(images, settings)
     with pytest.raises(UsageError, match="21 clusters for 20 images"):
         loop.run(
             images,
@@ -88,7 +88,7 @@ def test_more_clusters_than_images_are_refused_before_any_work(tmp_path: Path) -
 def test_too_little_memory_is_refused_before_any_work(images: Images, tmp_path: Path) -> None:
     settings = settings_of("digits", 32, OPTIONS | {"max_memory": 10 << 20})
     for refused in (
-        lambda: plan(images, settings),
+        lambda: check_heads(images, settings),
         lambda: loop.run(images, tmp_path / "run", settings, SILENT),
     ):
         with pytest.raises(UsageError, match="--max-memory 10M is too little"):
@@ -582,6 +582,19 @@ def test_a_network_that_learns_nothing_is_told_once(
     assert "loss about ln K" in rows[-1]["problems"] and not rows[0]["problems"]
     assert all(0 <= float(row["entropy"]) <= 1 and row["empty"] == "0" for row in rows)
     assert not (tmp_path / "run" / "predictions.json").exists()
+
+
+def test_a_network_that_has_learned_nothing_in_the_end_is_told(
+    images: Images, settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no round came late enough to see it, but not of random labels."""
+    # Any loss is too high.
+    monkeypatch.setattr(collapse, "_LEARNED", 1.0)
+    for opts, told in ((4, 1), (2, 1), (0, 0)):
+        lines: list[str] = []
+        watcher = Watcher(no_progress, lines.append)
+        loop.run(images, tmp_path / f"{opts}", replace(settings, opts=opts), watcher)
+        assert sum("ln K" in line for line in lines) == told
 
 
 # ---- a run that begins with a network from elsewhere -----------------------------

@@ -54,12 +54,13 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def planned(*options: str) -> tuple[dict[str, Any], str]:
-    """What `sela run --dry-run` says, as values and as text."""
+def planned(*options: str, refused: str = "") -> tuple[dict[str, Any], str]:
+    """What `sela run --dry-run` says, as values and as text, before it is refused, if so."""
     line = ["run", "--data", "digits", "--limit", "128", "--out", "absent", "--dry-run", *options]
     text = CliRunner().invoke(app, line)
     values = CliRunner().invoke(app, [*line, "--json"])
-    assert (text.exit_code, values.exit_code) == (0, 0), text.output
+    for result in (text, values):
+        assert refused in str(result.exception) if refused else not result.exit_code, result.output
     return flat(json.loads(values.stdout)["settings"]), text.stdout
 
 
@@ -109,14 +110,20 @@ def help_of(name: str) -> str:
     return next(str(option.help) for option in command.params if option.name == name)
 
 
-def test_a_dry_run_shows_every_constant() -> None:
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_dry_run_shows_every_constant(name: str) -> None:
+    """Also where there are too few images for its clusters, which it ends with."""
+    heads = settings_of(name, None, {}).heads
     # Small, so that no network of the paper's size is built.
-    shown, text = planned("--preset", "cifar10", "--arch", "alexnet-small", "--image-size", "16")
+    small = ("--arch", "alexnet-small", "--image-size", "16")
+    refused = f"{max(heads)} clusters for 128 images" if max(heads) > 128 else ""
+    shown, text = planned("--preset", name, *small, refused=refused)
     lines = dict(line.split(" = ") for line in text.splitlines() if " = " in line)
     assert set(shown) - set(lines) == {"arch", "heads", "image_size", "start"}
-    assert "alexnet-small at 16 pixels, fresh" in text and "heads [128, 128" in text
-    for name in ("lamb", "epochs", "opts", "relabel", "relabel_heads", "lr", "momentum", "view"):
-        assert lines[name] == str(shown[name])
+    assert "alexnet-small at 16 pixels, fresh" in text and f"heads {[*heads]}" in text
+    for option, value in PRESETS[name].items():
+        if option in lines and not isinstance(value, tuple):
+            assert lines[option] == str(shown[option]) == str(value)
 
 
 def test_a_run_labels_in_the_memory_that_it_is_allowed() -> None:

@@ -165,7 +165,7 @@ def run(
     from sela_cli.events import Events
     from sela_cli.images.batches import open_images
     from sela_cli.loop import Watcher, run, text_of
-    from sela_cli.run_settings import plan, settings_of
+    from sela_cli.run_settings import check_heads, plan, settings_of
     from sela_cli.terminal import Terminal
 
     terminal = Terminal(quiet, as_json)
@@ -220,6 +220,7 @@ def run(
     if dry_run:
         shown, text = plan(images, settings)
         terminal.result(shown | left_out, text)
+        check_heads(images, settings)
         return
     watcher = Watcher(lambda title: terminal.progress(title, "images"), terminal.say)
     with closing(Events(out / "tensorboard")) as events:
