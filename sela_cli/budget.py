@@ -95,7 +95,8 @@ class Budget:
         return InMemory.of(rows) if _bytes(rows.shape) + taken <= spare else rows
 
     def keep_features(self, scores: Scores, device: torch.device) -> int:
-        """Read the features once for all heads where they fit. Returns what they take.
+        """Read the features once for all heads where they fit. Returns what they take of what
+        is allowed: nothing where they are on a GPU.
 
         Beside the scores of a head at a time, or else in their place: keeping the scores saves
         more, as making them again costs a product in every pass. For the widest head.
@@ -108,7 +109,7 @@ class Budget:
         both = len(scores.heads) > 1 and taken + one_head <= spare
         if both or (one_head > spare and taken <= spare):
             scores.features.keep(device)
-            return taken
+            return taken if device.type == "cpu" else 0
         return 0
 
     @property

@@ -85,6 +85,7 @@ for _module in _COMMANDS:
 
 # What torch's ways between processes say when one of these has gone.
 _OF_A_JOB = re.compile("gloo|NCCL|closed by peer|reset by peer")
+_PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe|pair closure|remote process")
 
 
 def main() -> None:
@@ -145,7 +146,9 @@ def _unforeseen(error: Exception) -> tuple[str, int]:
     from sela_cli import job
 
     if job.launched() and isinstance(error, RuntimeError) and _OF_A_JOB.search(str(error)):
-        return "another process of the job has failed", 1
+        if _PEER_GONE.search(str(error)):
+            return "another process of the job has failed", 1
+        return f"the processes of the job can't work together: {str(error).splitlines()[-1]}", 1
     # torch's on the CPU, which is a RuntimeError.
     _, allocator, told = str(error).rpartition("DefaultCPUAllocator: ")
     if allocator or isinstance(error, MemoryError):

@@ -41,6 +41,11 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def has_neighbours() -> bool:
+    """Whether others of the job are on this machine."""
+    return launched() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Join the job, if there is one. Only its first process prints."""

@@ -42,7 +42,7 @@ from sela_cli.scores import Matrix, Scores, open_scores
 from sela_cli.semidual import Problem, Solution, Step
 from sela_cli.shares import marginal, marginal_file
 from sela_cli.spread import spread
-from sela_cli.tiles import InMemory, Part, Rows, evenly, tile_rows
+from sela_cli.tiles import InMemory, Part, Resident, Rows, evenly, tile_rows
 
 ASSIGN_KINDS = ("balanced", "argmax", "random", "fixed")
 METHODS = ("sela", "kmeans")
@@ -467,9 +467,13 @@ def _solve_head(
     }[settings.solver]
     budget, shared = _budget(rows.matrix, settings), parallel.size() > 1
     mine = job.share(rows.shape[0])
-    part = budget.kept(Part(rows, mine.start, mine.stop) if shared else rows, taken)
-    # Every process makes the labels of all rows; solving is what takes time.
-    whole = rows if shared else part
+    # Every process makes the labels of all rows. On a GPU that, and not solving, takes time.
+    whole = rows if shared and rows.device.type == "cpu" else budget.kept(rows, taken)
+    part = whole
+    if shared and isinstance(whole, Resident):
+        part = whole.rows(mine)
+    elif shared:
+        part = budget.kept(Part(rows, mine.start, mine.stop), taken)
     sizes = _sizes(whole, settings)
     problem = Problem(
         part,

@@ -305,6 +305,10 @@ def device_name(device: str, dry_run: bool = False) -> str:
     # UsageError, not typer's: of a job's processes, only the first could tell that.
     if device.partition(":")[0] not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device} is none of auto, cpu, cuda and cuda:N", "use auto")
+    if device.startswith("cuda:") and job.has_neighbours():
+        raise UsageError(
+            f"--device {device} is one GPU for several processes", "use cuda: each has its own"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

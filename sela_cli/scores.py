@@ -161,6 +161,8 @@ class Product(Matrix):
         super().__init__((features.shape[0], len(bias_K)), self.read, name)
         self.features, self.tally = features, features.matrix.tally
         self.weight_KD, self.bias_K = torch.from_numpy(weight_KD), torch.from_numpy(bias_K)
+        # Copied once: a GPU would wait for them in every tile.
+        self._placed: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def read(self, rows: Which) -> np.ndarray:
         """The named rows, float32."""
@@ -169,8 +171,11 @@ class Product(Matrix):
     def tensor(self, rows: Which, device: torch.device = CPU) -> Tensor:
         """The named rows, float32."""
         block_nD = self.features.tensor(rows, device)
+        if device not in self._placed:
+            self._placed[device] = self.bias_K.to(device), self.weight_KD.to(device)
+        bias_K, weight_KD = self._placed[device]
         # By torch, which keeps to the calling thread; NumPy's BLAS would start more.
-        return torch.addmm(self.bias_K.to(device), block_nD, self.weight_KD.to(device).T)
+        return torch.addmm(bias_K, block_nD, weight_KD.T)
 
 
 @dataclass(frozen=True)

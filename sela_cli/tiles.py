@@ -149,6 +149,10 @@ class Resident:
         deque(map_spans(source, work, None), maxlen=0)
         return cls(stored_NK)
 
+    def rows(self, chosen: slice) -> Resident:
+        """Some of them, without a copy."""
+        return Resident(self.stored_NK[chosen])
+
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
@@ -320,10 +324,10 @@ def in_order(
 ) -> Iterator[T]:
     """Results as a plain map gives them, worked out in a pool of `workers` at most, a few
     ahead."""
-    threads = _THREADS.get() or torch.get_num_threads()
-    workers = min(workers or threads, threads)
-    if device.type != "cpu":
-        workers = min(workers, _DEVICE_WORKERS)
+    # Those of a GPU wait for disks and copies, whatever OMP_NUM_THREADS says: torchrun says 1.
+    on_cpu = device.type == "cpu"
+    most = (_THREADS.get() or torch.get_num_threads()) if on_cpu else _DEVICE_WORKERS
+    workers = min(workers or most, most)
     pool = _pool(workers)
     waiting: deque[Future[T]] = deque()
     for item in items:

@@ -187,7 +187,8 @@ class Trainer:
         )
         self.objective: nn.Module = Objective(self.network, device, recipe.precision)
         if parallel.size() > 1:
-            self.objective = DistributedDataParallel(self.objective)
+            # BatchNorm's statistics are of all processes, and the same in each.
+            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
         if recipe.compile:
             if device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
                 raise UsageError("--compile needs a C++ compiler on the CPU", "install g++")
