@@ -62,7 +62,7 @@ def settle(network: Network, images: Images, recipe: Recipe, device: str = "cpu"
     generator = generator_of(recipe.seed, "settle", 0)
     for _ in range(_SETTLING):
         rows = torch.randperm(len(images), generator=generator)[: recipe.batch_size]
-        draws = draw(len(rows), images.side, augmentation, generator)
+        draws = draw(len(rows), network.image_size, augmentation, generator)
         if len(rows) > 1:
             mine = job.share(len(rows))
             batch = sent(images.batch(rows[mine]), device)

@@ -16,6 +16,9 @@ from sela_cli.images.augment import AUGMENTATIONS, DrawOf, Draws, draw, drawn_vi
 from sela_cli.images.batches import Images
 from sela_cli.seeds import batches, generator_of
 
+# Batches that a GPU may have before it: it goes on while the results of earlier ones are written.
+_AHEAD = 3
+
 # Makes of a batch its views of `size` pixels.
 ViewOf = Callable[[Tensor, int, Draws], Tensor]
 
@@ -40,7 +43,7 @@ def at_random(
     beside = Beside(device)
     for step, rows_n, batch in zip(steps, rows, images.stream(ahead), strict=True):
         generator = generator_of(seed, f"{purpose}view", step)
-        draws = draw(batch_size, images.side, AUGMENTATIONS[aug], generator).of(mine)
+        draws = draw(batch_size, size, AUGMENTATIONS[aug], generator).of(mine)
         yield rows_n, beside(_view_on, device, batch, size, draws)
 
 
@@ -86,7 +89,7 @@ def in_order(
     starts = range(skip * batch_size, len(images), batch_size)
     if augment:
         for _ in range(skip):
-            augment(batch_size, images.side)
+            augment(batch_size, size)
     counts = [min(batch_size, len(images) - start) for start in starts]
     own = range(rank, len(starts), processes)
     stream = images.stream(torch.arange(starts[n], starts[n] + counts[n]) for n in own)
@@ -97,32 +100,22 @@ def in_order(
         mine = None
         for owner, count in enumerate(group):
             # Drawn for every batch, so that the views do not depend on who computes them.
-            draws = augment(count, images.side) if augment else Draws()
+            draws = augment(count, size) if augment else Draws()
             if owner == rank:
                 view = beside(_view_on, device, next(stream), size, draws, view_of)
                 view = view.contiguous(memory_format=torch.channels_last)
-                outputs_nS = compute(view).float()
-                # One after another, as the memory of each is to be: a GPU does that in no time.
-                blocks = torch.split(outputs_nS, list(columns), 1)
-                mine = fetched(torch.cat([block.flatten() for block in blocks]))
+                mine = fetched(compute(view).float())
         return mine
 
     def ended(group: list[int], mine: Callable[[], Tensor] | None) -> Iterator[list[Tensor]]:
-        outputs: Sequence[Tensor | None] = [None] * len(columns)
-        if mine:
-            flat = mine()
-            rows = len(flat) // sum(columns)
-            blocks = torch.split(flat, [rows * width for width in columns])
-            outputs = [block.view(rows, -1) for block in blocks]
+        own_nS = mine() if mine else None
         for owner, count in enumerate(group):
-            yield [
-                job.from_process(owner, output, (count, width))
-                for output, width in zip(outputs, columns, strict=True)
-            ]
+            outputs_nS = job.from_process(owner, own_nS, (count, sum(columns)))
+            yield list(torch.split(outputs_nS, list(columns), 1))
 
     groups = [counts[first : first + processes] for first in range(0, len(starts), processes)]
-    # A GPU is at work on one batch while the next is made ready for it.
-    ahead = 1 if runs_ahead(device) else 0
+    # A GPU is at work on some batches while the next is made ready for it.
+    ahead = _AHEAD if runs_ahead(device) else 0
     at_work: deque[Iterator[list[Tensor]]] = deque()
     for group in groups:
         at_work.append(ended(group, begun(group)))
@@ -162,8 +155,8 @@ def mean_over(compute: Callable[[Tensor], Tensor], views: int) -> Callable[[Tens
 def repeated(augment: DrawOf, views: int) -> tuple[DrawOf, ViewOf]:
     """What draws and makes so many views of each image, the images of one after another's."""
 
-    def draw_all(count: int, side: int) -> Draws:
-        return augment(count * views, side)
+    def draw_all(count: int, size: int) -> Draws:
+        return augment(count * views, size)
 
     def make_all(batch: Tensor, size: int, draws: Draws) -> Tensor:
         return drawn_view(batch.repeat(views, 1, 1, 1), size, draws)

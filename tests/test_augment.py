@@ -220,10 +220,19 @@ def test_greys_come_with_their_probability(probability: float) -> None:
 # ---- crops ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (0.5, 1.0)])
-def test_crop_boxes_are_distributed_as_torchvisions(scale: tuple[float, float]) -> None:
-    side, count = 500, 4000
-    ours = augment._crop_boxes(count, side, scale, seeded()).double().numpy()
+@pytest.mark.parametrize(
+    ("size", "side", "scale"),
+    [(224, 256, (0.08, 1.0)), (224, 256, (0.2, 1.0)), (32, 32, (0.2, 1.0)), (448, 512, (0.5, 1.0))],
+)
+def test_crop_boxes_are_distributed_as_torchvisions(
+    size: int, side: int, scale: tuple[float, float]
+) -> None:
+    """However small the images are kept, a network of 224 pixels has crops of 256."""
+    count = 4000
+    draws = augment.draw(count, size, Augmentation(scale), seeded())
+    assert draws.boxes_n4 is not None
+    ours = draws.boxes_n4.double().numpy() * side
+    assert np.array_equal(ours, ours.round())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         image = torch.empty(3, side, side)
@@ -260,9 +269,9 @@ def test_whole_area_falls_back_to_the_whole() -> None:
 
 
 def test_crops_are_torchvisions_within_their_edges() -> None:
-    side, size, scale = 40, 80, (0.3, 0.9)
-    batch = noise(6, side)
-    boxes = augment._crop_boxes(6, side, scale, seeded(5)).int().tolist()
+    size, scale = 64, (0.3, 0.9)
+    batch = noise(6, size)
+    boxes = augment._crop_boxes(6, size, scale, seeded(5)).int().tolist()
     augmentation = Augmentation(scale=scale, jitter=0.0, hue=0.0, grey=0.0, flip=0.0)
     views = colours(random_view(batch, size, augmentation, seeded(5)))
     for view, image, box in zip(views, batch.float() / 255, boxes, strict=True):
@@ -326,7 +335,7 @@ def test_what_was_grey_before_the_jitter_stays_grey() -> None:
     assert not torch.allclose(view, after, atol=1e-2)
 
 
-def torchvisions(name: str, side: int) -> v2.Compose:
+def torchvisions(name: str, size: int) -> v2.Compose:
     """The same set, put together from torchvision's parts, for one uint8 image."""
     if name == "strong":
         colours_ = [
@@ -339,39 +348,53 @@ def torchvisions(name: str, side: int) -> v2.Compose:
         if name == "imagenet":
             colours_.reverse()
     scale = (0.08, 1.0) if name == "imagenet" else (0.2, 1.0)
-    crop = v2.RandomResizedCrop(side, scale, antialias=False)
+    crop = [v2.RandomResizedCrop(size, scale, antialias=size > 64)]
+    if size > 64:
+        crop.insert(0, v2.Resize(size * 8 // 7))
     to_float = v2.ToDtype(torch.float32, scale=True)
-    return v2.Compose([to_float, crop, *colours_, v2.RandomHorizontalFlip()])
+    return v2.Compose([to_float, *crop, *colours_, v2.RandomHorizontalFlip()])
 
 
 def _hue(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
     return torch.atan2(3**0.5 * (green - blue), 2 * red - green - blue)
 
 
-@pytest.mark.parametrize("name", ["paper", "imagenet", "strong"])
-def test_views_are_distributed_as_torchvisions(name: str) -> None:
-    """Statistics of 700 views of one image."""
-    count, side = 700, 32
+@pytest.mark.parametrize(
+    ("name", "side", "size"),
+    [
+        ("paper", 32, 32),
+        ("imagenet", 32, 32),
+        ("strong", 32, 32),
+        ("paper", 32, 112),
+        ("imagenet", 128, 112),
+    ],
+)
+def test_views_are_distributed_as_torchvisions(name: str, side: int, size: int) -> None:
+    """Statistics of 700 views of one image; for large networks with its Resize and antialias."""
+    count, step = 700, size // 32
     ramp = torch.linspace(0, 1, side)
     smooth = torch.stack(
         [ramp.expand(side, side), ramp.expand(side, side).T, 1 - ramp[:, None] * ramp]
     )
-    image = ((smooth * 0.7 + 0.3 * noise(1, side)[0] / 255) * 255).to(torch.uint8)
+    # Nothing as fine as a pixel of a large view: theirs is interpolated twice, ours once.
+    rough = functional.resize(noise(1, side * 32 // size)[0] / 255, [side, side])
+    image = ((smooth * 0.7 + 0.3 * rough) * 255).to(torch.uint8)
     ours = colours(
-        random_view(image.expand(count, -1, -1, -1), side, AUGMENTATIONS[name], seeded(1))
+        random_view(image.expand(count, -1, -1, -1), size, AUGMENTATIONS[name], seeded(1))
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        transform = torchvisions(name, side)
+        transform = torchvisions(name, size)
         theirs = torch.stack([transform(image) for _ in range(count)])
     for measured, measure in {
         "brightness": lambda view: view.mean((1, 2, 3)),
         "contrast": lambda view: view.std((1, 2, 3)),
         "hue": lambda view: _hue(*view.mean((2, 3)).unbind(1)),
         "detail": lambda view: (
-            (view[..., 1:] - view[..., :-1]).abs().mean((1, 2, 3)) / (view.std((1, 2, 3)) + 1e-3)
+            (view[..., step:] - view[..., :-step]).abs().mean((1, 2, 3))
+            / (view.std((1, 2, 3)) + 1e-3)
         ),
-        "symmetry": lambda view: (view[..., : side // 2] - view[..., side // 2 :]).mean((1, 2, 3)),
+        "symmetry": lambda view: (view[..., : size // 2] - view[..., size // 2 :]).mean((1, 2, 3)),
     }.items():
         result = ks_2samp(measure(ours).numpy(), measure(theirs).numpy())
         assert result.pvalue > 1e-4, measured

@@ -180,7 +180,7 @@ def test_of_several_views_the_mean_is_written(
     means, draw = [], augment()
     for start in range(0, len(images), 4):
         batch = images.batch(torch.arange(start, min(start + 4, len(images))))
-        draws = draw(3 * len(batch), images.side)
+        draws = draw(3 * len(batch), network.image_size)
         parts = [draws.of(slice(n * len(batch), (n + 1) * len(batch))) for n in range(3)]
         with torch.no_grad():
             found = [network.logits(network.trunk(drawn_view(batch, 32, part))) for part in parts]

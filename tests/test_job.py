@@ -99,8 +99,8 @@ def everything(folder: Path) -> dict[str, Any]:
     trainer.run(images, labels_TN, 4, lambda: None)
     generator = torch.Generator().manual_seed(5)
 
-    def augment(count: int, side: int) -> Any:
-        return draw(count, side, AUGMENTATIONS["strong"], generator)
+    def augment(count: int, size: int) -> Any:
+        return draw(count, size, AUGMENTATIONS["strong"], generator)
 
     logits = [
         torch.cat(blocks)
@@ -340,6 +340,7 @@ def one_of_three(monkeypatch: pytest.MonkeyPatch, local: int) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
 
 
 @pytest.mark.parametrize("asked", ["auto", "cuda"])
@@ -355,7 +356,32 @@ def test_every_process_has_a_gpu_of_its_own(
     one_of_three(monkeypatch, 2)
     with pytest.raises(UsageError, match=r"--device cuda:2: CUDA error: invalid device ordinal$"):
         device_name(asked)
-    assert device_name("cpu") == "cpu" and device_name("cuda:1") == "cuda:1"
+    assert device_name("cpu") == "cpu"
+    with pytest.raises(UsageError, match="--device cuda:1 is one GPU for several processes"):
+        device_name("cuda:1")
+    # Machines of one GPU each.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert device_name("cuda:1") == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:7",
+            "another process of the job has failed",
+        ),
+        (
+            "NCCL error in: Group.cpp:9, invalid usage\nLast error:\nDuplicate GPU: rank 0 and 1",
+            "the processes of the job can't work together: Duplicate GPU: rank 0 and 1",
+        ),
+    ],
+)
+def test_processes_that_cannot_talk_say_why(
+    error: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_of_three(monkeypatch, 0)
+    assert cli._unforeseen(RuntimeError(error)) == (line, 1)
 
 
 @pytest.mark.slow

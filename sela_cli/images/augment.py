@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sela_cli.devices import sent
-from sela_cli.images.batches import SMALL
+from sela_cli.images.batches import SMALL, resized_side
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -102,12 +102,15 @@ def random_view(
 
     Every draw comes from `generator` (on the CPU), in the same order on every device.
     """
-    return drawn_view(batch, size, draw(len(batch), batch.shape[-1], augmentation, generator))
+    return drawn_view(batch, size, draw(len(batch), size, augmentation, generator))
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random about the views of n images; None: that operation is left out."""
+    """All that is random about the views of n images; None: that operation is left out.
+
+    Boxes are top, left, height and width, as shares of the image's side.
+    """
 
     boxes_n4: Tensor | None = None
     flip_n: Tensor | None = None
@@ -133,15 +136,17 @@ class Draws:
         return replace(self, **changed)
 
 
-# Draws the views of the next so many images, of so many pixels.
+# Draws the views of the next so many images, for networks of so many pixels.
 DrawOf = Callable[[int, int], Draws]
 
 
-def draw(count: int, side: int, augmentation: Augmentation, generator: torch.Generator) -> Draws:
-    """Draw `count` views of images of `side` pixels. A sigma of 0 is no blur."""
+def draw(count: int, size: int, augmentation: Augmentation, generator: torch.Generator) -> Draws:
+    """Draw `count` views for a network of `size` pixels. A sigma of 0 is no blur."""
     if augmentation == AUGMENTATIONS["none"]:
         return Draws()
-    boxes_n4 = _crop_boxes(count, side, augmentation.scale or (1.0, 1.0), generator)
+    # Resize(256) comes before RandomResizedCrop(224), of images that are kept smaller too.
+    side = resized_side(size)
+    boxes_n4 = _crop_boxes(count, side, augmentation.scale or (1.0, 1.0), generator) / side
     flip_n = _uniform(count, 0, 1, generator) < augmentation.flip
     draws = Draws(boxes_n4, flip_n)
     if augmentation.jitter:
@@ -224,7 +229,7 @@ def _uniform(count: int, low: float, high: float, generator: torch.Generator) ->
 def _crop_boxes(
     count: int, side: int, scale: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
-    """(n, 4): top, left, height, width; the first of ten draws that fits, else the whole."""
+    """(n, 4), whole pixels: the first of ten draws that fits, else all of the image."""
     area = torch.rand(count, _CROP_TRIES, generator=generator) * (scale[1] - scale[0]) + scale[0]
     log_ratio = math.log(4 / 3)
     ratio = ((torch.rand(count, _CROP_TRIES, generator=generator) * 2 - 1) * log_ratio).exp()
@@ -245,11 +250,10 @@ def _crop_boxes(
 
 def _cropped(view: Tensor, size: int, boxes_n4: Tensor, flip_n: Tensor) -> Tensor:
     """Crop, scale to R and flip in one resampling."""
-    side = view.shape[-1]
-    top, left, height, width = boxes_n4.to(view.device).T
+    top, left, height, width = 2 * boxes_n4.to(view.device).T
     steps = (torch.arange(size, device=view.device) + 0.5) / size
-    x = (left[:, None] + steps * width[:, None]) * (2 / side) - 1
-    y = (top[:, None] + steps * height[:, None]) * (2 / side) - 1
+    x = left[:, None] + steps * width[:, None] - 1
+    y = top[:, None] + steps * height[:, None] - 1
     x = torch.where(flip_n.to(view.device)[:, None], x.flip(1), x)
     grid = torch.stack(
         [x[:, None, :].expand(-1, size, -1), y[:, :, None].expand(-1, -1, size)], dim=-1

@@ -198,15 +198,16 @@ def square(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def stored_side(native: int, image_size: int) -> int:
-    """Side at which images wait for a network of `image_size`.
+    """Side at which images wait for a network of `image_size`: small ones are kept as they are
+    and scaled with the batch, which costs no memory."""
+    wanted = resized_side(image_size)
+    return min(native, wanted) if native <= SMALL < image_size else wanted
 
-    Large networks cut 7/8 of an image (224 of 256); small images are kept as they are and
-    scaled with the batch, which costs no memory.
-    """
-    if image_size <= SMALL:
-        return image_size
-    wanted = image_size * 8 // 7
-    return min(native, wanted) if native <= SMALL else wanted
+
+def resized_side(image_size: int) -> int:
+    """Side to which images are resized before a network of `image_size` has its part of them:
+    large ones cut 7/8 (224 of 256)."""
+    return image_size if image_size <= SMALL else image_size * 8 // 7
 
 
 def open_images(
