@@ -23,6 +23,7 @@ from sela_cli.images.augment import (
     draw,
     drawn_view,
     random_view,
+    ten_views,
 )
 
 MEAN_311 = torch.tensor(MEAN)[:, None, None]
@@ -60,6 +61,13 @@ def test_centre_view_scales_small_images_for_large_networks() -> None:
         functional.center_crop(batch, [28, 28]).float() / 255, [224, 224], antialias=True
     )
     torch.testing.assert_close(colours(centre_view(batch, 224)), expected, atol=1e-5, rtol=0)
+
+
+def test_ten_views_are_torchvisions() -> None:
+    batch = noise(2, 128)
+    crops = v2.TenCrop(112)(batch)
+    steps = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    torch.testing.assert_close(ten_views(batch, 112), torch.cat([steps(crop) for crop in crops]))
 
 
 def test_no_augmentation_is_the_centre_view() -> None:

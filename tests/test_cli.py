@@ -809,7 +809,8 @@ def stages(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
         call("embed --data photos --heads 2x3 -o @logits.h5", *words(TINY))
         call("label @logits.h5 -o @labels.h5")
         call("train --data photos -l @labels.h5 -o @first.h5 --epochs 1", *words(TINY))
-        call("retrain --data photos -l @labels.h5 -o @fresh.h5 --epochs 1", *words(TINY))
+        other = "--arch resnet18 --image-size 16 --batch-size 4 --rotation --device cpu"
+        call(f"retrain --data photos -l @labels.h5 -o @fresh.h5 --epochs 1 {other}")
         call("probe --data photos -c @first.h5 -o @probe.h5 --method knn --k 1 --device cpu")
         call("metrics @labels.h5 --truth photos")
         call("info @first.h5")
@@ -836,6 +837,8 @@ def test_json_tells_what_was_done(stages: dict[str, dict[str, Any]]) -> None:
     assert [head["clusters"] for head in stages["label"]["heads"]] == [2, 2, 2]
     assert [head["smallest"] for head in stages["label"]["heads"]] == [2, 2, 2]
     assert (stages["train"]["from_step"], stages["train"]["to_step"]) == (0, 1)
+    # Labels of another architecture's.
+    assert stages["retrain"]["to_step"] == 1
     assert stages["info"]["kind"] == "checkpoint"
     assert [entry["role"] for entry in stages["info"]["inputs"]] == ["labels"]
     assert len(stages["schedule"]["positions"]) == 79

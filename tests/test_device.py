@@ -435,18 +435,3 @@ def test_what_only_a_gpu_does_agrees_with_the_processor() -> None:
     loss_KK = np.full((9, 9), np.inf)
     assignment._least_losses(rows, labels_N, loss_KK)
     np.testing.assert_array_equal(assignment._least_losses_on_device(rows, labels_N), loss_KK)
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs_without_a_gpu() -> None:
-    done = subprocess.run(
-        [
-            sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device", "cpu",
-            "--rows", "40", "--clusters", "8", "--repeats", "1",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert "| torch | float32 |" in done.stdout and "| 40 x 8 |" in done.stdout

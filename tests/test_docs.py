@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sela_cli import cli, errors, job, networks
+from sela_cli import cli, errors, formats, job, networks
 from sela_cli.images.augment import AUGMENTATIONS
 from sela_cli.images.sources import open_source
 
@@ -133,7 +133,29 @@ def test_the_cifar_example_is_understood(on: str, world: Path, tmp_path: Path) -
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "resnet18" in done.stdout and not (tmp_path / "run").exists()
+    arch = "resnet18" if on == "gpu" else "alexnet"
+    assert f" {arch} at 32 pixels" in done.stdout and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_cifar_example_probes_in_the_end(world: Path, tmp_path: Path) -> None:
+    """In little: what is given to the script goes to `sela run`, over its recipe."""
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for name in "ab":
+        shutil.copytree(world / "photos", tmp_path / "data" / name)
+    data = dict.fromkeys(("DATA", "TEST"), str(tmp_path / "data"))
+    given = "--arch alexnet-small --heads 2 --epochs 1 --opts 1 --lr 0.001 --device cpu"
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "cifar10.sh"), *given.split()],
+        env={**os.environ, "PATH": tools, **data, "OUT": str(tmp_path / "run")},
+        cwd=world,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = formats.read_probe(str(tmp_path / "run" / "test.h5"))
+    assert {row["layer"] for row in rows} == {"features", "conv5"}
 
 
 @pytest.fixture

@@ -153,6 +153,25 @@ def test_classification_precision_is_the_definition() -> None:
         assert row["ap"] == pytest.approx(precision[hits == 1].mean())
 
 
+def test_eleven_points_of_classification_are_those_of_torchmetrics() -> None:
+    """An image is one box, which is found for every class with that class's score."""
+    pytest.importorskip("torchmetrics")
+    rng = np.random.default_rng(1)
+    shown_NC = rng.integers(0, 2, (50, 20))
+    scores_NC = (shown_NC + rng.normal(size=(50, 20))).astype(np.float32)
+    box = np.array([[0, 0, 8, 8]], np.float32)
+    found, objects = [], []
+    for shown_C, scores_C in zip(shown_NC, scores_NC, strict=True):
+        boxes, labels = torch.from_numpy(np.repeat(box, 20, 0)), torch.arange(1, 21)
+        found.append({"boxes": boxes, "labels": labels, "scores": torch.from_numpy(scores_C)})
+        there = np.flatnonzero(shown_C)
+        objects.append(Objects(np.repeat(box, len(there), 0), there, np.zeros(len(there), bool)))
+    theirs = detection_precision(found, objects)
+    for row, other in zip(classification_precision(scores_NC, shown_NC), theirs, strict=True):
+        assert row["positives"] == other["positives"]
+        assert row["ap11"] == pytest.approx(other["ap11"], abs=1e-6)
+
+
 def test_a_class_that_is_never_shown_has_no_precision() -> None:
     rows = classification_precision(np.zeros((4, 20)), np.zeros((4, 20), int))
     assert all(np.isnan(row["ap"]) and row["positives"] == 0 for row in rows)

@@ -107,6 +107,8 @@ def test_alexnet_is_the_papers() -> None:
     trunk += 256 * 6 * 6 * 4096 + 4096 + 4096 * 4096 + 4096
     assert parameters(network.trunk) == trunk
     assert parameters(network) == trunk + 4096 * 3000 + 3000
+    drops = [module.p for module in network.modules() if isinstance(module, nn.Dropout)]
+    assert drops == [0.5, 0.5]
 
 
 def test_alexnet_drops_out_in_training_only() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from pathlib import Path
 
 import h5py
@@ -57,6 +58,19 @@ def test_a_packed_folder_is_the_folder(side: int | None, folder: str, tmp_path: 
     assert torch.equal(all_of(one), all_of(two))
     assert envelope.read_header(path).dataset_id == one.dataset_id
     assert plan(two)["megabytes"] == pytest.approx(COUNT * 3 * two.side**2 / 1e6)
+
+
+def test_a_packed_tar_is_the_folder_in_it(folder: str, tmp_path: Path) -> None:
+    one, _ = open_images(folder, 16)
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for key in reversed(list(one.keys)):
+            tar.add(f"{folder}/{key}", arcname=key)
+    two, _ = open_images(packed(str(tmp_path / "photos.tar"), tmp_path / "a.h5", 16), 16)
+    assert two.truth_N is not None and one.truth_N is not None
+    places = [list(two.keys).index(key) for key in one.keys]
+    assert sorted(places) == list(range(COUNT)) and two.classes == one.classes
+    assert torch.equal(all_of(two)[places], all_of(one))
+    assert two.truth_N[places].tolist() == one.truth_N.tolist()
 
 
 def test_a_packed_file_of_any_name_is_opened(folder: str, tmp_path: Path) -> None:

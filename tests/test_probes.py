@@ -15,7 +15,7 @@ import pytest
 import torch
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.profiler import profile
 
 from sela_cli import envelope, formats, interrupt, parallel, passes, probes, unfinished
@@ -398,6 +398,19 @@ def test_linear_probes_have_their_next_batches_decoded_meanwhile(
     assert seen == [3, 4, 5, 5, 5]
 
 
+def test_rates_fall_tenfold_at_the_milestones(network: Network) -> None:
+    rates: list[list[float]] = []
+    recipe = LinearRecipe(epochs=4, lrs=(0.1, 0.03), milestones=(0.5, 0.75), batch_size=8)
+    with LinearProbe(network, ["conv1"], 3, recipe, "cpu", "float32") as probe:
+
+        def note(*_: Any) -> None:
+            rates.append([group["lr"] for group in probe.optimizer.param_groups])
+
+        probe.fit(coloured(8, 1), note, Unfinished("-", "probe", {}))
+    falls = np.array([1, 1, 0.1, 0.01])[:, None]
+    np.testing.assert_allclose(rates, falls * [0.1, 0.03])
+
+
 def test_papers_pooling_leaves_about_9600_inputs() -> None:
     with torch.device("meta"):
         network = build("alexnet", 224, [2], seed=0)
@@ -415,6 +428,9 @@ def test_papers_pooling_leaves_about_9600_inputs() -> None:
         "conv5": 256 * 6**2,
     }
     assert all(9200 <= width <= 9600 for width in widths.values())
+    pools = [module for module in probe.inputs.modules() if isinstance(module, nn.MaxPool2d)]
+    windows = [(pool.kernel_size, pool.stride, pool.padding) for pool in pools]
+    assert windows == [(6, 6, 3), (4, 4, 0), (3, 3, 1), (3, 3, 1), (2, 2, 0)]
 
 
 @pytest.mark.parametrize("arch", ["alexnet-small", "resnet18", "resnet50", "resnet50-v2"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision import datasets
 from typer.testing import CliRunner
 
 from sela_cli import envelope, formats, probes
@@ -66,6 +69,82 @@ def test_plan_of_the_large_scale_protocols(protocol: str, world: Path) -> None:
     plan = probe(world, "resnet", "-o", world / "no.h5", "--protocol", protocol, "--dry-run")
     assert plan["layers"] == ["features"] and plan["linear"]["epochs"] == 146
     assert not (world / "no.h5").exists()
+
+
+CONSTANTS: dict[str, dict[str, Any]] = {
+    "alexnet": {
+        "epochs": 36, "lrs": [0.01], "batch_size": 192, "weight_decay": 1e-5, "crops": 10,
+        "aug": "imagenet-crop-flip",
+    },
+    "resnet": {
+        "epochs": 146, "lrs": [0.1], "batch_size": 1024, "weight_decay": 0.0, "crops": 1,
+        "aug": "imagenet-crop-flip",
+    },
+}  # fmt: skip
+MILESTONES = {"alexnet": [10, 20, 30], "resnet": [85, 128]}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_of_linear_probes_are_the_papers(name: str, world: Path) -> None:
+    line = (world, name, "-o", world / "no.h5", "--protocol", "imagenet-linear", "--dry-run")
+    linear = probe(*line)["linear"]
+    assert {option: linear[option] for option in CONSTANTS[name]} == CONSTANTS[name]
+    assert [linear["epochs"] * part for part in linear["milestones"]] == pytest.approx(
+        MILESTONES[name]
+    )
+
+
+def imagenet(root: Path, image: bytes, classes: int) -> str:
+    """As torchvision finds it: a folder for each class, and what they are called."""
+    names = [f"n{number:08}" for number in range(classes)]
+    torch.save(({name: (name,) for name in names}, []), root / "meta.bin")
+    for split in ("train", "val"):
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "0.JPEG").write_bytes(image)
+    return f"imagenet:{root}"
+
+
+def places365(root: Path, image: bytes, classes: int) -> str:
+    """As torchvision finds it, but for the checksums of the lists."""
+    names = [f"/p/place{number}" for number in range(classes)]
+    lines = [f"{name}/0.jpg {number}" for number, name in enumerate(names)]
+    (root / "categories_places365.txt").write_text(
+        "\n".join(f"{name} {number}" for number, name in enumerate(names))
+    )
+    (root / "places365_train_standard.txt").write_text("\n".join(lines))
+    (root / "places365_val.txt").write_text(
+        "\n".join(f"{number}.jpg {number}" for number in range(classes))
+    )
+    (root / "val_256").mkdir()
+    for number, name in enumerate(names):
+        (root / f"data_256_standard{name}").mkdir(parents=True)
+        (root / f"data_256_standard{name}/0.jpg").write_bytes(image)
+        (root / f"val_256/{number}.jpg").write_bytes(image)
+    return f"places365:{root}"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "write", "classes"),
+    [("imagenet-linear", imagenet, 1000), ("places-linear", places365, 365)],
+)
+def test_plan_of_whole_collections(
+    protocol: str,
+    write: Callable[[Path, bytes, int], str],
+    classes: int,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        datasets.places365, "check_integrity", lambda file, md5: Path(file).exists()
+    )
+    spec = write(tmp_path, (world / "train/class0/0.png").read_bytes(), classes)
+    options = ("--protocol", protocol, "--dry-run", "-o", tmp_path / "no.h5")
+    line = ("probe", "--data", spec, "--test", f"{spec}@val", "-c", world / "alexnet.h5")
+    plan = sela(*line, *options)
+    assert (plan["train"], plan["test"], plan["classes"]) == (classes, classes, classes)
+    assert plan["linear"]["epochs"] == 36 and len(plan["layers"]) == 5
 
 
 def test_options_override_a_protocol(world: Path) -> None:

@@ -185,6 +185,19 @@ def test_reference_alexnet_comes_in_with_its_biases(tmp_path: Path) -> None:
     torch.testing.assert_close(network.trunk(views(4, 32)), theirs(views(4, 32)))
 
 
+@pytest.mark.parametrize("depth", [18, 50])
+@torch.no_grad()
+def test_reference_resnets_come_in(depth: int, tmp_path: Path) -> None:
+    """Its layers are torchvision's, by number in one Sequential."""
+    theirs = nn.Sequential(*[*getattr(models, f"resnet{depth}")(weights=None).children()][:-1])
+    lived_in(theirs)
+    state = {f"features.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "resnet.pth")
+    network = imported(tmp_path / "resnet.pth", build(f"resnet{depth}", 224, [3], seed=0))
+    expected = theirs(views(2, 64)).flatten(1)
+    torch.testing.assert_close(network.trunk(views(2, 64)), expected)
+
+
 def test_what_was_exported_comes_back(tmp_path: Path) -> None:
     network = build("resnet18", 32, [2], seed=0)
     lived_in(network)

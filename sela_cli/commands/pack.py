@@ -42,10 +42,10 @@ def pack(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Decode and resize a collection once, into one HDF5 file that reads at memory speed.
+    """Decode and resize a collection once, into one HDF5 file of images.
 
-    --data takes the file wherever it takes the collection: images keep their keys, their
-    order and their classes.
+    Its rows are read as they lie there. --data takes the file wherever it takes the
+    collection: images keep their keys, their order and their classes.
     """
     from sela_cli import envelope, outputs
     from sela_cli.images.batches import open_images
