@@ -1,7 +1,7 @@
 """What the method learns, in small: runs, ablations and probes, to docs/results-*.md.
 
     python benchmarks/results.py run cifar10 --train CIFAR/train --test CIFAR/test --out runs/r
-    python benchmarks/results.py run cifar10 ... --arch alexnet     # the paper's network
+    python benchmarks/results.py run cifar10 ... --arch alexnet     # the paper's architecture
     python benchmarks/results.py run whole --train CIFAR/train --test CIFAR/test --out runs/r \
         --epochs 310 --opts 37          # all 50,000 images: on a GPU; 0 and 0: as it begins
     python benchmarks/results.py run whole ... --epochs 310 --retrain 100  # on its last labels
@@ -45,7 +45,8 @@ SEEDS = (0, 1, 2)
 # Group of runs, variant and seed of an experiment's folder.
 _NAME = re.compile(r"cifar10-((?:alexnet-)?\d+)-(.+)-(\d+)")
 LIMIT = 10_000
-# examples/cifar10.sh, and beside it variants and controls of as many steps.
+# With --arch alexnet that of examples/cifar10.sh, and beside it variants and controls of as many
+# steps.
 NETWORK = "--image-size 32 --precision bfloat16 --lr-schedule cosine"
 NETWORK += " --weight-decay 0.0005 --aug paper"
 # What is probed of each: the paper's linear conv5, and of ResNet-18 what corresponds to it.

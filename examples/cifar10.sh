@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# CIFAR-10 in half an hour of two CPU cores: 10,000 images, an AlexNet at 32 pixels; or with ON=gpu
+# CIFAR-10 in half an hour on two CPU cores: 10,000 images, an AlexNet at 32 pixels; or with ON=gpu
 # all 50,000 images and a ResNet-18, in minutes.
 #
 #   DATA=cifar10:ROOT TEST=cifar10:ROOT@test bash examples/cifar10.sh
 #   ON=gpu DATA=cifar10:ROOT TEST=cifar10:ROOT@test bash examples/cifar10.sh
 #
-# Writes to OUT (runs/cifar10). DATA and TEST may be folders of images with a subfolder for each
-# class, or packed files; without TEST nothing is probed in the end. More options go to `sela run`.
+# Writes to OUT (runs/cifar10); given again, it goes on. DATA and TEST may be folders of images with
+# a subfolder for each class, or packed files; without TEST there is no accuracy on test images.
+# More options go to `sela run`.
 set -euo pipefail
 
 DATA=${DATA:-cifar10:data}
@@ -23,11 +24,15 @@ else
     PROBED=(--layers conv5 --limit 10000)
 fi
 
-sela run --data "$DATA" "${SHARED[@]}" "${RECIPE[@]}" --out "$OUT" "$@"
+# A finished run is not gone on with.
+if [ ! -e "$OUT/rounds.csv" ] || [ $# -gt 0 ]; then
+    sela run --data "$DATA" "${SHARED[@]}" "${RECIPE[@]}" --out "$OUT" "$@"
+fi
 
-if [ -n "${TEST:-}" ]; then
+# After a dry run there is nothing to probe.
+if [ -n "${TEST:-}" ] && [ -e "$OUT/rounds.csv" ]; then
     # kNN and a linear classifier, whose rate a tenth of the training images chooses.
     sela probe --data "$DATA" --test "$TEST" -c "$OUT/checkpoint.h5" "${PROBED[@]}" \
         --method both --epochs 10 --lr 0.01,0.03,0.1 --aug crop-flip --precision bfloat16 \
-        -o "$OUT/test.h5"
+        -o "$OUT/test.h5" --force
 fi

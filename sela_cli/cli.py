@@ -148,7 +148,9 @@ def _unforeseen(error: Exception) -> tuple[str, int]:
     if job.launched() and isinstance(error, RuntimeError) and _OF_A_JOB.search(str(error)):
         if _PEER_GONE.search(str(error)):
             return "another process of the job has failed", 1
-        return f"the processes of the job can't work together: {str(error).splitlines()[-1]}", 1
+        # Its last line may be empty, after a colon.
+        lines = [line for line in str(error).splitlines() if not line.rstrip().endswith(":")]
+        return f"the processes of the job can't work together: {' '.join(lines[-1:])}", 1
     # torch's on the CPU, which is a RuntimeError.
     _, allocator, told = str(error).rpartition("DefaultCPUAllocator: ")
     if allocator or isinstance(error, MemoryError):

@@ -25,8 +25,9 @@ from sela_cli.tiles import evenly, map_spans
 # which only a tenth of its share of them prefer is met three times.
 _ROWS, _ROWS_OF_CLUSTER = 50_000, 32
 
-# Shares: how far below ln K the loss must be, how varied predictions are at least, how many
-# clusters may lack an image that prefers them, how many labels may change late in a run.
+# Shares: how far below ln K the loss, or an entropy, must be, how varied predictions are at
+# least, how many clusters may lack an image that prefers them, how many labels may change late
+# in a run.
 _LEARNED, _SPREAD, _UNWANTED, _CHURN = 0.02, 0.5, 0.5, 0.9
 # Of the training: before it, a slow start is no problem.
 _START = 0.1
@@ -37,18 +38,21 @@ def predictions(spec: str, device: str = "cpu") -> dict[str, float]:
 
     `entropy`: mean of H(p(y|x)) / ln K, 1 where nothing is told apart, mean over the heads.
     `spread`: H(mean p) / ln K, near 0 where all images get one cluster of several; `unwanted`:
-    share of the clusters that no image prefers; both of the head that is worst. Of
-    max(50,000, 32 K) images, evenly spread, where there are more: a cluster that very few
-    prefer may then count as unwanted. Raises StoppedEarly after a signal.
+    share of the clusters that no image prefers; both of the head that is worst, of those that
+    tell anything apart, if one does. Of max(50,000, 32 K) images, evenly spread, where there
+    are more: a cluster that very few prefer may then count as unwanted. Raises StoppedEarly
+    after a signal.
     """
     with open_scores(spec) as scores:
         rows = ScoreRows(scores.side_by_side(), spec, device=torch.device(device))
         heads = _of_heads(rows, [matrix.shape[1] for matrix in scores.heads])
-    # Among ten heads the mean would hide one that has collapsed.
+    # Among ten heads the mean would hide one that has collapsed. What those prefer that still
+    # have random labels says nothing.
+    knowing = [head for head in heads if head["entropy"] <= 1 - _LEARNED] or heads
     return {
         "entropy": float(np.mean([head["entropy"] for head in heads])),
-        "spread": min(head["spread"] for head in heads),
-        "unwanted": max(head["unwanted"] for head in heads),
+        "spread": min(head["spread"] for head in knowing),
+        "unwanted": max(head["unwanted"] for head in knowing),
     }
 
 

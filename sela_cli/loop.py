@@ -49,7 +49,7 @@ from sela_cli.progress import Progress
 from sela_cli.run_folder import claim, held, is_own, own_files, precision_of, write_json
 from sela_cli.run_settings import RunSettings, check_heads
 from sela_cli.spread import spread
-from sela_cli.training import label_view, network_of, train_stage
+from sela_cli.training import PRECISIONS, label_view, network_of, train_stage
 
 HOLDOUT = 0.2
 # Images that the kNN accuracy of a run is taken of, at most.
@@ -126,7 +126,9 @@ def _measured(
     recipe = settings.recipe
     if recipe.precision != "auto":
         return settings
-    chosen = begun_in
+    # Others may not see the file of the first process yet.
+    mine = begun_in if parallel.rank() == 0 else None
+    chosen = next((name for name in PRECISIONS if parallel.any_of(mine == name)), None)
     if chosen is None:
         network = settings.network()
         chosen = faster(network, recipe.views(len(images)), device, training=True)
@@ -181,11 +183,11 @@ class _Run:
             self._go_on(last, "checkpoint.h5", None)
             losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
             self._record_training(losses, last)
-            # Those of random labels are not learned so soon, nor meant to be.
-            if positions:
-                self._tell(
-                    collapse.nothing_learned(*self._loss(self.settings.recipe.epochs, losses))
-                )
+            labels = formats.read_labels(self.path(f"labels-{last:03d}.h5"))
+            # Random ones are not learned so soon, nor meant to be.
+            if all(head.attributes["assign"] != "random" for head in labels.heads):
+                end = self._loss(self.settings.recipe.epochs, losses)
+                self._tell(collapse.nothing_learned(*end))
         job.once(partial(self._copy_labels, last))
         if self.has_knn:
             self._knn("probe.h5", "checkpoint.h5")

@@ -186,9 +186,8 @@ def plan(
 ) -> dict[str, Any]:
     """What a dry run shows. Raises BadData where classes are not known."""
     _check_classes(train, test)
-    assert train.truth_N is not None
     shown = {"train": len(train), "test": len(test), "arch": network.arch}
-    shown["classes"] = int(train.truth_N.max()) + 1
+    shown["classes"] = _classes(train, with_classes_of(train, test))
     return shown | settings(network, method, layers, linear, knn)
 
 

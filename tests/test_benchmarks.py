@@ -1,4 +1,4 @@
-"""The scripts in benchmarks/ run, in little; what they measure is not looked at."""
+"""Some of the scripts in benchmarks/ run, in little; what they measure is not looked at."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def script(name: str, *arguments: object) -> str:
     return done.stdout
 
 
-def test_labels_on_a_gpu() -> None:
+def test_the_one_of_gpus_runs_without() -> None:
     options = "--device cpu --rows 40 --clusters 8 --repeats 1"
     printed = script("gpu.py", *options.split())
     assert "| torch | float32 |" in printed and "| 40 x 8 |" in printed

@@ -45,6 +45,15 @@ def test_predictions_are_those_of_the_heads(write_logits: WriteLogits) -> None:
     assert collapse.predictions(write_logits(*heads)) == pytest.approx(expected)
 
 
+def test_a_head_that_knows_nothing_yet_is_left_alone(write_logits: WriteLogits) -> None:
+    """As in a cycle, where most have random labels at first; all such are what there is."""
+    rng = np.random.default_rng(0)
+    flat = [np.eye(5)[np.zeros(80, int)] * 0.01 for _ in range(2)]
+    got = collapse.predictions(write_logits(*flat, rng.normal(size=(80, 5)) * 3))
+    assert got["unwanted"] == 0 and got["entropy"] > 0.7
+    assert collapse.predictions(write_logits(*flat, name="flat.h5"))["unwanted"] == 0.8
+
+
 def test_one_collapsed_head_of_ten_is_told(write_logits: WriteLogits) -> None:
     rng = np.random.default_rng(0)
     heads = [rng.normal(size=(80, 5)) for _ in range(9)]

@@ -154,6 +154,15 @@ def test_the_cifar_example_probes_in_the_end(world: Path, tmp_path: Path) -> Non
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    # Nothing is trained again.
+    trained = (tmp_path / "run" / "checkpoint.h5").stat().st_mtime_ns
+    again = subprocess.run(
+        ["bash", str(ROOT / "examples" / "cifar10.sh")],
+        env={**os.environ, "PATH": tools, **data, "OUT": str(tmp_path / "run")},
+        check=False,
+    )
+    assert again.returncode == 0
+    assert (tmp_path / "run" / "checkpoint.h5").stat().st_mtime_ns == trained
     rows = formats.read_probe(str(tmp_path / "run" / "test.h5"))
     assert {row["layer"] for row in rows} == {"features", "conv5"}
 

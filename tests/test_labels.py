@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from threading import current_thread
+from threading import Barrier, current_thread
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -566,6 +567,46 @@ def test_no_more_workers_than_asked_for() -> None:
     finally:
         torch.set_num_threads(before)
     assert 1 <= len(names) <= 3
+
+
+def test_a_gpu_is_read_for_by_several_threads() -> None:
+    """Whatever torch has: torchrun gives it one."""
+    before, all_there = torch.get_num_threads(), Barrier(4)
+
+    def work(item: int) -> str:
+        all_there.wait(timeout=60)
+        return current_thread().name
+
+    try:
+        torch.set_num_threads(1)
+        names = set(tiles.in_order(work, range(4), torch.device("cuda")))
+    finally:
+        torch.set_num_threads(before)
+    assert len(names) == 4
+
+
+def test_features_on_a_gpu_take_nothing_of_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[torch.device] = []
+    features = SimpleNamespace(shape=(100, 8), size=4, keep=kept.append)
+    given: Any = SimpleNamespace(features=features, heads=[None, None])
+    monkeypatch.setattr(Budget, "spare", lambda budget, device: 1 << 30)
+    budget = Budget(100, 5, 1 << 32, newton=True)
+    assert budget.keep_features(given, torch.device("cuda")) == 0
+    assert budget.keep_features(given, tiles.CPU) > 100 * 8 * 4
+    assert kept == [torch.device("cuda"), tiles.CPU]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_some_of_what_a_device_keeps_are_no_copy(dtype: torch.dtype) -> None:
+    whole = tiles.Resident(torch.randn(9, 4).to(dtype))
+    some, part = whole.rows(slice(2, 7)), tiles.Part(whole, 2, 7)
+    assert some.shape == part.shape == (5, 4)
+    assert torch.equal(some.tile(1, 4), part.tile(1, 4))
+    rows_n = np.array([0, 3])
+    assert torch.equal(some.take(rows_n), part.take(rows_n))
+    assert some.stored_NK.data_ptr() == whole.stored_NK[2:].data_ptr()
 
 
 def run_label(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

@@ -44,8 +44,8 @@ def pack(
 ) -> None:
     """Decode and resize a collection once, into one HDF5 file of images.
 
-    Its rows are read as they lie there. --data takes the file wherever it takes the
-    collection: images keep their keys, their order and their classes.
+    At the size that a network reads, its rows are read as they lie there. --data takes the
+    file wherever it takes the collection: images keep their keys, their order and their classes.
     """
     from sela_cli import envelope, outputs
     from sela_cli.images.batches import open_images
