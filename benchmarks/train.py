@@ -50,7 +50,8 @@ from sela_cli.logits import forward
 from sela_cli.machine import processor
 from sela_cli.networks import Network, build
 from sela_cli.precision import autocast, faster
-from sela_cli.training import Objective, Recipe, Trainer
+from sela_cli.recipe import Recipe
+from sela_cli.training import Objective, Trainer
 
 HEADS = [128] * 10
 # Architecture@side of its input:images a batch. At 32 pixels 128 as in the paper, for the

@@ -26,7 +26,8 @@ from sela_cli.labels import LabelSettings, label_stage
 from sela_cli.logits import embed_stage
 from sela_cli.machine import processor
 from sela_cli.networks import Network
-from sela_cli.training import Recipe, label_view, network_of
+from sela_cli.recipe import Recipe
+from sela_cli.training import label_view, network_of
 
 VIEWS = (1, 2, 4, 8)
 # Views are drawn anew for every step.

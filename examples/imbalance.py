@@ -30,8 +30,9 @@ from sela_cli.kmeans import kmeans_labels
 from sela_cli.labels import LabelSettings, label_stage
 from sela_cli.logits import embed_stage
 from sela_cli.networks import build, parse_heads
+from sela_cli.recipe import Recipe
 from sela_cli.scores import open_scores
-from sela_cli.training import Recipe, label_view, network_of, train_stage
+from sela_cli.training import label_view, network_of, train_stage
 
 IMBALANCES = ("none", "light", "heavy")
 METHODS = ("balanced", "kmeans")

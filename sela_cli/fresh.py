@@ -5,8 +5,6 @@ N images, n of a batch, D features, K clusters.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import nn
@@ -19,13 +17,10 @@ from sela_cli.images.batches import Images
 from sela_cli.networks import Network
 from sela_cli.passes import in_order
 from sela_cli.progress import Progress, silent
+from sela_cli.recipe import Recipe
 from sela_cli.seeds import generator_of
 from sela_cli.spread import spread
 
-if TYPE_CHECKING:
-    from sela_cli.training import Recipe
-
-HEAD_INITS = ("random", "kmeans")
 # Batches that BatchNorm statistics are taken from.
 _SETTLING = 8
 # Images whose features heads are fitted to: for each cluster, and at least; and of a batch.

@@ -46,10 +46,11 @@ from sela_cli.logits import embed_stage
 from sela_cli.networks import Network
 from sela_cli.precision import faster
 from sela_cli.progress import Progress
+from sela_cli.recipe import PRECISIONS
 from sela_cli.run_folder import claim, held, is_own, own_files, precision_of, write_json
 from sela_cli.run_settings import RunSettings, check_heads
 from sela_cli.spread import spread
-from sela_cli.training import PRECISIONS, label_view, network_of, train_stage
+from sela_cli.training import label_view, network_of, train_stage
 
 HOLDOUT = 0.2
 # Images that the kNN accuracy of a run is taken of, at most.

@@ -12,7 +12,8 @@ from sela_cli.images.batches import Images
 from sela_cli.labels import LabelSettings, check_memory
 from sela_cli.logits import plan as embed_plan
 from sela_cli.networks import Network, build, check_arch, parse_heads
-from sela_cli.training import Recipe, check_rates, check_views
+from sela_cli.recipe import Recipe, check_rates
+from sela_cli.training import check_views
 
 # Fields of RunSettings that are settings in themselves, or are said in words in a plan.
 _PARTS = ("recipe", "labels", "heads", "arch", "image_size", "start")

@@ -19,8 +19,9 @@ from sela_cli.images.augment import DrawOf, centre_view, drawn_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.logits import embed_stage, plan
 from sela_cli.networks import Network, build
+from sela_cli.recipe import Recipe
 from sela_cli.run_settings import settings_of
-from sela_cli.training import Recipe, Trainer, label_view
+from sela_cli.training import Trainer, label_view
 
 HEADS = [7, 5]
 

@@ -16,7 +16,8 @@ from sela_cli.devices import sent
 from sela_cli.images.batches import Images, open_images
 from sela_cli.logits import forward
 from sela_cli.networks import build
-from sela_cli.training import Recipe, Trainer
+from sela_cli.recipe import Recipe
+from sela_cli.training import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -35,9 +35,10 @@ from sela_cli.logits import embed_stage, forward
 from sela_cli.networks import Network, build
 from sela_cli.options import device_name
 from sela_cli.probes import LinearProbe, LinearRecipe
+from sela_cli.recipe import Recipe
 from sela_cli.run_settings import settings_of
 from sela_cli.scores import open_scores
-from sela_cli.training import Recipe, Trainer
+from sela_cli.training import Trainer
 from sela_cli.unfinished import Unfinished
 
 PROCESSES = 2

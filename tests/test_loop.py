@@ -26,12 +26,13 @@ from sela_cli import collapse, envelope, formats, interrupt, loop, metrics, netw
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint
-from sela_cli.fresh import HEAD_INITS, settle
+from sela_cli.fresh import settle
 from sela_cli.images.batches import Images, open_images
 from sela_cli.loop import Watcher
 from sela_cli.probes import KnnRecipe
+from sela_cli.recipe import HEAD_INITS, Recipe
 from sela_cli.run_settings import RunSettings, check_heads, settings_of
-from sela_cli.training import Recipe, Trainer
+from sela_cli.training import Trainer
 
 OPTIONS: dict[str, Any] = {
     "arch": "alexnet-small", "heads": "5,8", "epochs": 3.0, "opts": 4, "batch_size": 16,

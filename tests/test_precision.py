@@ -35,8 +35,9 @@ from sela_cli.images.batches import Images, open_images
 from sela_cli.labels import LabelSettings, label_stage
 from sela_cli.logits import embed_stage
 from sela_cli.networks import build
+from sela_cli.recipe import Recipe
 from sela_cli.run_settings import settings_of
-from sela_cli.training import Recipe, Trainer
+from sela_cli.training import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,8 @@ from sela_cli.images.augment import AUGMENTATIONS, Augmentation
 from sela_cli.images.batches import open_images
 from sela_cli.labels import LabelSettings
 from sela_cli.presets import PRESETS, retraining
+from sela_cli.recipe import Recipe
 from sela_cli.run_settings import settings_of
-from sela_cli.training import Recipe
 
 IMAGENET: dict[str, Any] = {
     "image_size": 224, "lamb": 25, "epochs": 400, "opts": 100, "relabel": "quadratic",

@@ -21,16 +21,16 @@ from sela_cli.commands.run import run
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, CannotCreate, SelaError, StoppedEarly, UsageError
 from sela_cli.formats import Checkpoint, HeadLabels, Labels
-from sela_cli.fresh import HEAD_INITS, fit_heads, make_ready, settle
+from sela_cli.fresh import fit_heads, make_ready, settle
 from sela_cli.images.augment import AUGMENTATIONS, drawn_view, random_view
 from sela_cli.images.batches import Images, open_images
 from sela_cli.logits import forward
 from sela_cli.networks import Network, build, parse_heads
 from sela_cli.options import PresetChoice
 from sela_cli.presets import PRESETS, preset
+from sela_cli.recipe import HEAD_INITS, Recipe
 from sela_cli.schedule import learning_rate, relabel_positions, step_at
 from sela_cli.training import (
-    Recipe,
     Trainer,
     Training,
     label_view,

@@ -73,8 +73,9 @@ def embed(
     from sela_cli.logits import began_in, embed_stage, plan
     from sela_cli.networks import build, check_arch, parse_heads
     from sela_cli.precision import decided
+    from sela_cli.recipe import Recipe
     from sela_cli.terminal import Terminal
-    from sela_cli.training import Recipe, check_views, label_view, network_of
+    from sela_cli.training import check_views, label_view, network_of
 
     if (checkpoint is None) == (arch is None):
         raise UsageError("give either --checkpoint, or --arch and --heads")
