@@ -5,6 +5,7 @@ N images, K clusters, T heads, D features.
 
 from __future__ import annotations
 
+import csv
 import os
 import shlex
 import shutil
@@ -15,11 +16,13 @@ import numpy as np
 from sela_cli import outputs
 from sela_cli.errors import BadData, CannotCreate, UsageError
 from sela_cli.formats import Labels
-from sela_cli.labels import write_csv
+from sela_cli.keys import RowNumbers
 from sela_cli.scores import open_scores
 
 LABEL_SUFFIXES = (".csv", ".parquet", ".npy")
 _TILE_ROWS = 4096
+# Lines of CSV that are made at a time.
+_LINES = 1 << 16
 # Bytes of a name: file systems take 255, a row's number included.
 _LONGEST = 200
 
@@ -42,6 +45,26 @@ def write_labels_as(labels: Labels, output: str, force: bool = False) -> None:
         columns = np.stack([head.labels_N for head in labels.heads], axis=1).astype(np.int32)
         with outputs.replacing(output, force) as partial, partial.open("wb") as stream:
             np.save(stream, columns[:, 0] if len(labels.heads) == 1 else columns)
+
+
+def write_csv(path: str, labels: Labels, force: bool = False) -> None:
+    """One line an image: its key, then the label of each head. Written whole or not at all."""
+    with (
+        outputs.replacing(path, force) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
+    ):
+        # Lines end as awk and cut read them; a name with a line's end in it is quoted then too.
+        odd = not isinstance(labels.keys, RowNumbers) and any("\r" in key for key in labels.keys)
+        writer = csv.writer(
+            stream,
+            lineterminator="\n",
+            quoting=csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL,
+        )
+        writer.writerow(["key", *labels.columns])
+        for start in range(0, len(labels.keys), _LINES):
+            some = slice(start, start + _LINES)
+            columns = [head.labels_N[some].tolist() for head in labels.heads]
+            writer.writerows(zip(labels.keys[some], *columns, strict=True))
 
 
 def _write_parquet(output: str, labels: Labels, force: bool) -> None:

@@ -5,7 +5,6 @@ N rows (images), K clusters, n rows of one tile, T heads.
 
 from __future__ import annotations
 
-import csv
 import math
 import shlex
 from collections.abc import Callable
@@ -33,8 +32,8 @@ from sela_cli.assignment import Bounds
 from sela_cli.budget import Budget
 from sela_cli.envelope import Provenance
 from sela_cli.errors import BadData, StoppedEarly, UsageError
+from sela_cli.export_tables import write_csv
 from sela_cli.formats import HeadLabels, Labels
-from sela_cli.keys import RowNumbers
 from sela_cli.marginals import Given, Marginal
 from sela_cli.progress import Progress, silent
 from sela_cli.score_rows import INPUT_KINDS, ScoreRows
@@ -62,8 +61,6 @@ _LARGEST_LAMB = 1e8
 _SLACK = 1e-4
 # Rows that this mean is taken over.
 _SOME = 4096
-# Lines of a table that are made at a time.
-_LINES = 1 << 16
 # Rows that tell probabilities from logits, and how far from 1 the sum of one may be.
 _LOOKED_AT, _OFF_ONE = 100, 1e-2
 # Reads after which a residual that has not fallen is one that won't.
@@ -582,23 +579,3 @@ def _fixed_head(
         potentials_K=before.potentials_K,
         attributes=formats.unsolved("fixed") | known,
     )
-
-
-def write_csv(path: str, labels: Labels, force: bool = False) -> None:
-    """One line an image: its key, then the label of each head. Written whole or not at all."""
-    with (
-        outputs.replacing(path, force) as partial,
-        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
-    ):
-        # Lines end as awk and cut read them; a name with a line's end in it is quoted then too.
-        odd = not isinstance(labels.keys, RowNumbers) and any("\r" in key for key in labels.keys)
-        writer = csv.writer(
-            stream,
-            lineterminator="\n",
-            quoting=csv.QUOTE_NONNUMERIC if odd else csv.QUOTE_MINIMAL,
-        )
-        writer.writerow(["key", *labels.columns])
-        for start in range(0, len(labels.keys), _LINES):
-            some = slice(start, start + _LINES)
-            columns = [head.labels_N[some].tolist() for head in labels.heads]
-            writer.writerows(zip(labels.keys[some], *columns, strict=True))
