@@ -35,7 +35,7 @@ from sela_cli.tiles import (
     Rows,
     Some,
     finite,
-    in_order,
+    map_in_pool,
     map_rows,
     map_spans,
     spans_of,
@@ -472,7 +472,7 @@ def _least_losses_of_kept(rows: Resident, members: list[np.ndarray], loss_KK: np
         scores_nK = rows.take(part[1])
         return part[0], (scores_nK[:, part[0], None] - scores_nK).amin(0).numpy()
 
-    for k, least_K in in_order(work, parts, CPU):
+    for k, least_K in map_in_pool(work, parts, CPU):
         np.minimum(loss_KK[k], least_K, out=loss_KK[k])
 
 

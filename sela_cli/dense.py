@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sela_cli.tiles import CPU, Rows, finite, in_order, map_spans, room, softmax, tile_rows
+from sela_cli.tiles import CPU, Rows, finite, map_in_pool, map_spans, room, softmax, tile_rows
 
 # Potentials may have moved so far: entries that were too small for a number are negligible still.
 _NEAR = 20.0
@@ -56,7 +56,7 @@ class DensePlan:
             return _sums(self._plan_NK[first : first + tile], factor_K)
 
         sums_K = torch.zeros_like(a_K)
-        for part_K in in_order(work, range(0, len(self._plan_NK), tile), CPU):
+        for part_K in map_in_pool(work, range(0, len(self._plan_NK), tile), CPU):
             sums_K += part_K
         return sums_K * factor_K.double()
 

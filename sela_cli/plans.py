@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sela_cli import parallel
 from sela_cli.machine import has_fast_bfloat16
-from sela_cli.tiles import CPU, SQUARE_WORKERS, in_order
+from sela_cli.tiles import CPU, SQUARE_WORKERS, map_in_pool
 
 # Smaller entries are left out of Hessians, and of plans that have many of them.
 NEGLIGIBLE = 1e-4
@@ -72,7 +72,7 @@ class Plans:
             return part.shape[0], gram(torch.from_numpy(part.toarray()))
 
         rows, overlap_KK = 0, torch.zeros(len(a_K), len(a_K), dtype=torch.float64)
-        for count, part_KK in in_order(overlap, self._blocks, CPU, SQUARE_WORKERS):
+        for count, part_KK in map_in_pool(overlap, self._blocks, CPU, SQUARE_WORKERS):
             rows += count
             if sparse:
                 _add(overlap_KK.numpy(), part_KK)
@@ -85,7 +85,7 @@ class Plans:
         in double precision, and without a matrix of K x K."""
         factor_K = self._factor(a_K)
         moved = partial(_moved, factor_K=factor_K)
-        parts = list(in_order(moved, self._blocks, CPU, SQUARE_WORKERS))
+        parts = list(map_in_pool(moved, self._blocks, CPU, SQUARE_WORKERS))
         # So that the rows of the Hessian sum to zero though entries are left out.
         whole_K = self._summed(parts, lambda part: part.T @ (part @ np.ones_like(factor_K)))
         squares_K = self._summed(parts, _squares)
@@ -99,7 +99,7 @@ class Plans:
     def _summed(self, parts: list[csr_array], work: Callable[[csr_array], np.ndarray]) -> Tensor:
         """Over the rows of all processes."""
         sums_K = np.zeros(len(self.a_K))
-        for part_K in in_order(work, parts, CPU):
+        for part_K in map_in_pool(work, parts, CPU):
             sums_K += part_K
         return parallel.sum_of(torch.from_numpy(sums_K))
 

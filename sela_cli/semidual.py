@@ -28,7 +28,7 @@ from sela_cli.dense import DensePlan
 from sela_cli.marginals import Given, Marginal
 from sela_cli.plans import WHOLE, Entries, Plans, Take, gram, hessian_of
 from sela_cli.spread import spread
-from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, finite, in_order, map_spans, softmax
+from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, finite, map_in_pool, map_spans, softmax
 
 # Below this a mean of softmax entries may have lost terms to underflow.
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
@@ -190,7 +190,7 @@ class Problem:
 
         rows_n = spread(self.rows.shape[0], _ROUNDED)
         parts = [rows_n[at : at + _SOME] for at in range(0, len(rows_n), _SOME)]
-        off_2K = sum(in_order(off, parts, self.rows.device), torch.zeros(2, len(a_K)).double())
+        off_2K = sum(map_in_pool(off, parts, self.rows.device), torch.zeros(2, len(a_K)).double())
         parallel.sum_of(off_2K)
         count = int(parallel.sum_of(torch.tensor(len(rows_n))))
         moved, left = (off_2K.abs().sum(1) / (2 * count)).tolist()

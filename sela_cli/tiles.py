@@ -107,7 +107,7 @@ class InMemory(_Chosen):
             tile_nK = rows.tile(start, stop, torch.float32)
             torch.clamp(tile_nK, min=FARTHEST, out=scores_NK[start:stop])
 
-        deque(in_order(keep, range(0, count, span), source.device), maxlen=0)
+        deque(map_in_pool(keep, range(0, count, span), source.device), maxlen=0)
         return cls(rows, scores_NK)
 
     @property
@@ -294,7 +294,7 @@ def map_spans(
         for start in range(first, end, tile):
             yield start, rows.tile(start, min(start + tile, end), dtype)
 
-    return in_order(work, map(tiles, range(0, count, span)), rows.device, workers)
+    return map_in_pool(work, map(tiles, range(0, count, span)), rows.device, workers)
 
 
 def _even_part(count: int, most: int) -> int:
@@ -307,7 +307,7 @@ def _even_part(count: int, most: int) -> int:
 def map_rows(rows: Rows, rows_n: np.ndarray, work: Callable[[Tensor], T]) -> Iterator[T]:
     """`work` of the named rows (ascending), float64, a span of them at a time, in order."""
     parts = spans_of(rows_n, rows.shape[1])
-    return in_order(lambda part_n: work(rows.take(part_n)), parts, rows.device)
+    return map_in_pool(lambda part_n: work(rows.take(part_n)), parts, rows.device)
 
 
 def spans_of(rows_n: np.ndarray, clusters: int) -> list[np.ndarray]:
@@ -316,7 +316,7 @@ def spans_of(rows_n: np.ndarray, clusters: int) -> list[np.ndarray]:
     return [rows_n[at : at + size] for at in range(0, len(rows_n), size)]
 
 
-def in_order(
+def map_in_pool(
     work: Callable[[S], T],
     items: Iterable[S],
     device: torch.device,

@@ -323,7 +323,7 @@ def marked(value: Any) -> Any:
 @pytest.fixture
 def claimed_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # The mode is the calling thread's.
-    monkeypatch.setattr(tiles, "in_order", lambda work, items, *_: map(work, items))
+    monkeypatch.setattr(tiles, "map_in_pool", lambda work, items, *_: map(work, items))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     monkeypatch.setattr(semidual, "_kernel", lambda device: None)
     with ClaimedGpu():

@@ -563,7 +563,7 @@ def test_no_more_workers_than_asked_for() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(8)
-        names = set(tiles.in_order(lambda item: current_thread().name, range(500), tiles.CPU, 3))
+        names = set(tiles.map_in_pool(lambda item: current_thread().name, range(500), tiles.CPU, 3))
     finally:
         torch.set_num_threads(before)
     assert 1 <= len(names) <= 3
@@ -579,7 +579,7 @@ def test_a_gpu_is_read_for_by_several_threads() -> None:
 
     try:
         torch.set_num_threads(1)
-        names = set(tiles.in_order(work, range(4), torch.device("cuda")))
+        names = set(tiles.map_in_pool(work, range(4), torch.device("cuda")))
     finally:
         torch.set_num_threads(before)
     assert len(names) == 4

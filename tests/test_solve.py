@@ -22,7 +22,7 @@ from sela_cli.marginals import Between
 from sela_cli.plans import WHOLE, Take
 from sela_cli.semidual import Point, Problem, Solution, laplacian, soft_sizes
 from sela_cli.shares import marginal
-from sela_cli.tiles import CPU, InMemory, Rows, by_itself, in_order
+from sela_cli.tiles import CPU, InMemory, Rows, by_itself, map_in_pool
 
 Solver = Callable[..., Solution]
 
@@ -479,9 +479,9 @@ def test_between_passes_the_calling_thread_is_alone() -> None:
     try:
         with by_itself():
             assert torch.get_num_threads() == 1
-            assert list(in_order(work, range(3), CPU)) == [1, 1, 1]
+            assert list(map_in_pool(work, range(3), CPU)) == [1, 1, 1]
         assert torch.get_num_threads() == 3
-        assert list(in_order(work, range(3), CPU)) == [1, 1, 1]
+        assert list(map_in_pool(work, range(3), CPU)) == [1, 1, 1]
     finally:
         torch.set_num_threads(threads)
 
