@@ -34,7 +34,7 @@ from sela_cli.tiles import (
     Resident,
     Rows,
     Some,
-    finite,
+    finite_like,
     map_in_pool,
     map_rows,
     map_spans,
@@ -123,7 +123,7 @@ def certified(
         losses = np.zeros(2)
         for start, tile_nK in tiles:
             part_n = chosen_N[start : start + len(tile_nK)]
-            priced_nK = tile_nK + finite(prices_K, tile_nK.dtype).to(tile_nK)
+            priced_nK = tile_nK + finite_like(prices_K, tile_nK)
             first_n = _first_choice(priced_nK)
             if labels_N is None:
                 part_n[:] = first_n.cpu().numpy()
@@ -181,7 +181,7 @@ def preferences(rows: Rows, prices_K: Tensor, dtype: torch.dtype = torch.float64
 
     def work(tiles: Iterator[tuple[int, Tensor]]) -> None:
         for start, tile_nK in tiles:
-            priced_nK = tile_nK + finite(prices_K, tile_nK.dtype).to(tile_nK)
+            priced_nK = tile_nK + finite_like(prices_K, tile_nK)
             own_n1 = _first_choice(priced_nK)[:, None]
             own_n = priced_nK.gather(1, own_n1)[:, 0]
             others_n = priced_nK.scatter_(1, own_n1, -torch.inf).amax(1)

@@ -28,7 +28,16 @@ from sela_cli.dense import DensePlan
 from sela_cli.marginals import Given, Marginal
 from sela_cli.plans import WHOLE, Entries, Plans, Take, gram, hessian_of
 from sela_cli.spread import spread
-from sela_cli.tiles import SQUARE_WORKERS, Rows, evenly, finite, map_in_pool, map_spans, softmax
+from sela_cli.tiles import (
+    SQUARE_WORKERS,
+    Rows,
+    evenly,
+    finite,
+    finite_like,
+    map_in_pool,
+    map_spans,
+    softmax,
+)
 
 # Below this a mean of softmax entries may have lost terms to underflow.
 _UNDERFLOW = {torch.float32: 1e-30, torch.float64: 1e-250}
@@ -353,14 +362,14 @@ def plan_of_some(rows: Rows, lamb: float, a_K: Tensor, dtype: torch.dtype) -> Te
 
 def _plan(tile_nK: Tensor, lamb: float, a_K: Tensor) -> Tensor:
     """softmax_k(lambda score_ik + a_k) of a tile."""
-    return softmax(torch.add(finite(a_K, tile_nK.dtype).to(tile_nK), tile_nK, alpha=lamb))
+    return softmax(torch.add(finite_like(a_K, tile_nK), tile_nK, alpha=lamb))
 
 
 def _log_sizes(rows: Rows, lamb: float, a_K: Tensor, columns: Tensor) -> Tensor:
     def work(tiles: Iterator[tuple[int, Tensor]]) -> Tensor:
         logs = torch.full((len(columns),), -torch.inf, dtype=a_K.dtype, device=rows.device)
         for _, tile_nK in tiles:
-            z_nK = torch.add(finite(a_K, tile_nK.dtype).to(tile_nK), tile_nK, alpha=lamb)
+            z_nK = torch.add(finite_like(a_K, tile_nK), tile_nK, alpha=lamb)
             log_q = z_nK[:, columns] - torch.logsumexp(z_nK, 1, keepdim=True)
             logs = torch.logaddexp(logs, torch.logsumexp(log_q, 0))
         return logs.cpu()

@@ -213,6 +213,11 @@ def finite(values_K: Tensor, dtype: torch.dtype) -> Tensor:
     return values_K.to(dtype)
 
 
+def finite_like(values_K: Tensor, tile_nK: Tensor) -> Tensor:
+    """`finite`, of the kind that a tile has, where that is."""
+    return finite(values_K, tile_nK.dtype).to(tile_nK.device)
+
+
 def softmax(score_nK: Tensor, out: Tensor | None = None) -> Tensor:
     """Of each row; in `out`, if it is given."""
     if score_nK.shape[1] >= _VECTOR or score_nK.device.type != "cpu":
