@@ -45,8 +45,7 @@ SEEDS = (0, 1, 2)
 # Group of runs, variant and seed of an experiment's folder.
 _NAME = re.compile(r"cifar10-((?:alexnet-)?\d+)-(.+)-(\d+)")
 LIMIT = 10_000
-# With --arch alexnet that of examples/cifar10.sh, and beside it variants and controls of as many
-# steps.
+# examples/cifar10.sh, and beside it variants and controls of as many steps.
 NETWORK = "--image-size 32 --precision bfloat16 --lr-schedule cosine"
 NETWORK += " --weight-decay 0.0005 --aug paper"
 # What is probed of each: the paper's linear conv5, and of ResNet-18 what corresponds to it.
@@ -448,7 +447,7 @@ def main() -> None:
     run.add_argument("--train", type=Path, required=True)
     run.add_argument("--test", type=Path, required=True)
     run.add_argument("--out", type=Path, required=True)
-    run.add_argument("--epochs", type=int, default=24)
+    run.add_argument("--epochs", type=int, default=12)
     run.add_argument(
         "--names", nargs="+", default=list(NAMES), choices=list(NAMES), help="of cifar10"
     )
