@@ -25,9 +25,8 @@ from sela_cli.tiles import evenly, map_spans
 # which only a tenth of its share of them prefer is met three times.
 _ROWS, _ROWS_OF_CLUSTER = 50_000, 32
 
-# Shares: how far below ln K the loss, or an entropy, must be, how varied predictions are at
-# least, how many clusters may lack an image that prefers them, how many labels may change late
-# in a run.
+# Shares: how far below ln K the loss must be, how varied predictions are at least, how many
+# clusters may lack an image that prefers them, how many labels may change late in a run.
 _LEARNED, _SPREAD, _UNWANTED, _CHURN = 0.02, 0.5, 0.5, 0.9
 # Of the training: before it, a slow start is no problem.
 _START = 0.1
@@ -37,23 +36,17 @@ def predictions(spec: str, device: str = "cpu") -> dict[str, float]:
     """How sure and how varied the predictions in the logits `spec` are.
 
     `entropy`: mean of H(p(y|x)) / ln K, 1 where nothing is told apart, mean over the heads.
-    `spread`: H(mean p) / ln K, near 0 where all images get one cluster of several; `unwanted`:
-    share of the clusters that no image prefers; both of the head that is worst, of those that
-    tell anything apart, if one does. Of max(50,000, 32 K) images, evenly spread, where there
-    are more: a cluster that very few prefer may then count as unwanted. Raises StoppedEarly
-    after a signal.
+    `spread`: H(mean p) / ln K, near 0 where all images get one cluster of several, of the head
+    that is worst. `unwanted`: share of the clusters that no image prefers, mean over the heads.
+    Of max(50,000, 32 K) images, evenly spread, where there are more: a cluster that very few
+    prefer may then count as unwanted. Raises StoppedEarly after a signal.
     """
     with open_scores(spec) as scores:
         rows = ScoreRows(scores.side_by_side(), spec, device=torch.device(device))
         heads = _of_heads(rows, [matrix.shape[1] for matrix in scores.heads])
-    # Among ten heads the mean would hide one that has collapsed. What those prefer that still
-    # have random labels says nothing.
-    knowing = [head for head in heads if head["entropy"] <= 1 - _LEARNED] or heads
-    return {
-        "entropy": float(np.mean([head["entropy"] for head in heads])),
-        "spread": min(head["spread"] for head in knowing),
-        "unwanted": max(head["unwanted"] for head in knowing),
-    }
+    found = {name: float(np.mean([head[name] for head in heads])) for name in heads[0]}
+    # Among ten heads the mean would hide one that has collapsed.
+    return found | {"spread": min(head["spread"] for head in heads)}
 
 
 def _of_heads(rows: ScoreRows, clusters: list[int]) -> list[dict[str, float]]:
@@ -135,8 +128,8 @@ def problems(row: Mapping[str, Any], loss: float, chance: float, progress: float
         )
     elif row["unwanted"] > _UNWANTED and loss < (1 - _LEARNED) * chance:
         found["clusters nobody wants"] = (
-            f"no image prefers {row['unwanted']:.0%} of the clusters of a head: use fewer "
-            "clusters, or a smaller --lamb"
+            f"no image prefers {row['unwanted']:.0%} of the clusters: use fewer clusters, "
+            "or a smaller --lamb"
         )
     if progress >= 0.5 and row["churn"] > _CHURN:
         found["labels do not settle"] = (
