@@ -114,13 +114,14 @@ def problems(row: Mapping[str, Any], loss: float, chance: float, progress: float
     knows nothing; `progress`: share of the training that is done. Early rounds are left
     alone: a network that learns random labels starts slowly.
     """
-    found = nothing_learned(loss, chance) if progress >= _START else {}
+    found: dict[str, str] = {}
     if row["empty"]:
         found["empty clusters"] = (
             f"{row['empty']} clusters are empty: use --assign balanced, or fewer clusters"
         )
     if progress < _START:
         return found
+    found |= nothing_learned(loss, chance)
     if row["spread"] < _SPREAD:
         found["few clusters predicted"] = (
             "predictions of a head gather in few clusters (entropy of their mean "

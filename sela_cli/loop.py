@@ -128,8 +128,7 @@ def _measured(
     if recipe.precision != "auto":
         return settings
     # Others may not see the file of the first process yet.
-    mine = begun_in if parallel.rank() == 0 else None
-    chosen = next((name for name in PRECISIONS if parallel.any_of(mine == name)), None)
+    chosen = next((name for name in PRECISIONS if parallel.first_says(begun_in == name)), None)
     if chosen is None:
         network = settings.network()
         chosen = faster(network, recipe.views(len(images)), device, training=True)
@@ -164,7 +163,7 @@ class _Run:
     def has(self, pattern: str) -> bool:
         """Whether the first process sees such files: of a disk that several machines share the
         others may see them later, and all are to go the same way."""
-        return parallel.any_of(parallel.rank() == 0 and bool(own_files(self.folder, pattern)))
+        return parallel.first_says(bool(own_files(self.folder, pattern)))
 
     def to_the_end(self) -> dict[str, Any]:
         positions = self.settings.positions
@@ -184,11 +183,12 @@ class _Run:
             self._go_on(last, "checkpoint.h5", None)
             losses = formats.read_checkpoint(self.path("checkpoint.h5")).losses
             self._record_training(losses, last)
-            labels = formats.read_labels(self.path(f"labels-{last:03d}.h5"))
-            # Random ones are not learned so soon, nor meant to be.
-            if all(head.attributes["assign"] != "random" for head in labels.heads):
-                end = self._loss(self.settings.recipe.epochs, losses)
-                self._tell(collapse.nothing_learned(*end))
+            end = self._loss(self.settings.recipe.epochs, losses)
+            if advice := collapse.nothing_learned(*end):
+                labels = formats.read_labels(self.path(f"labels-{last:03d}.h5"))
+                # Random ones are not learned so soon, nor meant to be.
+                if all(head.attributes["assign"] != "random" for head in labels.heads):
+                    self._tell(advice)
         job.once(partial(self._copy_labels, last))
         if self.has_knn:
             self._knn("probe.h5", "checkpoint.h5")

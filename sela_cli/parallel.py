@@ -46,3 +46,8 @@ def logsumexp_of(value: Tensor) -> Tensor:
 def any_of(flag: bool) -> bool:
     """Whether `flag` is set in any process."""
     return bool(sum_of(torch.tensor(int(flag)))) if _job() else flag
+
+
+def first_says(flag: bool) -> bool:
+    """The first process's `flag`, by which all go."""
+    return any_of(flag and rank() == 0)

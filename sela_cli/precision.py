@@ -78,4 +78,4 @@ def faster(network: Network, views: int, device: str, training: bool) -> str:
                 work(view)
             times[precision] = min(_seconds(partial(work, view)) for _ in range(_REPEATS))
     gained = times["bfloat16"] < _GAIN * times["float32"]
-    return "bfloat16" if parallel.any_of(gained and parallel.rank() == 0) else "float32"
+    return "bfloat16" if parallel.first_says(gained) else "float32"
