@@ -1,11 +1,14 @@
 """The paper's protocols on small real collections: probes, PASCAL VOC, imbalance.
 
-    python benchmarks/protocols.py run --nette NETTE --voc VOC --out runs/protocols
+    python benchmarks/protocols.py run --nette NETTE --voc VOC --resnet RESNET \
+        --out runs/protocols
     python benchmarks/protocols.py write --out runs/protocols
 
 NETTE holds `train` and `val` with a folder a class (Imagenette), VOC a `VOCdevkit`. One
 network learns Imagenette by `sela run`; it and the fresh network it began as are probed
-by the ImageNet protocols and fine-tuned on VOC, classification and detection, and
+by the ImageNet protocols and fine-tuned on VOC, classification and detection. So are
+probed the paper's AlexNet at 224 pixels, fresh, and the pooled features of a ResNet-18:
+fresh, and RESNET, the checkpoint of `benchmarks/results.py run whole`. Last,
 examples/imbalance.py is run on handwritten digits. Every experiment has a folder of its
 own with its results and `record.json`, its commands and seconds; one whose record is
 there is not run again. `write` reads these folders only: docs/results-protocols.md.
@@ -25,20 +28,34 @@ from pathlib import Path
 from typing import Any
 
 from results import Experiment, when_and_where
-from results import commands as told
+from results import commands as all_commands
 
 from sela_cli import formats, voc
 
-NETWORK = "--arch alexnet-small --image-size 64 --heads 32x5"
 RECIPE = "--precision bfloat16 --batch-size 64 --lr 0.03 --lr-schedule cosine"
 RECIPE += " --weight-decay 0.0005 --aug paper --lamb 10 --relabel linear --view random"
 RECIPE += " --head-init kmeans"
-EPOCHS, ROUNDS = 100, 30
+# What learns Imagenette, or is as it begins: the network, epochs and rounds of `sela run`.
+SMALL = "--arch alexnet-small --image-size 64"
+RUNS = {
+    "fresh": (SMALL, 0, 0),
+    "trained": (SMALL, 100, 30),
+    "alexnet": ("--arch alexnet --image-size 224", 0, 0),
+    "resnet": ("--arch resnet18 --image-size 32", 0, 0),
+}
+# What is probed, the last from elsewhere, and what is fine-tuned.
+TITLES = {
+    "fresh": "small AlexNet, 64 pixels, fresh",
+    "trained": "the same, trained",
+    "alexnet": "AlexNet, 224 pixels, fresh",
+    "resnet": "ResNet-18, 32 pixels, fresh",
+    "cifar10": "the same, of CIFAR-10",
+}
+TUNED = ("fresh", "trained")
 CLASSIFICATION = "--task classification --iterations 200 --lr 0.01"
 DETECTION = "--task detection --min-size 200 --iterations 600 --batch-size 4 --lr 0.02"
 # Half the example's own.
 IMBALANCE = "--data digits --epochs 20 --rounds 10"
-NETWORKS = ("fresh", "trained")
 SEEDS = (0, 1, 2)
 
 
@@ -67,8 +84,9 @@ class Protocol(Experiment):
 def run(arguments: argparse.Namespace) -> None:
     """Whatever is not done yet, cheapest first."""
     out, nette, photos = arguments.out, arguments.nette, arguments.voc
-    names = {"NETTE": nette, "VOC": photos, "OUT": out}
-    checkpoints = {name: out / f"nette-{name}/run/checkpoint.h5" for name in NETWORKS}
+    names = {"NETTE": nette, "VOC": photos, "RESNET": arguments.resnet, "OUT": out}
+    checkpoints = {name: out / f"nette-{name}/run/checkpoint.h5" for name in RUNS}
+    checkpoints["cifar10"] = arguments.resnet
 
     def once(name: str, work: Callable[[Protocol], None]) -> None:
         experiment = Protocol(out / name, names)
@@ -76,10 +94,10 @@ def run(arguments: argparse.Namespace) -> None:
             work(experiment)
             experiment.finish()
 
-    def learn(experiment: Protocol, epochs: int, rounds: int) -> None:
+    def learn(experiment: Protocol, network: str, epochs: int, rounds: int) -> None:
         experiment.sela(
-            f"run --data {nette}/train {NETWORK} {RECIPE} --epochs {epochs} --opts {rounds} "
-            f"--out {experiment.folder}/run"
+            f"run --data {nette}/train {network} --heads 32x5 {RECIPE} --epochs {epochs} "
+            f"--opts {rounds} --out {experiment.folder}/run"
         )
 
     def probe(experiment: Protocol, checkpoint: Path) -> None:
@@ -104,17 +122,19 @@ def run(arguments: argparse.Namespace) -> None:
             experiment.folder / "table.txt",
         )
 
-    once("nette-fresh", lambda here: learn(here, 0, 0))
-    once("nette-trained", lambda here: learn(here, EPOCHS, ROUNDS))
+    for name, options in RUNS.items():
+        once(f"nette-{name}", lambda here, options=options: learn(here, *options))
     for name, checkpoint in checkpoints.items():
         once(f"probe-{name}", lambda here, path=checkpoint: probe(here, path))
-    tasks = {f"voc-{part}": f"{CLASSIFICATION} --train {part}" for part in ("fc", "all")}
-    tasks["voc-detection"] = DETECTION
-    for task, options in tasks.items():
-        for name, checkpoint in checkpoints.items():
+    tasks = {
+        f"voc-classification-{part}": f"{CLASSIFICATION} --train {part}" for part in ("fc", "all")
+    }
+    tasks |= {f"voc-detection-{part}": f"{DETECTION} --train {part}" for part in ("fc", "all")}
+    for task, told in tasks.items():
+        for name in TUNED:
             once(
                 f"{task}-{name}",
-                lambda here, path=checkpoint, options=options: finetune(here, path, options),
+                lambda here, path=checkpoints[name], told=told: finetune(here, path, told),
             )
     for seed in SEEDS:
         once(f"imbalance-{seed}", lambda here, seed=seed: imbalance(here, seed))
@@ -131,14 +151,17 @@ def page(out: Path) -> str:
         "Written by `python benchmarks/protocols.py write` from the results of `python "
         f"benchmarks/protocols.py run`. {when_and_where(records)}",
         "",
-        "A network of Imagenette's 1,000 training images at 64 pixels beside the fresh one, by "
-        "the probes of the ImageNet protocol (500 other images) and fine-tuned on 300 images of "
-        "PASCAL VOC 2007 (200 others tested); and `examples/imbalance.py`. Small collections "
-        "and short runs: they show that everything runs, and little of the method.",
+        "Networks by the probes of the ImageNet protocol, on 1,000 images of Imagenette and 500 "
+        "others: a small AlexNet that learned the 1,000 beside the fresh one, the paper's AlexNet "
+        "fresh, and the pooled features of a ResNet-18, fresh and self-labelled on CIFAR-10 "
+        "([all its images](results-cifar10-whole.md)). The first two fine-tuned on 300 "
+        "images of PASCAL VOC 2007 (200 others tested), *fc*: the last layers only; and "
+        "`examples/imbalance.py`. Small collections and short runs: they show that everything "
+        "runs, and little of the method. *minutes*: other work included.",
         "",
         tables(out),
     ]
-    return "\n".join(lines + told(records, out))
+    return "\n".join(lines + all_commands(records, out))
 
 
 def tables(out: Path) -> str:
@@ -158,33 +181,47 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def probe_rows(out: Path) -> str:
-    """Linear accuracy of each layer and kNN, in percent, of both networks."""
-    found: dict[str, dict[str, float]] = {}
-    for name in NETWORKS:
+    """Linear accuracy of each layer and kNN, in percent, of all networks."""
+    found: dict[str, dict[str, str]] = {}
+    for name in TITLES:
         folder = out / f"probe-{name}"
         if (folder / "record.json").exists():
             rows = formats.read_probe(str(folder / "imagenet-linear.h5"))
-            found[name] = {f"linear {row['layer']}": row["top1"] for row in rows}
+            shares = {f"linear {row['layer']}": row["top1"] for row in rows}
             rows = formats.read_probe(str(folder / "knn.h5"))
-            found[name] |= {f"kNN {row['setting']}": row["top1"] for row in rows}
-    measures = next(iter(found.values()), {})
+            shares |= {f"kNN {row['setting']}": row["top1"] for row in rows}
+            found[name] = {measure: f"{100 * share:.1f}" for measure, share in shares.items()}
+            found[name]["minutes of both"] = minutes(folder)
+    # Linear before kNN, also where a network has layers that the first has not.
+    measures = sorted(dict.fromkeys(m for row in found.values() for m in row), key=_order)
     return markdown(
-        ["top-1 on NETTE/val, %", *found],
-        [[m, *(f"{100 * found[name][m]:.1f}" for name in found)] for m in measures],
+        ["top-1 on NETTE/val, %", *(TITLES[name] for name in found)],
+        [[measure, *(row.get(measure, "") for row in found.values())] for measure in measures],
     )
+
+
+def _order(measure: str) -> int:
+    return ("linear", "kNN", "minutes").index(measure.split()[0])
+
+
+def minutes(folder: Path) -> str:
+    """What the commands of an experiment took."""
+    record = json.loads((folder / "record.json").read_text())
+    return f"{sum(command['seconds'] for command in record['commands']) / 60:.1f}"
 
 
 def voc_rows(out: Path) -> str:
     """Mean average precision, in percent, of every task and network."""
     rows = []
-    for task in ("fc", "all", "detection"):
-        for name in NETWORKS:
-            folder = out / f"voc-{task}-{name}"
-            if (folder / "record.json").exists():
-                mean = voc.mean_precision(formats.read_precisions(str(folder / "precision.h5")))
-                title = task if task == "detection" else f"classification, {task}"
-                rows.append([title, name, *(f"{100 * mean[m]:.1f}" for m in ("map11", "map"))])
-    return markdown(["task", "network", "mAP 11 points, %", "mAP area, %"], rows)
+    for task in ("classification", "detection"):
+        for part in ("fc", "all"):
+            for name in TUNED:
+                folder = out / f"voc-{task}-{part}-{name}"
+                if (folder / "record.json").exists():
+                    mean = voc.mean_precision(formats.read_precisions(str(folder / "precision.h5")))
+                    shares = (f"{100 * mean[measure]:.1f}" for measure in ("map11", "map"))
+                    rows.append([f"{task}, {part}", name, *shares, minutes(folder)])
+    return markdown(["task", "network", "mAP 11 points, %", "mAP area, %", "minutes"], rows)
 
 
 def imbalance_rows(out: Path) -> str:
@@ -210,6 +247,7 @@ def main() -> None:
     doing = commands.add_parser("run", help="run what is not done yet")
     doing.add_argument("--nette", type=Path, required=True)
     doing.add_argument("--voc", type=Path, required=True)
+    doing.add_argument("--resnet", type=Path, required=True, help="a ResNet-18's checkpoint")
     doing.add_argument("--out", type=Path, required=True)
     writing = commands.add_parser("write", help="write the page of what is done")
     writing.add_argument("--out", type=Path, required=True)
