@@ -16,7 +16,7 @@ OUT=${OUT:-runs/cifar10}
 SHARED=(--preset cifar10 --arch resnet18 --image-size 32 --precision bfloat16 --heads 128x10
     --relabel linear --relabel-heads all --view random --lr-schedule cosine)
 if [ "${ON:-cpu}" = gpu ]; then
-    RECIPE=(--epochs 230 --opts 28 --batch-size 256 --lr 0.1
+    RECIPE=(--epochs 230 --opts 46 --batch-size 256 --lr 0.1
         --assign argmax --store features --dtype float16 --device cuda)
     PROBED=(--device cuda)
 else

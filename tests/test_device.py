@@ -83,6 +83,9 @@ def in_interpreter(code: str) -> None:
         check=False,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )
+    # Of Triton 3.6: it makes numbers of arrays with one entry.
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("Triton's interpreter is older than NumPy")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
