@@ -50,6 +50,7 @@ NETWORK = "--image-size 32 --precision bfloat16 --lr-schedule cosine"
 NETWORK += " --weight-decay 0.0005 --aug paper"
 # What is probed of each: the paper's linear conv5, and of ResNet-18 what corresponds to it.
 LAYERS = {"resnet18": "layer4", "alexnet": "conv5"}
+TITLES = {"resnet18": "ResNet-18", "alexnet": "AlexNet"}
 SELA = "--relabel linear --relabel-heads all"
 VARIANTS = {
     "sela": "--heads 128x10 --opts {} --view random",
@@ -355,9 +356,9 @@ def commands(records: dict[str, Any], out: Path) -> list[str]:
 
 def cifar10_page(out: Path, records: dict[str, Any], group: str) -> list[str]:
     """Variants and controls, seed by seed, of one network and length."""
-    *arch, epochs = group.split("-")
-    network = "AlexNet" if arch else "ResNet-18"
-    layer = LAYERS["alexnet" if arch else "resnet18"]
+    *other, epochs = group.split("-")
+    arch = other[0] if other else "resnet18"
+    network, layer = TITLES[arch], LAYERS[arch]
     seeds: dict[str, list[int]] = {}
     parts = [found for folder in records if (found := _NAME.fullmatch(folder))]
     for name in NAMES:
@@ -370,7 +371,7 @@ def cifar10_page(out: Path, records: dict[str, Any], group: str) -> list[str]:
         variants["fresh"]["nmi"] = [float("nan")] * len(seeds["fresh"])
     lines = [
         *heading(
-            f"CIFAR-10, {'AlexNet, ' if arch else ''}{epochs} epochs",
+            f"CIFAR-10, {network}, {epochs} epochs",
             {f"{n}-{s}": records[f"cifar10-{group}-{n}-{s}"] for n in seeds for s in seeds[n]},
         ),
         f"{network} with a stem for 32 pixels, {epochs} epochs; mean and, of several seeds, range. "
