@@ -43,17 +43,18 @@ RUNS = {
     "alexnet": ("--arch alexnet --image-size 224", 0, 0),
     "resnet": ("--arch resnet18 --image-size 32", 0, 0),
 }
-# What is probed, the last from elsewhere, and what is fine-tuned.
+# What is probed and fine-tuned, the last from elsewhere.
 TITLES = {
     "fresh": "small AlexNet, 64 pixels, fresh",
-    "trained": "the same, trained",
+    "trained": "small AlexNet, 64 pixels, trained",
     "alexnet": "AlexNet, 224 pixels, fresh",
     "resnet": "ResNet-18, 32 pixels, fresh",
-    "cifar10": "the same, of CIFAR-10",
+    "cifar10": "ResNet-18, 32 pixels, of CIFAR-10",
 }
-TUNED = ("fresh", "trained")
-CLASSIFICATION = "--task classification --iterations 200 --lr 0.01"
-DETECTION = "--task detection --min-size 200 --iterations 600 --batch-size 4 --lr 0.02"
+# Of which detectors are made.
+DETECTORS = ("fresh", "trained")
+CLASSIFICATION = "--iterations 200 --lr 0.01"
+DETECTION = "--min-size 200 --iterations 600 --batch-size 4 --lr 0.02"
 # Half the example's own.
 IMBALANCE = "--data digits --epochs 20 --rounds 10"
 SEEDS = (0, 1, 2)
@@ -126,16 +127,17 @@ def run(arguments: argparse.Namespace) -> None:
         once(f"nette-{name}", lambda here, options=options: learn(here, *options))
     for name, checkpoint in checkpoints.items():
         once(f"probe-{name}", lambda here, path=checkpoint: probe(here, path))
-    tasks = {
-        f"voc-classification-{part}": f"{CLASSIFICATION} --train {part}" for part in ("fc", "all")
-    }
-    tasks |= {f"voc-detection-{part}": f"{DETECTION} --train {part}" for part in ("fc", "all")}
-    for task, told in tasks.items():
-        for name in TUNED:
-            once(
-                f"{task}-{name}",
-                lambda here, path=checkpoints[name], told=told: finetune(here, path, told),
-            )
+    for task, options, tuned in (
+        ("classification", CLASSIFICATION, TITLES),
+        ("detection", DETECTION, DETECTORS),
+    ):
+        for part in ("fc", "all"):
+            for name in tuned:
+                told = f"--task {task} {options} --train {part}"
+                once(
+                    f"voc-{task}-{part}-{name}",
+                    lambda here, path=checkpoints[name], told=told: finetune(here, path, told),
+                )
     for seed in SEEDS:
         once(f"imbalance-{seed}", lambda here, seed=seed: imbalance(here, seed))
 
@@ -154,8 +156,8 @@ def page(out: Path) -> str:
         "Networks by the probes of the ImageNet protocol, on 1,000 images of Imagenette and 500 "
         "others: a small AlexNet that learned the 1,000 beside the fresh one, the paper's AlexNet "
         "fresh, and the pooled features of a ResNet-18, fresh and self-labelled on CIFAR-10 "
-        "([all its images](results-cifar10-whole.md)). The first two fine-tuned on 300 "
-        "images of PASCAL VOC 2007 (200 others tested), *fc*: the last layers only; and "
+        "([all its images](results-cifar10-whole.md)). The same fine-tuned on 300 images of "
+        "PASCAL VOC 2007 (200 others tested), *fc*: the last layers only; and "
         "`examples/imbalance.py`. Small collections and short runs: they show that everything "
         "runs, and little of the method. *minutes*: other work included.",
         "",
@@ -215,12 +217,12 @@ def voc_rows(out: Path) -> str:
     rows = []
     for task in ("classification", "detection"):
         for part in ("fc", "all"):
-            for name in TUNED:
+            for name, title in TITLES.items():
                 folder = out / f"voc-{task}-{part}-{name}"
                 if (folder / "record.json").exists():
                     mean = voc.mean_precision(formats.read_precisions(str(folder / "precision.h5")))
                     shares = (f"{100 * mean[measure]:.1f}" for measure in ("map11", "map"))
-                    rows.append([f"{task}, {part}", name, *shares, minutes(folder)])
+                    rows.append([f"{task}, {part}", title, *shares, minutes(folder)])
     return markdown(["task", "network", "mAP 11 points, %", "mAP area, %", "minutes"], rows)
 
 
