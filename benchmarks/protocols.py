@@ -6,9 +6,9 @@
 
 NETTE holds `train` and `val` with a folder a class (Imagenette), VOC a `VOCdevkit`. One
 network learns Imagenette by `sela run`; it and the fresh network it began as are probed
-by the ImageNet protocols and fine-tuned on VOC, classification and detection. So are
-probed the paper's AlexNet at 224 pixels, fresh, and the pooled features of a ResNet-18:
-fresh, and RESNET, the checkpoint of `benchmarks/results.py run whole`. Last,
+by the ImageNet protocols and fine-tuned on VOC, classification and detection. So are, but
+for detection, the paper's AlexNet at 224 pixels, fresh, and a ResNet-18, by its pooled
+features: fresh, and RESNET, the checkpoint of `benchmarks/results.py run whole`. Last,
 examples/imbalance.py is run on handwritten digits. Every experiment has a folder of its
 own with its results and `record.json`, its commands and seconds; one whose record is
 there is not run again. `write` reads these folders only: docs/results-protocols.md.
@@ -83,7 +83,7 @@ class Protocol(Experiment):
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Whatever is not done yet, cheapest first."""
+    """Whatever is not done yet."""
     out, nette, photos = arguments.out, arguments.nette, arguments.voc
     names = {"NETTE": nette, "VOC": photos, "RESNET": arguments.resnet, "OUT": out}
     checkpoints = {name: out / f"nette-{name}/run/checkpoint.h5" for name in RUNS}
