@@ -89,10 +89,10 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoints = {name: out / f"nette-{name}/run/checkpoint.h5" for name in RUNS}
     checkpoints["cifar10"] = arguments.resnet
 
-    def once(name: str, work: Callable[[Protocol], None]) -> None:
+    def once(name: str, work: Callable[..., None], *given: Any) -> None:
         experiment = Protocol(out / name, names)
         if not experiment.done:
-            work(experiment)
+            work(experiment, *given)
             experiment.finish()
 
     def learn(experiment: Protocol, network: str, epochs: int, rounds: int) -> None:
@@ -123,10 +123,10 @@ def run(arguments: argparse.Namespace) -> None:
             experiment.folder / "table.txt",
         )
 
-    for name, options in RUNS.items():
-        once(f"nette-{name}", lambda here, options=options: learn(here, *options))
+    for name, network_and_length in RUNS.items():
+        once(f"nette-{name}", learn, *network_and_length)
     for name, checkpoint in checkpoints.items():
-        once(f"probe-{name}", lambda here, path=checkpoint: probe(here, path))
+        once(f"probe-{name}", probe, checkpoint)
     for task, options, tuned in (
         ("classification", CLASSIFICATION, TITLES),
         ("detection", DETECTION, DETECTORS),
@@ -134,12 +134,9 @@ def run(arguments: argparse.Namespace) -> None:
         for part in ("fc", "all"):
             for name in tuned:
                 told = f"--task {task} {options} --train {part}"
-                once(
-                    f"voc-{task}-{part}-{name}",
-                    lambda here, path=checkpoints[name], told=told: finetune(here, path, told),
-                )
+                once(f"voc-{task}-{part}-{name}", finetune, checkpoints[name], told)
     for seed in SEEDS:
-        once(f"imbalance-{seed}", lambda here, seed=seed: imbalance(here, seed))
+        once(f"imbalance-{seed}", imbalance, seed)
 
 
 def page(out: Path) -> str:
